@@ -1,0 +1,62 @@
+"""Stochastic depth: train residual networks with whole blocks skipped at random, for real.
+
+`apply_stochastic_depth` puts it on a model, the handle that it returns takes it off again.
+"""
+
+from stochastic_depth.depth import apply_stochastic_depth, get_stochastic_depth
+from stochastic_depth.discovery import ResidualBlock, ResidualBranch, find_residual_blocks
+from stochastic_depth.draw import Draw
+from stochastic_depth.errors import (
+    ActiveDropPathError,
+    ChangedModelError,
+    ExampleInputsError,
+    NoResidualBlocksError,
+    NotYetSupportedError,
+    OptionError,
+    RecomputationError,
+    RefusedBlockError,
+    SelectionError,
+    StateMismatchError,
+    StochasticDepthError,
+    StochasticDepthWarning,
+)
+from stochastic_depth.handle import GatedBlock, GatedBranch, StochasticDepth
+from stochastic_depth.presets import (
+    apply_drop_path,
+    apply_layer_drop,
+    apply_progressive_layer_dropping,
+)
+from stochastic_depth.schedules import constant, linear_decay, linear_warmup, piecewise_linear
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActiveDropPathError",
+    "ChangedModelError",
+    "Draw",
+    "ExampleInputsError",
+    "GatedBlock",
+    "GatedBranch",
+    "NoResidualBlocksError",
+    "NotYetSupportedError",
+    "OptionError",
+    "RecomputationError",
+    "RefusedBlockError",
+    "ResidualBlock",
+    "ResidualBranch",
+    "SelectionError",
+    "StateMismatchError",
+    "StochasticDepth",
+    "StochasticDepthError",
+    "StochasticDepthWarning",
+    "apply_drop_path",
+    "apply_layer_drop",
+    "apply_progressive_layer_dropping",
+    "apply_stochastic_depth",
+    "constant",
+    "find_residual_blocks",
+    "get_stochastic_depth",
+    "linear_decay",
+    "linear_warmup",
+    "piecewise_linear",
+]

@@ -1,0 +1,119 @@
+"""Finding the residual blocks of a model: look, change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from stochastic_depth.discovery.blocks import (
+    Discovery,
+    ResidualBlock,
+    ResidualBranch,
+    discover,
+)
+from stochastic_depth.discovery.example import Example, example_for
+from stochastic_depth.discovery.watch import record
+from stochastic_depth.errors import ExampleInputsError, NoResidualBlocksError
+
+__all__ = [
+    "Discovery",
+    "ResidualBlock",
+    "ResidualBranch",
+    "find_residual_blocks",
+    "none_found",
+    "plain_model",
+    "watch",
+]
+
+
+def find_residual_blocks(
+    model: nn.Module,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[ResidualBlock, ...]:
+    """Watch one forward and find every residual block; the model is left as it was.
+
+    Branches that are affine as a whole (position encodings such as `x + dwconv(x)`) are left out.
+
+    Args:
+        model: Any module; wrapped by DistributedDataParallel or compiled: unwrapped.
+        example_inputs: What to call it with: a tensor, a tuple (positional) or a dict (keywords).
+            None: the model's own example, which timm's and transformers' models carry.
+        example_kwargs: More keyword arguments.
+
+    Returns:
+        The blocks in forward order, each with `.name` and `.branches`; each branch with `.name`
+        and `.modules`.
+
+    Raises:
+        NoResidualBlocksError: There is none.
+        ExampleInputsError: The forward failed, or there is no example.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> class Residual(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.norm, self.linear = nn.LayerNorm(8), nn.Linear(8, 8)
+        ...
+        ...     def forward(self, x):
+        ...         return x + self.linear(self.norm(x))
+        >>> model = nn.Sequential(nn.Linear(4, 8), Residual(), Residual())
+        >>> [block.name for block in find_residual_blocks(model, torch.randn(2, 4))]
+        ['1', '2']
+    """
+    model = plain_model(model)
+    found, _ = watch(model, example_inputs, example_kwargs)
+    blocks = tuple(block for block in found.blocks if not block.affine)
+    if not blocks:
+        raise none_found(model, found)
+    return blocks
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """The model inside of DistributedDataParallel or `torch.compile`."""
+    while True:
+        inner = model._modules.get("_orig_mod")
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def watch(
+    model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None
+) -> tuple[Discovery, Example]:
+    """One watched forward, what was found in it, and the example that was used."""
+    example = example_for(model, example_inputs, example_kwargs)
+    own = " (the example that it carries)" if example_inputs is None else ""
+    try:
+        recording = record(model, *example)
+    except Exception as error:
+        raise ExampleInputsError(
+            f"the forward of {type(model).__name__} failed on its example inputs{own}: "
+            f"{type(error).__name__}: {error}",
+            expected="an example that the model takes",
+            instead="pass example_inputs=... (a tensor, a tuple or a dict) as for training, on the "
+            "model's device",
+        ) from error
+    found = discover(recording, model)
+    return found, example
+
+
+def none_found(model: nn.Module, found: Discovery) -> NoResidualBlocksError:
+    """The error for a model without a block to gate."""
+    affine = [block.name for block in found.blocks]
+    but = f" but for affine ones ({', '.join(affine[:4])})" if affine else ""
+    return NoResidualBlocksError(
+        f"{type(model).__name__} has no residual block{but}: no addition in its forward joins a "
+        "value with a branch of modules computed from it",
+        expected="a model with skip connections, y = x + branch(x)",
+        instead=f"name them, blocks={affine[:4]}, to gate them all the same"
+        if affine
+        else "train it as it is; stochastic depth needs a skip connection to fall back on "
+        "(concatenation, as in DenseNet, is none)",
+    )

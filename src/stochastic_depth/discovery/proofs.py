@@ -1,0 +1,128 @@
+"""What a second watch, with the gates closed, proves about a block.
+
+That every branch is exactly zero at its sum; and whether the block as a whole then returns its
+input, so that a dropped block need not run at all.
+"""
+
+from __future__ import annotations
+
+from stochastic_depth.discovery.blocks import Discovery, ResidualBlock
+from stochastic_depth.discovery.operations import ADDITIONS, MAX_POOLS, MOVES, RELUS, VIEWS
+from stochastic_depth.discovery.recording import Call, Recording
+from stochastic_depth.discovery.templates import Constant, Given, Template
+
+
+def branch_not_closed(found: Discovery, block: ResidualBlock, closed: Recording) -> str | None:
+    """The name of a branch that is not zero at its sum although it was dropped, or None."""
+    for group in found.groups[block.name]:
+        for branch, addition in zip(block.branches, group.additions, strict=True):
+            node = _same_sum(found.recording, addition.node, closed)
+            if node is None or addition.operand not in closed.nodes[node].zero:
+                return branch.name
+    return None
+
+
+def skip_value(found: Discovery, block: ResidualBlock, closed: Recording) -> Template | None:
+    """What the dropped block returns, built from its arguments; None where it has to run."""
+    if [b.container for b in found.blocks].count(block.container) > 1:
+        return None
+    templates: list[Template | None] = []
+    for group in found.groups[block.name]:
+        twin = _same_call(found.recording, group.container, closed)
+        if twin is None or _changed_later(found.recording, group.container):
+            return None
+        templates.append(
+            _skip_value(closed, twin, from_relu=_from_relu(found.recording, group.container))
+        )
+    return templates[0] if all(t == templates[0] for t in templates) else None
+
+
+def _same_call(recording: Recording, call: Call, other: Recording) -> Call | None:
+    """The call of the same module, the n-th in both."""
+    mine = [c.index for c in recording.calls if c.module == call.module]
+    theirs = [c for c in other.calls if c.module == call.module]
+    position = mine.index(call.index)
+    return theirs[position] if position < len(theirs) else None
+
+
+def _same_sum(recording: Recording, node: int, other: Recording) -> int | None:
+    """The addition at the same place: the n-th in the forward of the same call."""
+    call = recording.calls[recording.nodes[node].call]
+    twin = _same_call(recording, call, other)
+    if twin is None:
+        return None
+    theirs = _own_additions(other, twin)
+    position = _own_additions(recording, call).index(node)
+    return theirs[position] if position < len(theirs) else None
+
+
+def _own_additions(recording: Recording, call: Call) -> list[int]:
+    return [
+        node.index
+        for node in recording.nodes[call.start : call.end]
+        if node.call == call.index and node.op in ADDITIONS
+    ]
+
+
+def _skip_value(closed: Recording, call: Call, from_relu: frozenset[object]) -> Template | None:
+    """The output of a closed call in terms of its arguments, if nothing else goes into it."""
+    if call.template is None or any(
+        node.meets_parameter for node in closed.nodes[call.start : call.end]
+    ):
+        return None
+    leaves: list[Given | Constant] = []
+    for number, leaf in enumerate(call.template.leaves):
+        node = call.outputs[number]
+        if node is None or isinstance(leaf, Given):
+            if not isinstance(leaf, Given | Constant):
+                return None
+            leaves.append(leaf)
+            continue
+        sources = [
+            place
+            for place, given in call.arguments.items()
+            if place in call.unchanged[number]
+            and _leads_back(closed, node, given, over_relu=place in from_relu)
+        ]
+        if not sources:
+            return None
+        leaves.append(Given(sources[0]))
+    skips = any(isinstance(leaf, Given) for leaf in leaves)
+    return Template(tuple(leaves), call.template.spec) if skips else None
+
+
+def _leads_back(closed: Recording, node: int, given: int, *, over_relu: bool) -> bool:
+    """Whether only moves, additions of zeros and (over a ReLU's output) ReLUs lie between."""
+    while node != given:
+        made = closed.nodes[node]
+        if made.op in ADDITIONS and len(made.inputs) == 2 and len(made.zero) == 1:
+            node = made.inputs[1 - next(iter(made.zero))]
+        elif (made.op in MOVES or (over_relu and made.op in RELUS)) and made.inputs:
+            node = made.inputs[0]
+        else:
+            return False
+    return True
+
+
+def _from_relu(recording: Recording, call: Call) -> frozenset[object]:
+    """The arguments of a call that come out of a ReLU, or out of a max-pool of one."""
+    found = set()
+    for place, node in call.arguments.items():
+        while (made := recording.nodes[node]).op in MOVES | MAX_POOLS and made.inputs:
+            node = made.inputs[0]
+        if made.op in RELUS:
+            found.add(place)
+    return frozenset(found)
+
+
+def _changed_later(recording: Recording, call: Call) -> bool:
+    """Whether the output of the call is changed in place after it returned."""
+    outputs = set(call.outputs)
+    for node in recording.nodes[call.end :]:
+        for target in node.overwrites:
+            base = target
+            while base not in outputs and recording.nodes[base].op in VIEWS:
+                base = recording.nodes[base].inputs[0]
+            if base in outputs:
+                return True
+    return False

@@ -1,0 +1,143 @@
+"""How the output of a module call is built: what it hands through and the shapes of what it makes.
+
+A dropped module hands out a stand-in that is made from such a template.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stochastic_depth.torch_private import TreeSpec, tree_flatten, tree_unflatten
+
+Place = int | str  # where an argument stands in a call: its position or its keyword
+
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """An output that is an argument handed through."""
+
+    place: Place
+
+    def find(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], positional: tuple[str, ...]
+    ) -> Any:
+        """The argument, also where it is passed by keyword this time, or by position."""
+        place = self.place
+        if isinstance(place, int) and place >= len(args):
+            place = positional[place]
+        elif isinstance(place, str) and place not in kwargs:
+            place = positional.index(place)
+        return args[place] if isinstance(place, int) else kwargs[place]
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A tensor that the call makes."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def new(self, *, zeros: bool) -> Tensor:
+        out = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+        # Memory that nobody reads need not be filled; integers may be used as indices.
+        return out.zero_() if zeros or not self.dtype.is_floating_point else out
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A plain value: None, a number, a string."""
+
+    value: object
+
+
+@dataclass(frozen=True, slots=True)
+class Opaque:
+    """Something that cannot be made without running the module."""
+
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """The leaves of an output and the structure around them."""
+
+    leaves: tuple[Given | Made | Constant | Opaque, ...]
+    spec: TreeSpec
+
+    def opaque(self) -> str | None:
+        """The name of a type in the output for which nothing can stand in."""
+        return next((leaf.kind for leaf in self.leaves if isinstance(leaf, Opaque)), None)
+
+    def build(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        zeros: frozenset[int] = frozenset(),
+        positional: tuple[str, ...] = (),
+    ) -> Any:
+        """An output of that form; the leaves numbered in `zeros` are fresh zeros.
+
+        Args:
+            args: The positional arguments of the call that is stood in for.
+            kwargs: Its keyword arguments.
+            zeros: Numbers of leaves; the others' values are arbitrary.
+            positional: The names of the parameters of the module's forward.
+        """
+        leaves: list[Any] = []
+        for number, leaf in enumerate(self.leaves):
+            if isinstance(leaf, Given):
+                given = leaf.find(args, kwargs, positional)
+                leaves.append(torch.zeros_like(given) if number in zeros else given)
+            elif isinstance(leaf, Made):
+                leaves.append(leaf.new(zeros=number in zeros))
+            elif isinstance(leaf, Constant):
+                leaves.append(leaf.value)
+            else:
+                raise AssertionError(f"nothing stands in for a {leaf.kind}")
+        return tree_unflatten(leaves, self.spec)
+
+
+def describe(output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Template:
+    """The template of an output that was made from these arguments."""
+    places: dict[int, Place] = {id(argument): place for place, argument in enumerate(args)}
+    places |= {id(argument): name for name, argument in kwargs.items()}
+    leaves, spec = tree_flatten(output)
+
+    def leaf(value: Any) -> Given | Made | Constant | Opaque:
+        if isinstance(value, _PLAIN):
+            return Constant(value)
+        if id(value) in places:
+            return Given(places[id(value)])
+        if isinstance(value, Tensor) and value.layout == torch.strided:
+            return Made(value.shape, value.stride(), value.dtype, value.device)
+        return Opaque(type(value).__name__)
+
+    return Template(tuple(leaf(value) for value in leaves), spec)
+
+
+def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ...]:
+    """What the shapes of a module's output may depend on, hashable."""
+    leaves, spec = tree_flatten((args, kwargs))
+    described = tuple(_describe_argument(leaf) for leaf in leaves)
+    kinds = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
+    autocast = tuple(
+        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        for kind in sorted(kinds)
+    )
+    return (*described, autocast, str(spec))
+
+
+def _describe_argument(leaf: object) -> object:
+    if isinstance(leaf, Tensor):
+        strided = leaf.layout == torch.strided
+        return (leaf.shape, leaf.stride() if strided else None, leaf.dtype, leaf.device)
+    return (type(leaf), leaf) if isinstance(leaf, _PLAIN) else type(leaf)

@@ -1,0 +1,72 @@
+"""The way out with the scale kept: survival probabilities go into the weights of the branches.
+
+The last operation of each branch that is affine in its own parameters takes the factor, so the
+plain model computes in eval mode what the gated one does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from stochastic_depth.errors import RefusedBlockError
+from stochastic_depth.plan import Plan
+
+
+def fold_factors(plan: Plan) -> dict[str, float]:
+    """For each parameter (by name in the model that was watched), what it is multiplied by.
+
+    Raises:
+        RefusedBlockError: A branch has no parameter that could take its factor.
+    """
+    factors: dict[str, float] = {}
+    for number, block in enumerate(plan.blocks):
+        decision = plan.settled(number, training=False, forced={})
+        for branch, factor in zip(block.branches, decision.factors, strict=True):
+            if factor == 1.0:
+                continue
+            if branch.fold.obstacle is not None:
+                raise RefusedBlockError(
+                    f'the inference scale of "{branch.name}" cannot be folded: '
+                    f"{branch.fold.obstacle}",
+                    expected="a branch that ends in an operation affine in parameters of its own",
+                    instead='train with scale="train", which needs no scale in inference; or keep '
+                    "the gated model for inference",
+                )
+            for name in branch.fold.parameters:
+                # A shared layer meets its parameter in several calls, with one rate.
+                factors[name] = factors.get(name, 1.0) * factor
+    return factors
+
+
+def fold_into(model: nn.Module, factors: dict[str, float]) -> None:
+    """Multiply the parameters in place; nothing is written unless all results are finite."""
+    parameters = {name: model.get_parameter(name) for name in factors}
+    with torch.no_grad():
+        scaled = {name: parameters[name] * factor for name, factor in factors.items()}
+        _check_finite(scaled)
+        for name, value in scaled.items():
+            parameters[name].copy_(value)
+
+
+def folded(model: nn.Module, factors: dict[str, float]) -> dict[str, Tensor]:
+    """The state dict of the folded model; the model itself is left alone."""
+    by_identity = {id(model.get_parameter(name)): factor for name, factor in factors.items()}
+    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    scaled = {
+        key: (value.detach() * by_identity[id(value)] if id(value) in by_identity else value)
+        for key, value in state.items()
+    }
+    tensors = {key: value.detach() for key, value in scaled.items()}
+    _check_finite({key: tensors[key] for key, value in state.items() if id(value) in by_identity})
+    return tensors
+
+
+def _check_finite(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise RefusedBlockError(
+                f'"{name}" holds values that are not finite, before or after folding',
+                expected="finite weights",
+                instead="fold a checkpoint from before the training diverged",
+            )

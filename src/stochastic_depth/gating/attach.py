@@ -1,0 +1,109 @@
+"""From found blocks to gates: which modules are gated, in which roles; and out again."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+
+from stochastic_depth.discovery.blocks import Discovery
+from stochastic_depth.discovery.branches import member_calls
+from stochastic_depth.discovery.grouping import Group
+from stochastic_depth.discovery.recording import Call, Recording
+from stochastic_depth.discovery.templates import Template
+from stochastic_depth.gating.gate import Gate, Role
+from stochastic_depth.gating.swap import gate_of, swap_in, swap_out
+from stochastic_depth.plan import Plan
+
+
+def attach(model: nn.Module, found: Discovery, plan: Plan, whole: Mapping[str, Template]) -> None:
+    """Gate the plan's blocks.
+
+    Args:
+        model: The model that was watched.
+        found: What was found in it.
+        plan: The blocks to gate.
+        whole: What the blocks return that are skipped as a whole, by name. Of their modules only
+            those are gated that multiply the branch.
+    """
+    gates: dict[str, Gate] = {}
+    containers: dict[str, list[int]] = {}
+    for number, block in enumerate(plan.blocks):
+        containers.setdefault(block.container, []).append(number)
+    for container, numbers in containers.items():
+        gate = gates.setdefault(container, Gate(plan, container))
+        gate.blocks = tuple(numbers)
+        gate.whole = whole.get(plan.blocks[numbers[0]].name)
+        gate.positional = _positional(model.get_submodule(container))
+        groups = [found.groups[plan.blocks[number].name][0] for number in numbers]
+        roles = _roles(found.recording, plan, dict(zip(numbers, groups, strict=True)), whole)
+        gate.expected = sum(map(len, roles.values()))
+        for name, found_roles in roles.items():
+            gates.setdefault(name, Gate(plan, name)).roles[container] = found_roles
+    for name, gate in gates.items():
+        if gate.roles:
+            _describe_calls(found.recording, gate)
+        swap_in(model.get_submodule(name), gate)
+
+
+def detach(model: nn.Module, plan: Plan) -> None:
+    """Undo `attach`: every gated module gets its class back."""
+    for _, module, gate in gated_modules(model):
+        if gate.plan is plan:
+            swap_out(module)
+
+
+def gated_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Gate]]:
+    """All gated modules with their names and gates."""
+    for name, module in model.named_modules():
+        gate = gate_of(module)
+        if gate is not None:
+            yield name, module, gate
+
+
+def _positional(module: nn.Module) -> tuple[str, ...]:
+    return tuple(inspect.signature(module.forward).parameters)
+
+
+def _roles(
+    recording: Recording, plan: Plan, groups: Mapping[int, Group], whole: Mapping[str, Template]
+) -> dict[str, tuple[Role | None, ...]]:
+    """For each module to gate in a container: what its first, second, ... call in it is.
+
+    Calls inside of a gated member do not count: where the member is dropped they do not happen.
+    """
+    wanted: dict[int, Role] = {}
+    for number, group in groups.items():
+        block = plan.blocks[number]
+        for position, branch in enumerate(block.branches):
+            scaled = dict(branch.scaled)
+            calls = member_calls(recording, group.additions[position], group.container)
+            for place, call in enumerate(calls):
+                if block.name in whole and (place not in scaled or plan.scale == "none"):
+                    continue
+                wanted[call.index] = Role(number, position, scaled.get(place, frozenset()))
+    names = {recording.calls[index].module for index in wanted}
+    roles: dict[str, list[Role | None]] = {}
+
+    def visit(call: Call) -> None:
+        for child in recording.children.get(call.index, ()):
+            if child.module in names:
+                roles.setdefault(child.module, []).append(wanted.get(child.index))
+            if child.index not in wanted:
+                visit(child)
+
+    visit(next(iter(groups.values())).container)
+    return {name: tuple(found) for name, found in roles.items()}
+
+
+def _describe_calls(recording: Recording, gate: Gate) -> None:
+    """What is known about the member's calls from the watch: output shapes, other callers."""
+    for call in recording.calls:
+        if call.module != gate.name:
+            continue
+        around = {outer.module for outer in recording.enclosing(call.parent)}
+        if around.isdisjoint(gate.roles):
+            gate.used_elsewhere = True
+        elif call.template is not None:
+            gate.templates[call.signature] = call.template

@@ -1,0 +1,217 @@
+"""What a gated module does when it is called.
+
+A *container* is the module whose call decides about a block; a *member* is a module of one of its
+branches. A container that drops the whole block returns its skip value. Otherwise it runs, and
+its members look up what was decided: they run, run and multiply, or hand out a stand-in. The
+decision belongs to the call (a `Passage`), not to the module: threads do not disturb each other.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from stochastic_depth import distributed
+from stochastic_depth.discovery.templates import Template
+from stochastic_depth.errors import ChangedModelError
+from stochastic_depth.gating.recomputation import note, recall, remembered
+from stochastic_depth.gating.stand_in import stand_in
+from stochastic_depth.plan import Decision, Plan
+from stochastic_depth.torch_private import tree_flatten, tree_unflatten
+
+Original = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What one call of a member is in its container: a part of which branch."""
+
+    block: int
+    branch: int
+    scaled: frozenset[int]  # the leaves of its output to multiply, the branch's value
+
+
+@dataclass(eq=False)
+class Gate:
+    """What is known about one gated module. It may be a container, a member, or both."""
+
+    plan: Plan
+    name: str
+    blocks: tuple[int, ...] = ()  # a container's: the blocks that its call decides about
+    whole: Template | None = None  # a container's: what it returns when all of it is dropped
+    positional: tuple[str, ...] = ()  # a container's: names of its forward's parameters
+    expected: int = 0  # a container's: how many calls of its members one call of it makes
+    roles: dict[str, tuple[Role | None, ...]] = field(default_factory=dict)
+    """A member's: for each container, what its first, second, ... call in it is."""
+    templates: dict[tuple[object, ...], Template] = field(default_factory=dict)
+    used_elsewhere: bool = False  # a member's: is called outside of its containers, too
+
+
+@dataclass(slots=True, eq=False)
+class Passage:
+    """One call of a container."""
+
+    gate: Gate
+    decisions: dict[int, Decision]
+    training: bool
+    path: tuple[int, ...] = ()  # its call number, behind those of the calls around it
+    counts: dict[str, int] = field(default_factory=dict)  # calls of each member so far
+    calls: dict[str, int] = field(default_factory=dict)  # calls of the containers inside
+    visits: int = 0
+    inside_member: bool = False
+
+
+class _Stack(threading.local):
+    """The passages that are under way in this thread, outermost first."""
+
+    def __init__(self) -> None:
+        self.passages: list[Passage] = []
+        self.open_all = False  # while the shapes of an output are looked up
+
+
+_running = _Stack()
+
+
+def call(gate: Gate, module: nn.Module, original: Original, args: Any, kwargs: Any) -> Any:
+    """Call a gated module; `original` is the `__call__` of its own class."""
+    if _running.open_all:
+        return original(module, *args, **kwargs)
+    if gate.roles:
+        found = _role(gate)
+        if found is not None:
+            return _call_member(gate, *found, module, original, args, kwargs)
+    return _call_container(gate, module, original, args, kwargs)
+
+
+def _call_container(
+    gate: Gate, module: nn.Module, original: Original, args: Any, kwargs: Any
+) -> Any:
+    if not gate.blocks:
+        return original(module, *args, **kwargs)
+    if module.training:
+        distributed.refuse(gate.name, module)
+    passage = _decide(gate, training=module.training)
+    if gate.whole is not None and not any(passage.decisions[gate.blocks[0]].kept):
+        return gate.whole.build(args, kwargs, positional=gate.positional)
+    _running.passages.append(passage)
+    try:
+        output = original(module, *args, **kwargs)
+    finally:
+        _running.passages.pop()
+    if passage.visits != gate.expected:
+        raise _changed(gate, f"{passage.visits} calls of gated modules were made in its forward")
+    return output
+
+
+def _decide(gate: Gate, *, training: bool) -> Passage:
+    """A new passage: drawn, settled without a draw, or that of the forward recomputed."""
+    plan = gate.plan
+
+    def make() -> tuple[dict[int, Decision], tuple[int, ...]]:
+        if not training or plan.disabled or plan.forced is not None:
+            forced = None if plan.disabled else plan.forced
+            return {
+                block: plan.settled(block, training=training, forced=forced)
+                for block in gate.blocks
+            }, ()
+        around = next((p for p in reversed(_running.passages) if p.gate.plan is plan), None)
+        number = plan.next_call(gate.name, around.calls if around and around.path else None)
+        path = (*(around.path if around else ()), number)
+        return {block: plan.drawn(block, path) for block in gate.blocks}, path
+
+    decisions, path = remembered(
+        gate, make, may_recompute=training, one_per_step=plan.draw.redraw == "step"
+    )
+    return Passage(gate, decisions, training, path)
+
+
+def _role(gate: Gate) -> tuple[Passage, Role] | None:
+    """What this call of a member is; None where it has nothing to do with a gate."""
+    for passage in reversed(_running.passages):
+        roles = gate.roles.get(passage.gate.name)
+        if roles is None or passage.gate.plan is not gate.plan:
+            continue
+        if passage.inside_member:
+            return None
+        position = passage.counts.get(gate.name, 0)
+        if position >= len(roles):
+            raise _changed(passage.gate, f'"{gate.name}" is called {position + 1} times in it')
+        passage.counts[gate.name] = position + 1
+        passage.visits += 1
+        role = roles[position]
+        if role is None:
+            return None
+        if passage.training:
+            note(gate, (passage.decisions, role))
+        return passage, role
+    recalled = recall(gate)
+    if recalled is not None:
+        decisions, role = recalled
+        return Passage(gate, decisions, training=True), role
+    if gate.used_elsewhere:
+        return None
+    container = next(iter(gate.roles))
+    raise ChangedModelError(
+        f'"{gate.name}" is called outside of a call of "{container}", whose branch it belongs to',
+        expected=f'"{container}" to be called as a module: {container}(x), not .forward(x)',
+        instead="call the block itself; or, to use its parts, call depth.remove() or depth.fold()",
+    )
+
+
+def _call_member(
+    gate: Gate,
+    passage: Passage,
+    role: Role,
+    module: nn.Module,
+    original: Original,
+    args: Any,
+    kwargs: Any,
+) -> Any:
+    decision = passage.decisions[role.block]
+    if not decision.kept[role.branch]:
+        with _all_open():
+            return stand_in(gate, module, args, kwargs, zeros=role.scaled)
+    was_inside, passage.inside_member = passage.inside_member, True
+    if recomputed := passage not in _running.passages:
+        _running.passages.append(passage)
+    try:
+        output = _call_container(gate, module, original, args, kwargs)
+    finally:
+        passage.inside_member = was_inside
+        if recomputed:
+            _running.passages.pop()
+    factor = decision.factors[role.branch]
+    return _multiplied(output, role.scaled, factor) if role.scaled and factor != 1.0 else output
+
+
+@contextmanager
+def _all_open() -> Iterator[None]:
+    """Gated modules run as plain ones: nothing is drawn or counted."""
+    _running.open_all = True
+    try:
+        yield
+    finally:
+        _running.open_all = False
+
+
+def _multiplied(output: Any, numbers: frozenset[int], factor: float) -> Any:
+    if isinstance(output, Tensor):
+        return output * factor
+    leaves, spec = tree_flatten(output)
+    for number in numbers:
+        leaves[number] = leaves[number] * factor
+    return tree_unflatten(leaves, spec)
+
+
+def _changed(gate: Gate, what: str) -> ChangedModelError:
+    return ChangedModelError(
+        f'"{gate.name}" does not run as it did when it was watched: {what}',
+        expected=f"{gate.expected} calls, as in the watched forward",
+        instead="change the model first (convert_sync_batchnorm, quantisation, new heads) and "
+        "apply stochastic depth afterwards; or depth.remove(), change, apply again",
+    )

@@ -1,0 +1,124 @@
+"""Activation checkpointing: a recomputed call sees what its forward decided, and counts for nothing.
+
+A non-reentrant checkpoint leaves a frame that forward and recomputation share: decisions are
+written on every frame that is open in the forward, and read from the innermost frame that is
+recomputed. A reentrant checkpoint leaves no trace; there the decision of the one forward that is
+outstanding is taken, and where there are several, nobody can know.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from stochastic_depth.errors import RecomputationError
+from stochastic_depth.torch_private import backward_is_running, checkpoint_frames
+
+T = TypeVar("T")
+
+_outstanding: weakref.WeakKeyDictionary[Any, Outstanding] = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class Outstanding:
+    """What was decided in forwards without gradients that may be recomputed later."""
+
+    value: Any
+    count: int = 1
+    replayed: bool = False
+
+
+def remembered(gate: Any, make: Callable[[], T], *, may_recompute: bool, one_per_step: bool) -> T:
+    """`make()` in a forward; in a recomputation what it gave in the forward that is recomputed.
+
+    Args:
+        gate: Whose decision it is (compared by identity).
+        make: Decides; counts as a call.
+        may_recompute: Whether a call without gradients may be the forward of a reentrant
+            checkpoint: a training call.
+        one_per_step: All calls of a step decide the same, so any of them will do.
+
+    Raises:
+        RecomputationError: Several forwards through a reentrant checkpoint wait for their
+            backward.
+    """
+    forward_frames, recomputed = checkpoint_frames()
+    if recomputed is not None:
+        value = _replay(gate, *recomputed)
+    elif backward_is_running() and gate in _outstanding:
+        value = _the_outstanding(gate, one_per_step=one_per_step)
+    else:
+        value = make()
+        if may_recompute and not torch.is_grad_enabled():
+            _note(gate, value)
+    for frame in forward_frames:
+        _log(frame).setdefault(gate, []).append(value)
+    return value
+
+
+def recall(gate: Any) -> Any | None:
+    """What was decided for a gate whose container is not running: that is, in a recomputation."""
+    forward_frames, recomputed = checkpoint_frames()
+    if recomputed is not None and gate in _log(recomputed[0]):
+        value = _replay(gate, *recomputed)
+    elif backward_is_running() and gate in _outstanding:
+        value = _the_outstanding(gate, one_per_step=False)
+    else:
+        return None
+    for frame in forward_frames:
+        _log(frame).setdefault(gate, []).append(value)
+    return value
+
+
+def note(gate: Any, value: Any) -> None:
+    """Write a decision down for a recomputation that starts inside of the container."""
+    for frame in checkpoint_frames()[0]:
+        _log(frame).setdefault(gate, []).append(value)
+    if not torch.is_grad_enabled() and not backward_is_running():
+        _note(gate, value)
+
+
+def _log(frame: Any) -> dict[Any, list[Any]]:
+    """The decisions on a frame; they live as long as the frame does."""
+    log: dict[Any, list[Any]] = frame.__dict__.setdefault("_stochastic_depth", {})
+    return log
+
+
+def _replay(gate: Any, frame: Any, cursor: dict[Any, int]) -> Any:
+    position = cursor.get(gate, 0)
+    decided = _log(frame).get(gate, [])
+    if position >= len(decided):
+        raise RecomputationError(
+            f"{gate.name} is called in a recomputation more often ({position + 1}) than in the "
+            f"forward that is recomputed ({len(decided)})",
+            expected="a recomputation that repeats its forward",
+            instead="look for control flow in the checkpointed function that depends on state",
+        )
+    cursor[gate] = position + 1
+    return decided[position]
+
+
+def _note(gate: Any, value: Any) -> None:
+    known = _outstanding.get(gate)
+    if known is None or known.replayed:
+        _outstanding[gate] = Outstanding(value)
+    else:
+        known.value, known.count = value, known.count + 1
+
+
+def _the_outstanding(gate: Any, *, one_per_step: bool) -> Any:
+    known = _outstanding[gate]
+    if known.count > 1 and not one_per_step:
+        raise RecomputationError(
+            f"{gate.name} is recomputed by a reentrant checkpoint while {known.count} forwards "
+            "through it wait for their backward; which of them this is cannot be known",
+            expected="one forward for each backward",
+            instead="use torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or "
+            'sd.Draw(redraw="step"), where all forwards of a step drop the same blocks',
+        )
+    known.replayed = True
+    return known.value

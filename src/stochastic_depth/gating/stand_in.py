@@ -1,0 +1,59 @@
+"""What the modules of a dropped branch hand out: new tensors of the shapes that they would make.
+
+The shapes for the watched inputs are known. For inputs of other shapes the module is run once
+without values (under fake tensors), which takes some milliseconds, and the result is kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from stochastic_depth.discovery.templates import Template, describe, signature
+from stochastic_depth.errors import ChangedModelError
+from stochastic_depth.torch_private import fake_mode, tree_map, without_modes
+
+_KEPT = 1024  # shapes; beyond that the oldest are forgotten
+
+
+class HasTemplates(Protocol):
+    """A gate, as far as this file is concerned."""
+
+    name: str
+    templates: dict[tuple[object, ...], Template]
+
+
+def stand_in(
+    gate: HasTemplates, module: nn.Module, args: Any, kwargs: Any, *, zeros: frozenset[int]
+) -> Any:
+    """An output of the module's shapes; the leaves numbered in `zeros` are zeros."""
+    key = signature(args, kwargs)
+    template = gate.templates.get(key)
+    if template is None:
+        template = _look_up(gate.name, module, args, kwargs)
+        if len(gate.templates) >= _KEPT:
+            del gate.templates[next(iter(gate.templates))]
+        gate.templates[key] = template
+    return template.build(args, kwargs, zeros=zeros)
+
+
+def _look_up(name: str, module: nn.Module, args: Any, kwargs: Any) -> Template:
+    with without_modes(), fake_mode() as mode, torch.no_grad():
+        fake_args, fake_kwargs = tree_map(
+            lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, torch.Tensor) else leaf,
+            (args, kwargs),
+        )
+        try:
+            output = module.forward(*fake_args, **fake_kwargs)
+        except Exception as error:
+            raise ChangedModelError(
+                f'the shapes that "{name}" hands out for an input of a new shape cannot be found: '
+                f"{error}",
+                expected="a module whose output shapes depend on input shapes alone",
+                instead="pass example_inputs of the shape that is trained with, or leave the block "
+                "out with blocks=",
+            ) from error
+        template = describe(output, fake_args, fake_kwargs)
+    return template

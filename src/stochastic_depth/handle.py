@@ -1,0 +1,252 @@
+"""The handle of a gated model: what `apply_stochastic_depth` returns."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from stochastic_depth import folding, state
+from stochastic_depth.errors import NotYetSupportedError, OptionError, SelectionError, nearest
+from stochastic_depth.gating.attach import detach, gated_modules
+from stochastic_depth.plan import Plan
+from stochastic_depth.table import table
+
+
+@dataclass(frozen=True)
+class GatedBranch:
+    """A branch and its rate at this step.
+
+    Attributes:
+        name: The block's name and the branch's number, `"blocks.3:0"`.
+        drop_rate: The chance that it is dropped now.
+    """
+
+    name: str
+    drop_rate: float
+
+    @property
+    def survival_probability(self) -> float:
+        """`1 - drop_rate`."""
+        return 1.0 - self.drop_rate
+
+
+@dataclass(frozen=True)
+class GatedBlock(GatedBranch):
+    """A block and its rate at this step; where branches are drawn on their own, their mean.
+
+    Attributes:
+        branches: Its branches, likewise.
+    """
+
+    branches: tuple[GatedBranch, ...]
+
+
+class StochasticDepth:
+    """The handle of a model with stochastic depth: look, step, save, force, and the ways out.
+
+    `apply_stochastic_depth` makes it, `get_stochastic_depth(model)` finds it again. It holds no
+    state of its own: that lies with the gates, and is copied and pickled with the model.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        self._model = model
+        self._plan = plan
+        plan.handle = weakref.ref(self)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that was watched."""
+        return self._model
+
+    @property
+    def blocks(self) -> tuple[GatedBlock, ...]:
+        """The gated blocks in forward order, with their rates at this step."""
+        found = []
+        for number, block in enumerate(self._plan.blocks):
+            rates = [self._plan.rate(number, unit) for unit in self._plan.units(number)]
+            each = rates * len(block.branches) if self._plan.unit == "block" else rates
+            branches = tuple(
+                GatedBranch(branch.name, rate)
+                for branch, rate in zip(block.branches, each, strict=True)
+            )
+            found.append(GatedBlock(block.name, sum(rates) / len(rates), branches))
+        return tuple(found)
+
+    @property
+    def last_gates(self) -> dict[str, bool]:
+        """Whether each gate was open in its last training call, by name of block or branch."""
+        return dict(self._plan.last_gates)
+
+    def follow(self, optimizer: Optimizer) -> Following:
+        """Advance at every `optimizer.step()`.
+
+        Args:
+            optimizer: Any optimizer; a wrapper that holds one as `.optimizer` is unwrapped. A
+                step that a GradScaler leaves out does not count.
+
+        Returns:
+            A handle whose `.remove()` ends it.
+
+        Raises:
+            OptionError: It follows an optimizer already, or this is none.
+        """
+        if self._plan.following is not None:
+            raise OptionError(
+                "follow() while an optimizer is followed already",
+                expected="one optimizer whose steps are counted",
+                instead="call .remove() on what the first follow() returned",
+            )
+        while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+            optimizer = inner
+        if not isinstance(optimizer, Optimizer):
+            raise OptionError(
+                f"follow() got a {type(optimizer).__name__}",
+                expected="a torch.optim.Optimizer",
+                instead="pass the optimizer, or call depth.step() after each of its steps",
+            )
+        plan = self._plan
+        hook = optimizer.register_step_post_hook(lambda optimizer, args, kwargs: plan.advance())
+        plan.following = Following(plan, hook)
+        return plan.following
+
+    def step(self) -> None:
+        """Advance by one optimizer step: call it after each, where nothing is followed.
+
+        Raises:
+            OptionError: An optimizer is followed, which would count every step twice.
+        """
+        if self._plan.following is not None:
+            raise OptionError(
+                "step() while an optimizer is followed",
+                expected="either follow(optimizer) or step(), not both",
+                instead="leave step() out",
+            )
+        self._plan.advance()
+
+    @contextmanager
+    def fixed(self, gates: Mapping[str, bool]) -> Iterator[None]:
+        """Force gates open (True) or closed (False), in train and eval, scaled as ever.
+
+        Args:
+            gates: By name; what is not listed stays open. With unit="branch" a block's name
+                stands for all its branches.
+
+        Raises:
+            SelectionError: A name that no gate has.
+        """
+        forced: dict[str, bool] = {}
+        units = {
+            block.name: self._plan.units(number) for number, block in enumerate(self._plan.blocks)
+        }
+        known = [*units, *(unit for names in units.values() for unit in names)]
+        for name, is_open in gates.items():
+            if name not in known:
+                raise SelectionError(
+                    f'fixed() got "{name}", which no gate is called',
+                    expected='the name of a block, or with unit="branch" of a branch',
+                    instead=nearest(name, known),
+                )
+            forced |= dict.fromkeys(units.get(name, (name,)), bool(is_open))
+        before, self._plan.forced = self._plan.forced, forced
+        try:
+            yield
+        finally:
+            self._plan.forced = before
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Every branch runs at its inference scale, in train mode too (`update_bn`)."""
+        before, self._plan.disabled = self._plan.disabled, True
+        try:
+            yield
+        finally:
+            self._plan.disabled = before
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it takes to continue the sequence of draws exactly; plain numbers and strings."""
+        return state.save(self._plan)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue where `state_dict()` was taken.
+
+        Raises:
+            StateMismatchError: It was taken with other blocks, rates or draws.
+        """
+        state.load(self._plan, state_dict)
+
+    def compile(
+        self, backend: str = "inductor", mode: str | None = None, options: Any = None
+    ) -> None:
+        """Compile block by block. Not yet supported.
+
+        Raises:
+            NotYetSupportedError: Always.
+        """
+        raise NotYetSupportedError(
+            f"depth.compile(backend={backend!r}) is not yet supported",
+            expected="an uncompiled model",
+            instead="train it eagerly",
+        )
+
+    def fold(self) -> nn.Module:
+        """Put the inference scale into the weights and take the gates out.
+
+        Returns:
+            The plain model, the same object: in eval mode it computes what the gated one did, to
+            rounding. With scale "train" or "none" no weight changes.
+
+        Raises:
+            RefusedBlockError: A branch has no weight that could take its scale, or shares it with
+                something outside; nothing is changed then.
+        """
+        folding.fold_into(self._model, folding.fold_factors(self._plan))
+        return self.remove()
+
+    def folded_state_dict(self) -> dict[str, Tensor]:
+        """The state dict of the folded model, for a checkpoint during training; the gates stay.
+
+        Raises:
+            RefusedBlockError: As `fold()`.
+        """
+        return folding.folded(self._model, folding.fold_factors(self._plan))
+
+    def remove(self) -> nn.Module:
+        """Take the gates out.
+
+        Returns:
+            The plain model, the same object, with its weights as they are: a model trained with
+            scale "eval" loses its inference scale; `fold()` keeps it.
+        """
+        detach(self._model, self._plan)
+        if self._plan.following is not None:
+            self._plan.following.remove()
+        return self._model
+
+    def __str__(self) -> str:
+        whole = {gate.name for _, _, gate in gated_modules(self._model) if gate.whole is not None}
+        names = {block.name for block in self._plan.blocks if block.container in whole}
+        return table(self._model, self._plan, frozenset(names))
+
+    def __repr__(self) -> str:
+        return (
+            f"<StochasticDepth of {type(self._model).__name__}: {len(self._plan.blocks)} blocks, "
+            f"step {self._plan.clock.step}>"
+        )
+
+
+class Following:
+    """An optimizer that is followed."""
+
+    def __init__(self, plan: Plan, hook: Any) -> None:
+        self._plan, self._hook = plan, hook
+
+    def remove(self) -> None:
+        """Follow it no longer."""
+        self._hook.remove()
+        self._plan.following = None

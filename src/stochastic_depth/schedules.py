@@ -1,0 +1,275 @@
+"""Step -> factor in [0, 1] on the drop rates. Pure functions, no torch.
+
+A schedule is any function of the optimizer step. Those made here can also be pickled, compared,
+multiplied with each other, and print as the call that made them.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from itertools import pairwise
+
+from stochastic_depth.arguments import as_number, spread
+from stochastic_depth.errors import OptionError
+
+ScheduleFunction = Callable[[int], float]
+
+
+@dataclass(frozen=True, repr=False)
+class Schedule(ABC):
+    """A factor on the drop rates for each optimizer step.
+
+    Example:
+        >>> linear_warmup(1000) * linear_decay(5000, start=4000)
+        linear_warmup(1000) * linear_decay(5000, start=4000)
+    """
+
+    @abstractmethod
+    def __call__(self, step: int) -> float:
+        """Returns the factor at this step."""
+
+    def __mul__(self, other: object) -> Schedule:
+        return _product(_factors(self) + _factors(other))
+
+    def __rmul__(self, other: object) -> Schedule:
+        return _product(_factors(other) + _factors(self))
+
+    def __repr__(self) -> str:
+        given = [(field, getattr(self, field.name)) for field in fields(self)]
+        arguments = [
+            repr(value) if field.default is MISSING else f"{field.name}={value!r}"
+            for field, value in given
+            if value != field.default
+        ]
+        return f"{type(self).__name__}({', '.join(arguments)})"
+
+
+@dataclass(frozen=True, repr=False)
+class constant(Schedule):
+    """The same factor at every step.
+
+    Example:
+        >>> constant(0.5)(123)
+        0.5
+    """
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        _set(self, "factor", _factor(self.factor, "constant(factor)"))
+
+    def __call__(self, step: int) -> float:
+        return self.factor
+
+
+@dataclass(frozen=True, repr=False)
+class linear_warmup(Schedule):
+    """Rises linearly from 0 at step 0 to 1 at step ``steps``, as Composer's ``drop_warmup`` does.
+
+    With ``steps=0`` it is 1 from the first step on.
+
+    Example:
+        >>> warmup = linear_warmup(1000)
+        >>> warmup(0), warmup(250), warmup(1000), warmup(9999)
+        (0.0, 0.25, 1.0, 1.0)
+    """
+
+    steps: float
+
+    def __post_init__(self) -> None:
+        _set(self, "steps", _step(self.steps, "linear_warmup(steps)"))
+
+    def __call__(self, step: int) -> float:
+        return 1.0 if step >= self.steps else max(step, 0) / self.steps
+
+
+@dataclass(frozen=True, repr=False)
+class linear_decay(Schedule):
+    """1 until step ``start``, then falls linearly to 0 at step ``steps``, and stays there.
+
+    Dropping early in the training alone counters underfitting, dropping late alone (a warmup)
+    counters overfitting (Liu et al. 2023, "Dropout reduces underfitting").
+
+    Example:
+        >>> decay = linear_decay(5000, start=1000)
+        >>> decay(1000), decay(2000), decay(5000), decay(9999)
+        (1.0, 0.75, 0.0, 0.0)
+    """
+
+    steps: float
+    start: float = 0
+
+    def __post_init__(self) -> None:
+        _set(self, "steps", _step(self.steps, "linear_decay(steps)"))
+        _set(self, "start", _step(self.start, "linear_decay(start)"))
+        if self.start > self.steps:
+            raise OptionError(
+                f"linear_decay starts at step {self.start} and reaches 0 at step {self.steps}",
+                expected="a start no later than the step at which it reaches 0",
+                instead=f"pass linear_decay({self.start}, start={self.steps}) if they are swapped",
+            )
+
+    def __call__(self, step: int) -> float:
+        if step >= self.steps:
+            return 0.0
+        return 1.0 if step <= self.start else (self.steps - step) / (self.steps - self.start)
+
+
+@dataclass(frozen=True, repr=False)
+class piecewise_linear(Schedule):
+    """Straight lines between points ``(step, factor)``, constant before the first, after the last.
+
+    Zipformer (icefall) schedules the rates of its branches so, one schedule per kind of branch.
+
+    Example:
+        >>> schedule = piecewise_linear([(1000, 1.0), (2000, 0.5), (4000, 0.0)])
+        >>> [schedule(step) for step in (0, 1500, 3000, 9999)]
+        [1.0, 0.75, 0.25, 0.0]
+    """
+
+    points: Iterable[tuple[float, float]]
+
+    def __post_init__(self) -> None:
+        points = tuple(
+            (_step(s, "a point's step"), _factor(f, "a point's factor")) for s, f in self.points
+        )
+        if not points or any(later <= earlier for (earlier, _), (later, _) in pairwise(points)):
+            raise OptionError(
+                f"piecewise_linear has the points {list(points)}",
+                expected="at least one (step, factor), with steps that rise from point to point",
+                instead="sort the points by step and keep one for each step",
+            )
+        _set(self, "points", points)
+
+    def __call__(self, step: int) -> float:
+        (start, factor), *rest = self.points
+        for stop, following in rest:
+            if step < stop:
+                share = max(step - start, 0) / (stop - start)
+                return factor + share * (following - factor)
+            start, factor = stop, following
+        return factor
+
+    def __repr__(self) -> str:
+        return f"piecewise_linear({list(self.points)})"
+
+
+@dataclass(frozen=True, repr=False)
+class _product(Schedule):
+    """What ``*`` makes of schedules, other functions of the step, and numbers."""
+
+    factors: tuple[ScheduleFunction, ...]
+
+    def __call__(self, step: int) -> float:
+        return math.prod(factor(step) for factor in self.factors)
+
+    def __repr__(self) -> str:
+        return " * ".join(map(repr, self.factors))
+
+
+@dataclass(frozen=True)
+class ResolvedSchedule:
+    """The factor of every block and branch at every step, checked as it is asked for."""
+
+    by_name: Mapping[str, ScheduleFunction]
+
+    def __call__(self, step: int, name: str) -> float:
+        """Returns the factor on the rate of this block or branch, 1 where it has no schedule."""
+        schedule = self.by_name.get(name)
+        if schedule is None:
+            return 1.0
+        value = schedule(step)
+        factor = as_number(value)
+        if factor is None or not 0 <= factor <= 1:
+            raise _not_a_factor(value, f'schedule {schedule!r} of "{name}" at step {step}')
+        return float(factor)
+
+
+def resolve_schedule(
+    schedule: ScheduleFunction | Mapping[str, ScheduleFunction] | None, names: Sequence[str]
+) -> ResolvedSchedule:
+    """Returns the factor as a function of the step and of a block's or branch's name.
+
+    Args:
+        schedule: One for all; or ``{name or glob: schedule}``, where later keys override earlier
+            ones and what no key matches keeps its full rate. A block's key holds for its branches
+            too, unless a key with a colon ("blocks.3:0", "*:1") names the branch itself.
+        names: The names of the blocks, and of branches ("blocks.3:0") where they draw on their own.
+
+    Raises:
+        OptionError: Something that is no schedule.
+        SelectionError: A key that matches nothing.
+
+    Example:
+        >>> names = ["blocks.0", "blocks.0:0", "blocks.0:1"]
+        >>> factor = resolve_schedule({"blocks.*": linear_warmup(100), "*:1": constant(1)}, names)
+        >>> factor(50, "blocks.0:0"), factor(50, "blocks.0:1")
+        (0.5, 1.0)
+    """
+    if schedule is None:
+        return ResolvedSchedule({})
+    if not isinstance(schedule, Mapping):
+        return ResolvedSchedule(dict.fromkeys(names, _checked(schedule, "schedule")))
+    blocks = list(dict.fromkeys(_block_of(name) for name in names))
+    branches = [name for name in names if ":" in name]
+    for_blocks: dict[str, ScheduleFunction] = {}
+    for_branches: dict[str, ScheduleFunction] = {}
+    for key, value in schedule.items():
+        # Without branches that draw on their own, a branch's key fails beside the blocks' names.
+        group = for_branches if branches and ":" in str(key) else for_blocks
+        group[key] = _checked(value, f"schedule[{key!r}]")
+    of_block = spread(for_blocks, blocks, argument="schedule")
+    inherited = {name: of_block[_block_of(name)] for name in names if _block_of(name) in of_block}
+    return ResolvedSchedule(inherited | spread(for_branches, branches, argument="schedule"))
+
+
+def _block_of(name: str) -> str:
+    return name.partition(":")[0]
+
+
+def _checked(schedule: object, source: str) -> ScheduleFunction:
+    if callable(schedule):
+        return schedule
+    raise OptionError(
+        f"{source} is {schedule!r}, of type {type(schedule).__name__}",
+        expected="a function of the optimizer step that returns a factor in [0, 1]",
+        instead="pass linear_warmup(steps), say, or constant(0.5) for a fixed factor",
+    )
+
+
+def _factors(schedule: object) -> tuple[ScheduleFunction, ...]:
+    if isinstance(schedule, _product):
+        return schedule.factors
+    return (schedule if callable(schedule) else constant(_factor(schedule, "a factor")),)
+
+
+def _step(value: object, source: str) -> float:
+    step = as_number(value)
+    if step is None or step < 0:
+        raise OptionError(
+            f"{source} is {value!r}, of type {type(value).__name__}",
+            expected="a finite number of optimizer steps, 0 or more",
+            instead="pass how many optimizer steps it takes, such as 0.1 * epochs * len(loader)",
+        )
+    return step
+
+
+def _factor(value: object, source: str) -> float:
+    factor = as_number(value)
+    if factor is None or not 0 <= factor <= 1:
+        raise _not_a_factor(value, source)
+    return factor
+
+
+def _not_a_factor(value: object, source: str) -> OptionError:
+    return OptionError(
+        f"{source} is {value!r}, of type {type(value).__name__}",
+        expected="a factor on the drop rate, from 0 to 1",
+        instead="give 1 for the full rate and 0 for none",
+    )
+
+
+_set = object.__setattr__  # how a frozen dataclass normalises its own fields in __post_init__

@@ -1,0 +1,73 @@
+"""Saving and resuming: the place in the sequence of draws, and what the sequence belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from stochastic_depth.errors import StateMismatchError
+from stochastic_depth.plan import Clock, Plan
+
+
+def save(plan: Plan) -> dict[str, Any]:
+    """The state as plain numbers, strings and dicts: `torch.load(weights_only=True)` takes it."""
+    current = plan.calls_in_step == plan.clock.step
+    return {
+        **_identity(plan),
+        "step": plan.clock.step,
+        "calls": dict(plan.calls) if current else {},
+    }
+
+
+def load(plan: Plan, state: Mapping[str, Any]) -> None:
+    """Set the plan to that place.
+
+    Raises:
+        StateMismatchError: The state was saved with other blocks, rates or draws.
+    """
+    differences = list(_differences(state, _identity(plan)))
+    if differences:
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise StateMismatchError(
+            f"the state differs from this model's stochastic depth: {'; '.join(differences[:3])}"
+            f"{more}",
+            expected="a state saved with the same blocks, rates and draws",
+            instead="apply stochastic depth with the options of the run that is resumed, or leave "
+            "load_state_dict() out to start a new sequence",
+        )
+    plan.clock, plan.owns_clock = Clock(int(state["step"])), True
+    plan.calls, plan.calls_in_step = dict(state["calls"]), int(state["step"])
+
+
+def _identity(plan: Plan) -> dict[str, Any]:
+    """What the sequence of draws, and what is done with them, depends on."""
+    return {
+        "seed": plan.draw.seed,
+        "sampling": plan.draw.sampling,
+        "across_ranks": plan.draw.across_ranks,
+        "redraw": plan.draw.redraw,
+        "unit": plan.unit,
+        "scale": plan.scale,
+        "drop_rates": {
+            block.name: rate for block, rate in zip(plan.blocks, plan.rates, strict=True)
+        },
+    }
+
+
+def _differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> Any:
+    for key, value in own.items():
+        if key not in saved:
+            yield f"it has no {key}"
+        elif key != "drop_rates" and saved[key] != value:
+            yield f"{key} {saved[key]!r} there, {value!r} here"
+    missing = [key for key in ("step", "calls") if key not in saved]
+    if missing:
+        yield f"it has no {missing[0]}"
+    rates, own_rates = dict(saved.get("drop_rates", {})), own["drop_rates"]
+    for name in {**rates, **own_rates}:
+        if name not in own_rates:
+            yield f'block "{name}" is gated there only'
+        elif name not in rates:
+            yield f'block "{name}" is gated here only'
+        elif rates[name] != own_rates[name]:
+            yield f'drop rate of "{name}" {rates[name]} there, {own_rates[name]} here'

@@ -1,0 +1,72 @@
+"""`print(depth)`: a table that says which blocks are gated, how often they drop, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from stochastic_depth.plan import Plan
+
+
+def table(model: nn.Module, plan: Plan, whole: frozenset[str]) -> str:
+    """A line for each block: name, class, rate, parameters, how it is skipped and why.
+
+    Args:
+        model: The gated model.
+        plan: What its gates share.
+        whole: The names of the blocks that are skipped as a whole.
+    """
+    rows = [("block", "class", "drop rate", "parameters", "when dropped")]
+    total = 0
+    for number, block in enumerate(plan.blocks):
+        modules = [
+            model.get_submodule(name)
+            for name in dict.fromkeys(m for branch in block.branches for m in branch.modules)
+        ]
+        size = sum(p.numel() for p in {p for module in modules for p in module.parameters()})
+        total += size
+        rates = [plan.rate(number, unit) for unit in plan.units(number)]
+        shown = ", ".join(dict.fromkeys(f"{rate:.4g}" for rate in rates))
+        rows.append((block.name, block.kind, shown, f"{size:,}", _how(plan, number, whole)))
+    head = (
+        f"Stochastic depth on {type(model).__name__}: {len(plan.blocks)} blocks, "
+        f'unit="{plan.unit}", scale="{plan.scale}", step {plan.clock.step}'
+    )
+    expected = sum(
+        plan.rate(number, unit) / len(plan.units(number))
+        for number in range(len(plan.blocks))
+        for unit in plan.units(number)
+    )
+    foot = (
+        f"{total:,} parameters in gated branches; "
+        f"{len(plan.blocks) - expected:.4g} of {len(plan.blocks)} blocks run on average"
+    )
+    return "\n".join([head, *_aligned(rows), foot])
+
+
+def _how(plan: Plan, number: int, whole: frozenset[str]) -> str:
+    block = plan.blocks[number]
+    notes = []
+    if block.name in whole:
+        how = "skipped whole: returns its input"
+        if plan.unit == "branch" and len(block.branches) > 1:
+            how = "each branch skipped; whole where all are dropped"
+    else:
+        how = "its branch skipped, its skip path runs"
+        in_line = sorted({p for branch in block.branches for p in branch.in_line_parameters})
+        if in_line:
+            notes.append(f"{', '.join(in_line)} may get zero gradients")
+    if plan.scale == "eval":
+        stuck = [branch.name for branch in block.branches if branch.fold.obstacle]
+        if stuck:
+            notes.append("cannot be folded")
+    return "; ".join([how, *notes])
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,133 @@
+"""The private names of torch that the library leans on, all of them, and what a lack of each means.
+
+==============================  ====================================  ============================
+name                            what for                              on a torch without it
+==============================  ====================================  ============================
+TorchDispatchMode               seeing every operation of a forward   import fails: no support
+pytree                          leaves of nested outputs              import fails: no support
+_disable_current_modes          keeping the shape look-up of a        the look-up is seen by the
+                                dropped module out of user's modes    user's own dispatch modes
+FakeTensorMode                  shapes of a dropped module's output   a new input shape at a
+                                for inputs of a new shape             closed gate raises
+_current_graph_task_id          "is a backward running?"              import fails: no support
+_top/_push/_pop_saved_          the checkpoint frame of a forward     import fails: no support
+tensors_default_hooks,          and of its recomputation
+_CheckpointFrame
+_active_ddp_module              "is this DistributedDataParallel?"    looked for by class only
+==============================  ====================================  ============================
+
+`tests/test_private_torch_names.py` fails loudly where one of them changed its meaning.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils.checkpoint import _CheckpointFrame
+
+__all__ = [
+    "TorchDispatchMode",
+    "TreeSpec",
+    "backward_is_running",
+    "checkpoint_frames",
+    "fake_mode",
+    "inside_ddp",
+    "inside_fsdp",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_unflatten",
+    "without_modes",
+]
+
+
+def without_modes() -> Any:
+    """A context in which no dispatch mode of the user's sees the operations."""
+    try:
+        from torch.utils._python_dispatch import _disable_current_modes
+    except ImportError:
+        return nullcontext()
+    return _disable_current_modes()
+
+
+def fake_mode() -> Any:
+    """A context in which tensors have shapes but no values; real tensors may be met."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def backward_is_running() -> bool:
+    """Whether autograd runs a backward pass in this thread just now."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def checkpoint_frames() -> tuple[list[Any], tuple[Any, dict[Any, int]] | None]:
+    """The non-reentrant checkpoint frames around this call.
+
+    Returns:
+        The frames whose forward runs; and the innermost one that is recomputed, with a dictionary
+        that lives as long as this recomputation does.
+    """
+    forward: list[Any] = []
+    recomputed: tuple[Any, dict[Any, int]] | None = None
+    for pack in _saved_tensor_hooks():
+        pack = getattr(pack, "_torchdynamo_orig_callable", pack)
+        cells = [cell.cell_contents for cell in getattr(pack, "__closure__", None) or ()]
+        for cell in cells:
+            if isinstance(cell, _CheckpointFrame):
+                forward.append(cell)
+            elif isinstance(cell, weakref.ref) and isinstance(cell(), _CheckpointFrame):
+                recomputed = recomputed or (
+                    cell(),
+                    pack.__dict__.setdefault("_stochastic_depth", {}),
+                )
+    return forward, recomputed
+
+
+def _saved_tensor_hooks() -> list[Any]:
+    """The pack hooks in force, innermost first.
+
+    Only the top of the stack can be read, so the ones below are read by lifting it off.
+    """
+    top: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)  # noqa: FBT003
+    if top is None:
+        return []
+    with _lifted(top):
+        return [top[0], *_saved_tensor_hooks()]
+
+
+@contextmanager
+def _lifted(hooks: tuple[Any, Any]) -> Iterator[None]:
+    torch._C._autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
+
+
+def inside_ddp() -> bool:
+    """Whether the forward of a DistributedDataParallel runs just now."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    return getattr(DistributedDataParallel, "_active_ddp_module", None) is not None
+
+
+def inside_fsdp(module: nn.Module) -> str:
+    """The name of the sharding wrapper that holds the module's parameters, or ""."""
+    for parameter in module.parameters():
+        if hasattr(parameter, "device_mesh"):
+            return "fully_shard"
+        if getattr(parameter, "_is_fsdp_flattened", False):
+            return "FullyShardedDataParallel"
+    for handle in module.modules():
+        if hasattr(handle, "_is_fsdp_managed_module"):
+            return "FullyShardedDataParallel"
+    return ""
