@@ -99,7 +99,7 @@ def apply_stochastic_depth(
         [0.4375, 0.5]
         >>> _ = model.train()(torch.randn(2, 4))
         >>> sum(depth.last_gates.values())  # blocks that ran
-        0
+        5
     """
     check_choice("unit=", unit, ("block", "branch"))
     check_choice("mode=", mode, ("batch", "sample"))

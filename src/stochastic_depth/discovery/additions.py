@@ -7,6 +7,7 @@ one operand is affine (or a norm of something affine) in such a value, the other
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from stochastic_depth.discovery.operations import (
@@ -33,6 +34,11 @@ class Addition:
     path: tuple[int, ...]  # the values of the branch, in order, root left out
     container: Call  # the innermost call that holds all of the branch and the sum
     affine: bool  # the branch as a whole is affine in x
+
+    def contains(self, other: Addition) -> bool:
+        """Whether the other sum is a value of this branch."""
+        position = bisect_left(self.path, other.node)
+        return position < len(self.path) and self.path[position] == other.node
 
 
 def residual_additions(recording: Recording) -> list[Addition]:

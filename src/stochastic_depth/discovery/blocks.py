@@ -8,7 +8,7 @@ from torch import nn
 
 from stochastic_depth.discovery.additions import Addition, residual_additions
 from stochastic_depth.discovery.branches import last_outputs, member_calls, side_effects
-from stochastic_depth.discovery.grouping import Group, contains, group
+from stochastic_depth.discovery.grouping import Group, group
 from stochastic_depth.discovery.recording import Call, Recording
 from stochastic_depth.discovery.scaling import (
     Fold,
@@ -72,14 +72,13 @@ def discover(recording: Recording, model: nn.Module) -> Discovery:
     additions = residual_additions(recording)
     groups: dict[str, list[Group]] = {}
     blocks: dict[str, ResidualBlock] = {}
-    consumers = recording.consumers()
+    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     for affine in (False, True):
         kept = [addition for addition in additions if addition.affine is affine]
         for found in group(recording, model, kept):
             if affine and found.name in groups and not blocks[found.name].affine:
                 continue
-            nesting = _nesting(found, additions)
-            block = _block(recording, consumers, model, found, nesting)
+            block = _block(recording, kinds, found, _nesting(found, additions))
             known = blocks.setdefault(found.name, block)
             if known != block:
                 blocks[found.name] = replace(known, irregular=True)
@@ -98,31 +97,26 @@ def discover(recording: Recording, model: nn.Module) -> Discovery:
 
 def _nesting(found: Group, additions: list[Addition]) -> int:
     own = found.additions[0]
-    return sum(contains(a, own) for a in additions if a not in found.additions)
+    return sum(addition.contains(own) for addition in additions)
 
 
 def _block(
-    recording: Recording,
-    consumers: list[list[int]],
-    model: nn.Module,
-    found: Group,
-    nesting: int,
+    recording: Recording, kinds: dict[str, str], found: Group, nesting: int
 ) -> ResidualBlock:
     members = [member_calls(recording, a, found.container) for a in found.additions]
     everything = [call for calls in members for call in calls]
-    leaks_to = side_effects(recording, consumers, found.additions, everything, found.container)
+    leaks_to = side_effects(recording, found.additions, everything, found.container)
     branches_leak = leaks_to is None and any(
-        side_effects(recording, consumers, [addition], calls, found.container)
+        side_effects(recording, [addition], calls, found.container)
         for addition, calls in zip(found.additions, members, strict=True)
     )
-    modules = dict(model.named_modules())
     return ResidualBlock(
         name=found.name,
         branches=tuple(
             _branch(recording, f"{found.name}:{number}", addition, calls)
             for number, (addition, calls) in enumerate(zip(found.additions, members, strict=True))
         ),
-        kind=type(modules.get(found.name, model)).__name__,
+        kind=kinds.get(found.name, kinds[found.container.module]),
         container=found.container.module,
         nesting=nesting,
         leaks_to=leaks_to,

@@ -75,7 +75,6 @@ def last_outputs(
 
 def side_effects(
     recording: Recording,
-    consumers: list[list[int]],
     additions: Iterable[Addition],
     members: Iterable[Call],
     container: Call,
@@ -100,7 +99,7 @@ def side_effects(
         for call in members
         for index in range(call.start, call.end)
         if recording.nodes[index].op  # not the parameters, buffers and inputs met on the way
-        for user in consumers[index]
+        for user in recording.consumers[index]
         if not is_own(user) and user not in sums
     ]
     seen = set(waiting)
@@ -108,7 +107,7 @@ def side_effects(
         index = waiting.pop()
         if index >= container.end or index in sums or recording.nodes[index].op == "":
             return recording.calls[recording.nodes[index].call].module
-        for user in consumers[index]:
+        for user in recording.consumers[index]:
             if user not in seen:
                 seen.add(user)
                 waiting.append(user)

@@ -7,7 +7,6 @@ each addition is a block of its own, named after the modules of its branch.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -44,21 +43,16 @@ def group(recording: Recording, model: nn.Module, additions: list[Addition]) -> 
     ]
 
 
-def contains(outer: Addition, inner: Addition) -> bool:
-    """Whether the inner sum is a value of the outer branch."""
-    return inner.node in outer.path
-
-
 def _without_global_skips(additions: list[Addition]) -> list[Addition]:
     """Without skips around other blocks, unless the class around them repeats (nested blocks)."""
-    outer = [a for a in additions if any(contains(a, b) for b in additions if b is not a)]
+    outer = [a for a in additions if any(a.contains(b) for b in additions)]
 
     def repeats(addition: Addition) -> bool:
         return any(
             other.container.kind is addition.container.kind
             and other.container.module != addition.container.module
-            and not contains(other, addition)
-            and not contains(addition, other)
+            and not other.contains(addition)
+            and not addition.contains(other)
             for other in outer
         )
 
@@ -79,7 +73,11 @@ def _name(recording: Recording, addition: Addition, uses: Counter[type]) -> str:
     container = addition.container
     modules = [call.module for call in member_calls(recording, addition, container)]
     inside = [module.removeprefix(container.module).lstrip(".").split(".") for module in modules]
-    common = os.path.commonprefix(inside)
+    common = []
+    for parts in zip(*inside, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
     for position, part in enumerate(common):
         if part.isdigit():  # a loop over a list of modules
             return ".".join(filter(None, [container.module, *common[: position + 1]]))

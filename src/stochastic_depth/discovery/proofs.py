@@ -39,9 +39,8 @@ def skip_value(found: Discovery, block: ResidualBlock, closed: Recording) -> Tem
 
 def _same_call(recording: Recording, call: Call, other: Recording) -> Call | None:
     """The call of the same module, the n-th in both."""
-    mine = [c.index for c in recording.calls if c.module == call.module]
-    theirs = [c for c in other.calls if c.module == call.module]
-    position = mine.index(call.index)
+    theirs = other.calls_of.get(call.module, [])
+    position = recording.calls_of[call.module].index(call)
     return theirs[position] if position < len(theirs) else None
 
 
@@ -66,9 +65,7 @@ def _own_additions(recording: Recording, call: Call) -> list[int]:
 
 def _skip_value(closed: Recording, call: Call, from_relu: frozenset[object]) -> Template | None:
     """The output of a closed call in terms of its arguments, if nothing else goes into it."""
-    if call.template is None or any(
-        node.meets_parameter for node in closed.nodes[call.start : call.end]
-    ):
+    if call.template is None or _leaves_otherwise(closed, call):
         return None
     leaves: list[Given | Constant] = []
     for number, leaf in enumerate(call.template.leaves):
@@ -89,6 +86,16 @@ def _skip_value(closed: Recording, call: Call, from_relu: frozenset[object]) -> 
         leaves.append(Given(sources[0]))
     skips = any(isinstance(leaf, Given) for leaf in leaves)
     return Template(tuple(leaves), call.template.spec) if skips else None
+
+
+def _leaves_otherwise(closed: Recording, call: Call) -> bool:
+    """Whether a value made in the call is used behind it without being one of its outputs."""
+    return any(
+        user >= call.end
+        for index in range(call.start, call.end)
+        if index not in call.outputs and closed.nodes[index].op != ""
+        for user in closed.consumers[index]
+    )
 
 
 def _leads_back(closed: Recording, node: int, given: int, *, over_relu: bool) -> bool:
@@ -118,11 +125,12 @@ def _from_relu(recording: Recording, call: Call) -> frozenset[object]:
 def _changed_later(recording: Recording, call: Call) -> bool:
     """Whether the output of the call is changed in place after it returned."""
     outputs = set(call.outputs)
-    for node in recording.nodes[call.end :]:
-        for target in node.overwrites:
-            base = target
-            while base not in outputs and recording.nodes[base].op in VIEWS:
-                base = recording.nodes[base].inputs[0]
-            if base in outputs:
-                return True
+    later = (
+        target for node in recording.writes if node.index >= call.end for target in node.overwrites
+    )
+    for base in later:
+        while base not in outputs and recording.nodes[base].op in VIEWS:
+            base = recording.nodes[base].inputs[0]
+        if base in outputs:
+            return True
     return False

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -57,7 +58,7 @@ class Call:
         return self.start <= node < self.end
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class Recording:
     """All nodes and calls of one forward, in order."""
 
@@ -91,6 +92,7 @@ class Recording:
                 return call
         return self.calls[0]
 
+    @cached_property
     def consumers(self) -> list[list[int]]:
         """For each node, the nodes computed from it directly."""
         table: list[list[int]] = [[] for _ in self.nodes]
@@ -98,6 +100,19 @@ class Recording:
             for source in set(node.inputs):
                 table[source].append(node.index)
         return table
+
+    @cached_property
+    def calls_of(self) -> dict[str, list[Call]]:
+        """For each module, its calls in order."""
+        table: dict[str, list[Call]] = {}
+        for call in self.calls:
+            table.setdefault(call.module, []).append(call)
+        return table
+
+    @cached_property
+    def writes(self) -> list[Node]:
+        """The nodes that were made by changing others in place."""
+        return [node for node in self.nodes if node.overwrites]
 
     def times_used(self) -> Counter[type]:
         """How many modules of each class were called."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from stochastic_depth.discovery.operations import ADDITIONS
 from stochastic_depth.discovery.recording import Call, Node, Recording
 from stochastic_depth.discovery.templates import Place, describe, signature
-from stochastic_depth.torch_private import TorchDispatchMode, tree_leaves, without_modes
+from stochastic_depth.torch_private import TorchDispatchMode, tree_leaves
 
 
 def record(
@@ -152,7 +152,7 @@ class Watcher(TorchDispatchMode):
     def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         calls = self.recording.calls
         parent = self._stack[-1].index if self._stack else None
-        given = {place: a for place, a in [*enumerate(args), *kwargs.items()]}
+        given = dict([*enumerate(args), *kwargs.items()])
         # Before the call opens, so that its arguments count as made outside of it.
         arguments = {p: self.value(a) for p, a in given.items() if isinstance(a, Tensor)}
         call = Call(len(calls), name, type(module), parent, len(self.recording.nodes))
@@ -164,13 +164,12 @@ class Watcher(TorchDispatchMode):
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         call = self._stack[-1]
-        if isinstance(output, Tensor) and next(module.children(), None) is None:
+        if _hands_through(module, args, kwargs, output) and (
+            self.value(output) in call.arguments.values()
+        ):
             # Dropout in eval mode, Identity and their like return their very input. A value of
             # its own shows on which side of the addition such a module stands.
-            if any(output is a for a in [*args, *kwargs.values()]) and (
-                self.value(output) in call.arguments.values()
-            ):
-                output = torch.ops.aten.alias.default(output)
+            output = torch.ops.aten.alias.default(output)
         leaves = tree_leaves(output)
         call.outputs = tuple(self.value(x) if isinstance(x, Tensor) else None for x in leaves)
         call.end = len(self.recording.nodes)
@@ -181,6 +180,12 @@ class Watcher(TorchDispatchMode):
             self.kept[call.index] = (given, tuple(leaves))
         self._stack.pop()
         return output
+
+
+def _hands_through(module: nn.Module, args: Any, kwargs: Any, output: Any) -> bool:
+    is_leaf = next(module.children(), None) is None
+    given = [*args, *kwargs.values()]
+    return is_leaf and isinstance(output, Tensor) and any(output is a for a in given)
 
 
 def _memory(tensor: Tensor) -> int:
@@ -233,7 +238,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(fast)
             for module, training in modes:
                 module.training = training
-            with torch.no_grad(), without_modes():
+            with torch.no_grad():
                 for buffer, version, saved in buffers:
                     if buffer._version != version:
                         buffer.copy_(saved)

@@ -99,9 +99,7 @@ def _roles(
 
 def _describe_calls(recording: Recording, gate: Gate) -> None:
     """What is known about the member's calls from the watch: output shapes, other callers."""
-    for call in recording.calls:
-        if call.module != gate.name:
-            continue
+    for call in recording.calls_of[gate.name]:
         around = {outer.module for outer in recording.enclosing(call.parent)}
         if around.isdisjoint(gate.roles):
             gate.used_elsewhere = True

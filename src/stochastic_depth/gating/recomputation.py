@@ -1,4 +1,4 @@
-"""Activation checkpointing: a recomputed call sees what its forward decided, and counts for nothing.
+"""Activation checkpointing: a recomputed call sees what its forward decided, and never counts.
 
 A non-reentrant checkpoint leaves a frame that forward and recomputation share: decisions are
 written on every frame that is open in the forward, and read from the innermost frame that is

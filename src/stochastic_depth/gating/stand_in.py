@@ -55,5 +55,4 @@ def _look_up(name: str, module: nn.Module, args: Any, kwargs: Any) -> Template:
                 instead="pass example_inputs of the shape that is trained with, or leave the block "
                 "out with blocks=",
             ) from error
-        template = describe(output, fake_args, fake_kwargs)
-    return template
+        return describe(output, fake_args, fake_kwargs)
