@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -29,6 +29,11 @@ class Specimen:
     foldable: bool = True
     leave_out: tuple[str, ...] = ()  # blocks that are refused, as design and issue allow
 
+    @property
+    def gated_blocks(self) -> list[str] | None:
+        """What to pass as `blocks=`."""
+        return [f"!{name}" for name in self.leave_out] or None
+
     def example_inputs(self) -> Any:
         torch.manual_seed(1)
         return self.example()
@@ -39,7 +44,9 @@ class Specimen:
         with torch.no_grad():
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
                 # A fresh network hides mistakes: zero heads, tiny layer scales, idle norms.
-                if name.endswith(("running_var", "gamma", "layer_scale")) or bool((tensor == 1).all()):
+                if name.endswith(("running_var", "gamma", "layer_scale")) or bool(
+                    (tensor == 1).all()
+                ):
                     tensor.uniform_(0.5, 1.5)
                 elif tensor.is_floating_point() and not bool(tensor.any()):
                     tensor.uniform_(-0.2, 0.2)
@@ -94,7 +101,13 @@ _DROPOUTS = {
 
 
 def _transformers(
-    family: str, kind: str, options: dict[str, Any], example: Any, blocks: int, ends: Ends, **more: Any
+    family: str,
+    kind: str,
+    options: dict[str, Any],
+    example: Any,
+    blocks: int,
+    ends: Ends,
+    **more: Any,
 ) -> Specimen:
     def make(dropout: float) -> nn.Module:
         transformers = pytest.importorskip("transformers")
@@ -117,7 +130,11 @@ SPECIMENS = [
     _vision("resnext50_32x4d", 32, 16, _BOTTLENECK),
     _vision("wide_resnet50_2", 32, 16, _BOTTLENECK),
     _vision(
-        "efficientnet_b0", 64, 9, (("block",),), options={"stochastic_depth_prob": 0.0, "dropout": 0.0}
+        "efficientnet_b0",
+        64,
+        9,
+        (("block",),),
+        options={"stochastic_depth_prob": 0.0, "dropout": 0.0},
     ),
     _vision("swin_t", 64, 12, _PRE_NORM),
     _vision("convnext_tiny", 64, 18, (("block",),), options={"stochastic_depth_prob": 0.0}),
@@ -128,9 +145,7 @@ SPECIMENS = [
     _timm("vit_tiny_patch16_224", 64, 12, _PRE_NORM, options={"img_size": 64}),
     _timm("deit_tiny_patch16_224", 64, 12, _PRE_NORM, options={"img_size": 64}),
     _timm("convnext_atto", 64, 12, (("mlp",),)),
-    _timm(
-        "mixer_s16_224", 64, 8, (("mlp_tokens",), ("mlp_channels",)), options={"img_size": 64}
-    ),
+    _timm("mixer_s16_224", 64, 8, (("mlp_tokens",), ("mlp_channels",)), options={"img_size": 64}),
     _timm(
         "swin_tiny_patch4_window7_224",
         64,
@@ -149,13 +164,25 @@ SPECIMENS = [
     _transformers(
         "GPT2",
         "LMHeadModel",
-        {"vocab_size": 99, "n_embd": 32, "n_layer": 3, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0},
+        {
+            "vocab_size": 99,
+            "n_embd": 32,
+            "n_layer": 3,
+            "n_head": 4,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        },
         tokens("input_ids"),
         3,
         _PRE_NORM,
     ),
     _transformers(
-        "Llama", "ForCausalLM", {**_SMALL, **_TEXT}, tokens("input_ids"), 3, (("self_attn",), ("mlp",))
+        "Llama",
+        "ForCausalLM",
+        {**_SMALL, **_TEXT},
+        tokens("input_ids"),
+        3,
+        (("self_attn",), ("mlp",)),
     ),
     _transformers(
         "T5",
@@ -179,6 +206,11 @@ SPECIMENS = [
         (("attention",), ("mlp",)),
     ),
     _transformers(
-        "GPTNeoX", "ForCausalLM", {**_SMALL, **_TEXT}, tokens("input_ids"), 3, (("attention", "mlp"),)
+        "GPTNeoX",
+        "ForCausalLM",
+        {**_SMALL, **_TEXT},
+        tokens("input_ids"),
+        3,
+        (("attention", "mlp"),),
     ),
 ]

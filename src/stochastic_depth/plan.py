@@ -7,6 +7,7 @@ around it.
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,10 @@ from typing import Any, Literal
 
 from stochastic_depth.discovery.blocks import ResidualBlock
 from stochastic_depth.draw import Draw, uniform
+from stochastic_depth.errors import StochasticDepthWarning
 from stochastic_depth.schedules import ResolvedSchedule
+
+_PATIENCE = 3  # changes of the parameters without a step of the clock
 
 Unit = Literal["block", "branch"]
 Scale = Literal["eval", "train", "none"]
@@ -59,11 +63,8 @@ class Plan:
     calls: dict[str, int] = field(default_factory=dict)  # of each container in this step
     calls_in_step: int = 0  # the step that `calls` counts in
     handle: weakref.ref[Any] | None = None
-
-    @property
-    def needs_clock(self) -> bool:
-        """Whether anything depends on the optimizer step but the sequence of the draws."""
-        return bool(self.schedule.by_name) or self.draw.redraw == "step"
+    last_seen: tuple[int, int] = (-1, -1)  # the step, and the version of a parameter in it
+    missed_steps: int = 0  # how often a parameter changed while the clock stood still
 
     def units(self, block: int) -> tuple[str, ...]:
         """The names of what is drawn for in a block: itself, or each of its branches."""
@@ -128,12 +129,37 @@ class Plan:
             self.clock, self.owns_clock = Clock(self.clock.step), True
         self.clock.step += 1
 
+    def expect_steps(self, version: int) -> None:
+        """Warn, once, where the optimizer steps and nobody tells the clock.
+
+        Args:
+            version: A parameter's version, which changes whenever it is written.
+        """
+        needed = bool(self.schedule.by_name) or self.draw.redraw == "step"
+        if not needed or self.missed_steps >= _PATIENCE:
+            return
+        step, known = self.last_seen
+        self.last_seen = (self.clock.step, version)
+        if step != self.clock.step:
+            self.missed_steps = 0
+        elif version != known:
+            self.missed_steps += 1
+            if self.missed_steps == _PATIENCE:
+                warnings.warn(
+                    f"the parameters changed {_PATIENCE} times while stochastic depth stands at "
+                    f"step {step}: its schedule (or redraw) waits for depth.follow(optimizer), or "
+                    "for depth.step() after each optimizer step",
+                    StochasticDepthWarning,
+                    stacklevel=2,
+                )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
         twin = copy.copy(self)
         memo[id(self)] = twin
         twin.owns_clock = False
         twin.calls, twin.last_gates = dict(self.calls), dict(self.last_gates)
-        twin.following = twin.handle = None
+        twin.following = twin.handle = twin.forced = None
+        twin.disabled = False
         return twin
 
     def __getstate__(self) -> dict[str, Any]:

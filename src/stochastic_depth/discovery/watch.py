@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import sys
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -43,6 +44,9 @@ def record(
         for name, module in model.named_modules():
             stack.callback(watcher.hook_into(name, module))
         stack.enter_context(torch.no_grad())
+        # What there is to warn about comes again in the training.
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
         stack.enter_context(watcher)
         model(*args, **kwargs)
     for call in watcher.recording.calls:

@@ -25,7 +25,7 @@ def attach(model: nn.Module, found: Discovery, plan: Plan, whole: Mapping[str, T
         found: What was found in it.
         plan: The blocks to gate.
         whole: What the blocks return that are skipped as a whole, by name. Of their modules only
-            those are gated that multiply the branch.
+            those are gated that multiply the branch, unless the branches draw on their own.
     """
     gates: dict[str, Gate] = {}
     containers: dict[str, list[int]] = {}
@@ -76,11 +76,12 @@ def _roles(
     wanted: dict[int, Role] = {}
     for number, group in groups.items():
         block = plan.blocks[number]
+        never_alone = block.name in whole and len(plan.units(number)) == 1
         for position, branch in enumerate(block.branches):
             scaled = dict(branch.scaled)
             calls = member_calls(recording, group.additions[position], group.container)
             for place, call in enumerate(calls):
-                if block.name in whole and (place not in scaled or plan.scale == "none"):
+                if never_alone and (place not in scaled or plan.scale == "none"):
                     continue
                 wanted[call.index] = Role(number, position, scaled.get(place, frozenset()))
     names = {recording.calls[index].module for index in wanted}

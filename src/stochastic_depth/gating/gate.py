@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stochastic_depth import distributed
@@ -22,7 +23,7 @@ from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.gating.recomputation import note, recall, remembered
 from stochastic_depth.gating.stand_in import stand_in
 from stochastic_depth.plan import Decision, Plan
-from stochastic_depth.torch_private import tree_flatten, tree_unflatten
+from stochastic_depth.torch_private import tree_flatten, tree_leaves, tree_unflatten
 
 Original = Callable[..., Any]
 
@@ -95,6 +96,8 @@ def _call_container(
         return original(module, *args, **kwargs)
     if module.training:
         distributed.refuse(gate.name, module)
+        if gate.blocks[0] == 0:
+            gate.plan.expect_steps(next(module.parameters())._version)
     passage = _decide(gate, training=module.training)
     if gate.whole is not None and not any(passage.decisions[gate.blocks[0]].kept):
         return gate.whole.build(args, kwargs, positional=gate.positional)
@@ -173,11 +176,16 @@ def _call_member(
     kwargs: Any,
 ) -> Any:
     decision = passage.decisions[role.block]
+    recomputed = passage not in _running.passages
     if not decision.kept[role.branch]:
         with _all_open():
-            return stand_in(gate, module, args, kwargs, zeros=role.scaled)
+            out = stand_in(gate, module, args, kwargs, zeros=role.scaled)
+        if recomputed and torch.is_grad_enabled():
+            # A reentrant checkpoint around nothing but the branch insists on a gradient.
+            _require_gradients(out, role.scaled)
+        return out
     was_inside, passage.inside_member = passage.inside_member, True
-    if recomputed := passage not in _running.passages:
+    if recomputed:
         _running.passages.append(passage)
     try:
         output = _call_container(gate, module, original, args, kwargs)
@@ -197,6 +205,12 @@ def _all_open() -> Iterator[None]:
         yield
     finally:
         _running.open_all = False
+
+
+def _require_gradients(output: Any, numbers: frozenset[int]) -> None:
+    leaves = tree_leaves(output)
+    for number in numbers:
+        leaves[number].requires_grad_()
 
 
 def _multiplied(output: Any, numbers: frozenset[int], factor: float) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stochastic_depth.discovery.templates import Template, describe, signature
 from stochastic_depth.errors import ChangedModelError
@@ -40,10 +40,10 @@ def stand_in(
 
 
 def _look_up(name: str, module: nn.Module, args: Any, kwargs: Any) -> Template:
+    detached = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
     with without_modes(), fake_mode() as mode, torch.no_grad():
         fake_args, fake_kwargs = tree_map(
-            lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, torch.Tensor) else leaf,
-            (args, kwargs),
+            lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, detached
         )
         try:
             output = module.forward(*fake_args, **fake_kwargs)

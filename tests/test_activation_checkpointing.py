@@ -1,0 +1,228 @@
+"""Promise: a recomputed forward sees the draw of the forward that it recomputes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import stochastic_depth as sd
+from stochastic_depth.draw import uniform
+
+pytestmark = [
+    pytest.mark.oldest,
+    # torch's own, for a reentrant checkpoint within another one
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True"),
+]
+
+
+class Layer(nn.Module):
+    """A pre-norm layer; the feed-forward branch can be checkpointed inside of the block."""
+
+    def __init__(self, *, inner: bool | None = None) -> None:
+        super().__init__()
+        self.norm1, self.mix = nn.LayerNorm(8), nn.Linear(8, 8)
+        self.norm2, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.dropout = nn.Dropout(0.25)
+        self.inner = inner  # use_reentrant of a checkpoint around the feed-forward branch
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.down(torch.tanh(self.up(self.norm2(x)))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mix(self.norm1(x).tanh())
+        if self.inner is None or not self.training:
+            return x + self.feed_forward(x)
+        return x + checkpoint(self.feed_forward, x, use_reentrant=self.inner)
+
+
+class Network(nn.Module):
+    """Eight layers, run by `walk`, which decides what is checkpointed."""
+
+    def __init__(
+        self, walk: Callable[[Network, Tensor], Tensor], *, inner: bool | None = None
+    ) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 8)
+        self.layers = nn.ModuleList(Layer(inner=inner) for _ in range(8))
+        self.walk = walk
+
+    def segment(self, start: int, end: int) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            for layer in self.layers[start:end]:
+                x = layer(x)
+            return x
+
+        return run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.walk(self, self.stem(x))
+
+
+def plainly(network: Network, x: Tensor) -> Tensor:
+    return network.segment(0, 8)(x)
+
+
+def each_block(reentrant: bool) -> Callable[[Network, Tensor], Tensor]:
+    def walk(network: Network, x: Tensor) -> Tensor:
+        for layer in network.layers:
+            x = checkpoint(layer, x, use_reentrant=reentrant)
+        return x
+
+    return walk
+
+
+def segments(reentrant: bool) -> Callable[[Network, Tensor], Tensor]:
+    def walk(network: Network, x: Tensor) -> Tensor:
+        for start in (0, 3, 6):
+            x = checkpoint(network.segment(start, min(start + 3, 8)), x, use_reentrant=reentrant)
+        return x
+
+    return walk
+
+
+def nested(reentrant: bool) -> Callable[[Network, Tensor], Tensor]:
+    def walk(network: Network, x: Tensor) -> Tensor:
+        def outer(x: Tensor) -> Tensor:
+            for start in (0, 2, 4, 6):
+                x = checkpoint(network.segment(start, start + 2), x, use_reentrant=reentrant)
+            return x
+
+        return checkpoint(outer, x, use_reentrant=reentrant)
+
+    return walk
+
+
+SHAPES = {"each block": each_block, "segments": segments, "nested": nested}
+
+
+def gradients(
+    walk: Callable[[Network, Tensor], Tensor],
+    *,
+    forwards: int = 1,
+    inner: bool | None = None,
+    unit: Any = "block",
+    redraw: Any = "forward",
+    steps: int = 3,
+) -> list[Tensor | None]:
+    """All gradients of some steps, each with some forwards before their backwards."""
+    torch.manual_seed(0)
+    network = Network(walk, inner=inner).train()
+    depth = sd.apply_stochastic_depth(
+        network,
+        0.5,
+        "uniform",
+        example_inputs=torch.randn(2, 4),
+        unit=unit,
+        scale="train",
+        draw=sd.Draw(seed=3, redraw=redraw),
+    )
+    found: list[Tensor | None] = []
+    for step in range(steps):
+        network.zero_grad()
+        batches = [
+            torch.randn(5, 4, generator=torch.Generator().manual_seed(10 * step + number))
+            for number in range(forwards)
+        ]
+        torch.manual_seed(step)
+        losses = [network(batch.requires_grad_()).square().sum() for batch in batches]
+        for loss in losses:
+            loss.backward()
+        found += [None if p.grad is None else p.grad.clone() for p in network.parameters()]
+        depth.step()
+    return found
+
+
+def same(mine: list[Tensor | None], theirs: list[Tensor | None]) -> bool:
+    pairs = list(zip(mine, theirs, strict=True))
+    return all(
+        (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
+        for a, b in pairs
+    )
+
+
+@pytest.mark.parametrize("unit", ["block", "branch"])
+@pytest.mark.parametrize("forwards", [1, 2])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_non_reentrant(shape: str, forwards: int, unit: Any) -> None:
+    expected = gradients(plainly, forwards=forwards, unit=unit)
+    assert any(g is None for g in expected)
+    assert same(gradients(SHAPES[shape](False), forwards=forwards, unit=unit), expected)
+
+
+@pytest.mark.parametrize("unit", ["block", "branch"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reentrant_with_one_forward(shape: str, unit: Any) -> None:
+    assert same(gradients(SHAPES[shape](True), unit=unit), gradients(plainly, unit=unit))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("unit", ["block", "branch"])
+def test_inside_of_a_block(unit: Any, reentrant: bool) -> None:
+    assert same(gradients(plainly, inner=reentrant, unit=unit), gradients(plainly, unit=unit))
+
+
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_inside_of_a_block_within_a_segment(forwards: int) -> None:
+    mine = gradients(segments(False), inner=False, unit="branch", forwards=forwards)
+    assert same(mine, gradients(plainly, unit="branch", forwards=forwards))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reentrant_with_two_forwards_raises(shape: str) -> None:
+    with pytest.raises(sd.RecomputationError, match=r"use_reentrant=False.*redraw=\"step\""):
+        gradients(SHAPES[shape](True), forwards=2)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reentrant_with_two_forwards_that_share_a_draw(shape: str) -> None:
+    mine = gradients(SHAPES[shape](True), forwards=2, redraw="step")
+    assert same(mine, gradients(plainly, forwards=2, redraw="step"))
+
+
+def test_recomputations_do_not_count_as_calls() -> None:
+    torch.manual_seed(0)
+    network = Network(each_block(False)).train()
+    depth = sd.apply_stochastic_depth(
+        network, 0.5, "uniform", example_inputs=torch.randn(2, 4), draw=sd.Draw(seed=3)
+    )
+    for call in range(6):
+        network(torch.randn(2, 4)).sum().backward()
+        assert depth.last_gates == {
+            f"layers.{i}": uniform(3, 0, (call,), f"layers.{i}") >= 0.5 for i in range(8)
+        }
+
+
+def test_gates_forced_in_the_forward_hold_in_the_recomputation() -> None:
+    torch.manual_seed(0)
+    network = Network(segments(False)).train()
+    depth = sd.apply_stochastic_depth(network, 0.5, example_inputs=torch.randn(2, 4))
+    twin = copy.deepcopy(network)
+    twin.walk = plainly
+    x = torch.randn(3, 4)
+    gates = {f"layers.{i}": i % 2 == 0 for i in range(8)}
+    with depth.fixed(gates):
+        torch.manual_seed(7)
+        loss = network(x).square().sum()
+    loss.backward()
+    with sd.get_stochastic_depth(twin).fixed(gates):
+        torch.manual_seed(7)
+        twin(x).square().sum().backward()
+    assert same([p.grad for p in network.parameters()], [p.grad for p in twin.parameters()])
+
+
+def test_backward_twice_through_a_checkpoint() -> None:
+    torch.manual_seed(0)
+    network = Network(segments(False)).train()
+    sd.apply_stochastic_depth(network, 0.5, "uniform", example_inputs=torch.randn(2, 4))
+    loss = network(torch.randn(3, 4)).square().sum()
+    loss.backward(retain_graph=True)
+    once = [None if p.grad is None else p.grad.clone() for p in network.parameters()]
+    network.zero_grad()
+    loss.backward()
+    assert same([p.grad for p in network.parameters()], once)
