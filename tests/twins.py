@@ -6,12 +6,13 @@ They read the weights of the real module and leave out what is dropped.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def basic_block(block: nn.Module, x: Tensor, kept: bool, factor: float = 1.0) -> Tensor:
+def basic_block(block: Any, x: Tensor, kept: bool, factor: float = 1.0) -> Tensor:
     """torchvision's BasicBlock: `relu(skip(x) + branch(x))` (He et al. 2016, figure 5, left)."""
     skip = x if block.downsample is None else block.downsample(x)
     if not kept:
@@ -21,7 +22,7 @@ def basic_block(block: nn.Module, x: Tensor, kept: bool, factor: float = 1.0) ->
     return F.relu(skip + factor * branch)
 
 
-def bottleneck(block: nn.Module, x: Tensor, kept: bool, factor: float = 1.0) -> Tensor:
+def bottleneck(block: Any, x: Tensor, kept: bool, factor: float = 1.0) -> Tensor:
     """torchvision's Bottleneck (He et al. 2016, figure 5, right)."""
     skip = x if block.downsample is None else block.downsample(x)
     if not kept:
@@ -33,7 +34,7 @@ def bottleneck(block: nn.Module, x: Tensor, kept: bool, factor: float = 1.0) -> 
 
 
 def vit_layer(
-    layer: nn.Module, x: Tensor, kept: Sequence[bool], factors: Sequence[float] = (1.0, 1.0)
+    layer: Any, x: Tensor, kept: Sequence[bool], factors: Sequence[float] = (1.0, 1.0)
 ) -> Tensor:
     """torchvision's EncoderBlock: pre-norm attention, then pre-norm feed-forward."""
     if kept[0]:
@@ -44,7 +45,7 @@ def vit_layer(
     return x
 
 
-def resnet(model: nn.Module, x: Tensor, kept: dict[str, bool], factors: dict[str, float]) -> Tensor:
+def resnet(model: Any, x: Tensor, kept: dict[str, bool], factors: dict[str, float]) -> Tensor:
     """A torchvision ResNet of any depth, block by block."""
     x = model.maxpool(F.relu(model.bn1(model.conv1(x))))
     for stage in ("layer1", "layer2", "layer3", "layer4"):
