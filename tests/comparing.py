@@ -50,9 +50,12 @@ def _zeroed(module: nn.Module, args: Any, output: Any) -> Any:
 
 
 def assert_same_gradients(
-    mine: nn.Module, reference: nn.Module, *, inside: Callable[[str], bool]
+    mine: nn.Module, reference: nn.Module, *, inside: Callable[[str], bool], rounding: float = 0.0
 ) -> None:
-    """Bit-identical gradients; None in the dropped modules (`inside` knows their parameters)."""
+    """Bit-identical gradients, or up to a part of the largest; None in the dropped modules.
+
+    `inside` knows the parameters of the dropped modules.
+    """
     for (name, own), (_, other) in zip(
         mine.named_parameters(), reference.named_parameters(), strict=True
     ):
@@ -64,7 +67,8 @@ def assert_same_gradients(
             either = own.grad if own.grad is not None else other.grad
             assert either is None or not either.any(), name
         else:
-            assert torch.equal(own.grad, other.grad), name
+            difference = (own.grad - other.grad).abs().max()
+            assert difference <= rounding * other.grad.abs().max(), name
 
 
 def assert_identical_gradients(mine: nn.Module, reference: nn.Module) -> None:

@@ -6,6 +6,8 @@ plain model computes in eval mode what the gated one does.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -22,20 +24,21 @@ def fold_factors(plan: Plan) -> dict[str, float]:
     factors: dict[str, float] = {}
     for number, block in enumerate(plan.blocks):
         decision = plan.settled(number, training=False, forced={})
+        own: dict[str, float] = {}  # a layer that ends several branches takes their factor once
         for branch, factor in zip(block.branches, decision.factors, strict=True):
-            if factor == 1.0:
-                continue
-            if branch.fold.obstacle is not None:
+            obstacle = branch.fold.obstacle if factor != 1.0 else None
+            for name in branch.fold.parameters:
+                if own.setdefault(name, factor) != factor:
+                    obstacle = f"{name} is shared with a branch of another rate"
+            if obstacle is not None:
                 raise RefusedBlockError(
-                    f'the inference scale of "{branch.name}" cannot be folded: '
-                    f"{branch.fold.obstacle}",
+                    f'the inference scale of "{branch.name}" cannot be folded: {obstacle}',
                     expected="a branch that ends in an operation affine in parameters of its own",
                     instead='train with scale="train", which needs no scale in inference; or keep '
                     "the gated model for inference",
                 )
-            for name in branch.fold.parameters:
-                # A shared layer meets its parameter in several calls, with one rate.
-                factors[name] = factors.get(name, 1.0) * factor
+        for name, factor in own.items():
+            factors[name] = factors.get(name, 1.0) * factor
     return factors
 
 
@@ -49,17 +52,18 @@ def fold_into(model: nn.Module, factors: dict[str, float]) -> None:
             parameters[name].copy_(value)
 
 
-def folded(model: nn.Module, factors: dict[str, float]) -> dict[str, Tensor]:
+def folded(model: nn.Module, factors: dict[str, float]) -> dict[str, Any]:
     """The state dict of the folded model; the model itself is left alone."""
     by_identity = {id(model.get_parameter(name)): factor for name, factor in factors.items()}
-    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    scaled = {
-        key: (value.detach() * by_identity[id(value)] if id(value) in by_identity else value)
-        for key, value in state.items()
-    }
-    tensors = {key: value.detach() for key, value in scaled.items()}
-    _check_finite({key: tensors[key] for key, value in state.items() if id(value) in by_identity})
-    return tensors
+    state: dict[str, Any] = model.state_dict(keep_vars=True)
+    scaled: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor):  # a module's extra state need be none
+            state[key] = value.detach()
+        if id(value) in by_identity:
+            state[key] = scaled[key] = value.detach() * by_identity[id(value)]
+    _check_finite(scaled)
+    return state
 
 
 def _check_finite(tensors: dict[str, Tensor]) -> None:

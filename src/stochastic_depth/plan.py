@@ -163,6 +163,7 @@ class Plan:
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        # What comes out of a file stands on its own feet: no optimizer, no handle, own clock.
-        alone = {"following": None, "handle": None, "owns_clock": True, "forced": None}
-        return {**self.__dict__, **alone, "disabled": False}
+        # What comes out of a file stands on its own feet: no optimizer, no handle. A copy that is
+        # saved beside its original still follows it.
+        alone = {"following": None, "handle": None, "forced": None, "disabled": False}
+        return {**self.__dict__, **alone}

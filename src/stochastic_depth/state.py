@@ -35,7 +35,9 @@ def load(plan: Plan, state: Mapping[str, Any]) -> None:
             instead="apply stochastic depth with the options of the run that is resumed, or leave "
             "load_state_dict() out to start a new sequence",
         )
-    plan.clock, plan.owns_clock = Clock(int(state["step"])), True
+    if not plan.owns_clock:
+        plan.clock, plan.owns_clock = Clock(), True
+    plan.clock.step = int(state["step"])  # copies that follow this clock come along
     plan.calls, plan.calls_in_step = dict(state["calls"]), int(state["step"])
 
 

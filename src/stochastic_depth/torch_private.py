@@ -10,8 +10,8 @@ _disable_current_modes          keeping the shape look-up of a        the look-u
 FakeTensorMode                  shapes of a dropped module's output   a new input shape at a
                                 for inputs of a new shape             closed gate raises
 _current_graph_task_id          "is a backward running?"              import fails: no support
-_top/_push/_pop_saved_          the checkpoint frame of a forward     import fails: no support
-tensors_default_hooks,          and of its recomputation
+_top/_push/_pop_saved_          the checkpoint frame of a forward     2.6 has no _top: found on the
+tensors_default_hooks,          and of its recomputation              Python stack instead
 _CheckpointFrame
 _active_ddp_module              "is this DistributedDataParallel?"    looked for by class only
 ==============================  ====================================  ============================
@@ -21,16 +21,21 @@ _active_ddp_module              "is this DistributedDataParallel?"    looked for
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from types import FrameType
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.checkpoint import _CheckpointFrame
+
+_HOOKS_CAN_BE_READ = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
 
 __all__ = [
     "TorchDispatchMode",
@@ -69,27 +74,46 @@ def backward_is_running() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def checkpoint_frames() -> tuple[list[Any], tuple[Any, dict[Any, int]] | None]:
+Recomputed = tuple[Any, dict[Any, int]]
+
+
+def checkpoint_frames() -> tuple[list[Any], Recomputed | None]:
     """The non-reentrant checkpoint frames around this call.
 
     Returns:
         The frames whose forward runs; and the innermost one that is recomputed, with a dictionary
         that lives as long as this recomputation does.
     """
+    return _frames_of_hooks() if _HOOKS_CAN_BE_READ else _frames_of_callers()
+
+
+def _frames_of_hooks() -> tuple[list[Any], Recomputed | None]:
     forward: list[Any] = []
-    recomputed: tuple[Any, dict[Any, int]] | None = None
     for pack in _saved_tensor_hooks():
         pack = getattr(pack, "_torchdynamo_orig_callable", pack)
-        cells = [cell.cell_contents for cell in getattr(pack, "__closure__", None) or ()]
-        for cell in cells:
-            if isinstance(cell, _CheckpointFrame):
-                forward.append(cell)
-            elif isinstance(cell, weakref.ref) and isinstance(cell(), _CheckpointFrame):
-                recomputed = recomputed or (
-                    cell(),
-                    pack.__dict__.setdefault("_stochastic_depth", {}),
-                )
-    return forward, recomputed
+        for cell in getattr(pack, "__closure__", None) or ():
+            held = cell.cell_contents
+            if isinstance(held, _CheckpointFrame):
+                forward.append(held)
+            elif isinstance(held, weakref.ref) and isinstance(held(), _CheckpointFrame):
+                return forward, (held(), pack.__dict__.setdefault("_stochastic_depth", {}))
+    return forward, None
+
+
+def _frames_of_callers() -> tuple[list[Any], Recomputed | None]:
+    """The same for torch 2.6, whose hooks cannot be read: from the Python frames of the callers."""
+    forward: list[Any] = []
+    caller: FrameType | None = sys._getframe(1)
+    while caller is not None:
+        if caller.f_code.co_filename == torch.utils.checkpoint.__file__:
+            held = caller.f_locals
+            if caller.f_code.co_name == "checkpoint" and "gen" in held:
+                forward.append(held["gen"].gi_frame.f_locals["new_frame"])
+            elif caller.f_code.co_name == "unpack_hook" and "frame" in held:
+                cursors = held["frame"].__dict__.setdefault("_stochastic_depth_cursors", {})
+                return forward, (held["frame"], cursors.setdefault(held["gid"], {}))
+        caller = caller.f_back
+    return forward, None
 
 
 def _saved_tensor_hooks() -> list[Any]:

@@ -77,6 +77,10 @@ def fold(recording: Recording, addition: Addition) -> Fold:
                 return Fold(obstacle=f"{parameter} is used in it twice")
             parameters[parameter] = node.operation
         waiting += onwards
+    walked = {recording.nodes[index].operation for index in (*seen, addition.node)}
+    users = {user for index in seen for user in recording.consumers[index]}
+    if any(recording.nodes[user].operation not in walked for user in users):
+        return Fold(obstacle="its last operations feed more than the sum")
     return Fold(tuple(parameters), tuple(parameters.values()))
 
 
