@@ -67,9 +67,8 @@ def _differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> Any:
         yield f"it has no {missing[0]}"
     rates, own_rates = dict(saved.get("drop_rates", {})), own["drop_rates"]
     for name in {**rates, **own_rates}:
-        if name not in own_rates:
-            yield f'block "{name}" is gated there only'
-        elif name not in rates:
-            yield f'block "{name}" is gated here only'
-        elif rates[name] != own_rates[name]:
-            yield f'drop rate of "{name}" {rates[name]} there, {own_rates[name]} here'
+        if name not in own_rates or name not in rates:
+            yield f'block "{name}" is gated {"here" if name in own_rates else "there"} only'
+    for name, rate in own_rates.items():
+        if name in rates and rates[name] != rate:
+            yield f'drop rate of "{name}" {rates[name]} there, {rate} here'

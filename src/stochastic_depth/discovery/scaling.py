@@ -36,6 +36,11 @@ def degree(recording: Recording, in_line: list[int], ends: set[int], branch: int
         if found is None:
             return None
         degrees[index] = found
+    inside, needed = {*in_line, *ends}, recording.nodes[branch].ancestors
+    for index, found in degrees.items():
+        for user in recording.consumers[index] if found else ():
+            if needed >> user & 1 and user not in inside:
+                return None  # a module computes with the multiplied value, too
     return degrees.get(branch, 0)
 
 

@@ -40,6 +40,8 @@ def stand_in(
 
 
 def _look_up(name: str, module: nn.Module, args: Any, kwargs: Any) -> Template:
+    # The counters of BatchNorm hold real numbers under fake tensors, too, and count.
+    counters = [(buffer, buffer.clone()) for buffer in module.buffers() if buffer.numel() == 1]
     detached = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
     with without_modes(), fake_mode() as mode, torch.no_grad():
         fake_args, fake_kwargs = tree_map(
@@ -55,4 +57,7 @@ def _look_up(name: str, module: nn.Module, args: Any, kwargs: Any) -> Template:
                 instead="pass example_inputs of the shape that is trained with, or leave the block "
                 "out with blocks=",
             ) from error
-        return describe(output, fake_args, fake_kwargs)
+        template = describe(output, fake_args, fake_kwargs)
+    for buffer, before in counters:
+        buffer.copy_(before)
+    return template

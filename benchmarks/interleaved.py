@@ -1,0 +1,144 @@
+"""Timing variants of a training step against each other on a machine that drifts.
+
+All variants run in one process and take turns step by step, in an order that rotates. A ratio is
+that of the total times; its 95% interval comes from a bootstrap over the steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Step = Callable[[int], object]
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of times with its 95% confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def take_turns(variants: Mapping[str, Step], steps: int, *, warmup: int = 2) -> dict[str, Any]:
+    """Seconds of each variant at each step; the same step number means the same work."""
+    names = list(variants)
+    for name in names:
+        for number in range(warmup):
+            variants[name](number)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(steps):
+        for turn in range(len(names)):
+            name = names[(number + turn) % len(names)]
+            _wait_for_the_device()
+            start = time.perf_counter()
+            variants[name](warmup + number)
+            _wait_for_the_device()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def ratio(above: NDArray[np.float64], below: NDArray[np.float64]) -> Ratio:
+    """Of total times over the steps that nothing else held up (within twice the median pair)."""
+    pairs = above + below
+    calm = pairs <= 2 * np.median(pairs)
+    above, below = above[calm], below[calm]
+    drawn = np.random.default_rng(0).integers(len(above), size=(4000, len(above)))
+    low, high = np.quantile(above[drawn].sum(1) / below[drawn].sum(1), (0.025, 0.975))
+    return Ratio(float(above.sum() / below.sum()), float(low), float(high))
+
+
+class CountOperations(TorchDispatchMode):
+    """How often each operation is dispatched, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        self.counts[name] = self.counts.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(step: Step, number: int) -> dict[str, int]:
+    """The operations of one step."""
+    with CountOperations() as counter:
+        step(number)
+    return counter.counts
+
+
+def peak_mebibytes(step: Step, number: int) -> float:
+    """The most memory that torch held during one step beyond what it held before."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(number)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        step(number)
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    memory = [
+        e["args"]
+        for e in sorted(events, key=lambda e: e.get("ts", 0))
+        if e.get("name") == "[memory]"
+    ]
+    totals = [m["Total Allocated"] for m in memory]
+    return (max(totals) - (totals[0] - memory[0]["Bytes"])) / 2**20
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def write(name: str, results: Any) -> Path:
+    """Write a result file with the machine and versions in it."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    content = {"machine": machine(), "results": results}
+    path.write_text(json.dumps(content, indent=2, default=asdict) + "\n")
+    return path
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
+
+
+def _wait_for_the_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
