@@ -111,8 +111,13 @@ class StochasticDepth:
                 instead="pass the optimizer, or call depth.step() after each of its steps",
             )
         plan = self._plan
-        hook = optimizer.register_step_post_hook(lambda optimizer, args, kwargs: plan.advance())
-        plan.following = Following(plan, hook)
+
+        def advance(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            # A fused optimizer is called, too, where its GradScaler leaves the step out.
+            if not bool(getattr(optimizer, "found_inf", False)):
+                plan.advance()
+
+        plan.following = Following(plan, optimizer.register_step_post_hook(advance))
         return plan.following
 
     def step(self) -> None:

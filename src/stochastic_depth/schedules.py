@@ -7,9 +7,8 @@ multiplied with each other, and print as the call that made them.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from stochastic_depth.arguments import as_number, spread
@@ -18,8 +17,7 @@ from stochastic_depth.errors import OptionError
 ScheduleFunction = Callable[[int], float]
 
 
-@dataclass(frozen=True, repr=False)
-class Schedule(ABC):
+class Schedule:
     """A factor on the drop rates for each optimizer step.
 
     Example:
@@ -27,46 +25,62 @@ class Schedule(ABC):
         linear_warmup(1000) * linear_decay(5000, start=4000)
     """
 
-    @abstractmethod
     def __call__(self, step: int) -> float:
         """Returns the factor at this step."""
+        raise NotImplementedError
 
     def __mul__(self, other: object) -> Schedule:
-        return _product(_factors(self) + _factors(other))
+        return _Product(_factors(self) + _factors(other))
 
     def __rmul__(self, other: object) -> Schedule:
-        return _product(_factors(other) + _factors(self))
+        return _Product(_factors(other) + _factors(self))
+
+
+@dataclass(frozen=True)
+class _Lines(Schedule):
+    """Straight lines between points (step, factor); two points at one step are a jump there."""
+
+    points: tuple[tuple[float, float], ...]
+    made_by: str = field(compare=False)
+
+    def __call__(self, step: int) -> float:
+        start, factor = self.points[0]
+        for stop, following in self.points[1:]:
+            if step < stop:
+                share = (step - start) / (stop - start) if step > start else 0.0
+                return factor + share * (following - factor)
+            start, factor = stop, following
+        return factor
 
     def __repr__(self) -> str:
-        given = [(field, getattr(self, field.name)) for field in fields(self)]
-        arguments = [
-            repr(value) if field.default is MISSING else f"{field.name}={value!r}"
-            for field, value in given
-            if value != field.default
-        ]
-        return f"{type(self).__name__}({', '.join(arguments)})"
+        return self.made_by
 
 
-@dataclass(frozen=True, repr=False)
-class constant(Schedule):
+@dataclass(frozen=True)
+class _Product(Schedule):
+    """What ``*`` makes of schedules, other functions of the step, and numbers."""
+
+    factors: tuple[ScheduleFunction, ...]
+
+    def __call__(self, step: int) -> float:
+        return math.prod(factor(step) for factor in self.factors)
+
+    def __repr__(self) -> str:
+        return " * ".join(map(repr, self.factors))
+
+
+def constant(factor: float) -> Schedule:
     """The same factor at every step.
 
     Example:
         >>> constant(0.5)(123)
         0.5
     """
-
-    factor: float
-
-    def __post_init__(self) -> None:
-        _set(self, "factor", _factor(self.factor, "constant(factor)"))
-
-    def __call__(self, step: int) -> float:
-        return self.factor
+    factor = _factor(factor, "constant(factor)")
+    return _Lines(((0, factor),), f"constant({factor})")
 
 
-@dataclass(frozen=True, repr=False)
-class linear_warmup(Schedule):
+def linear_warmup(steps: float) -> Schedule:
     """Rises linearly from 0 at step 0 to 1 at step ``steps``, as Composer's ``drop_warmup`` does.
 
     With ``steps=0`` it is 1 from the first step on.
@@ -76,18 +90,11 @@ class linear_warmup(Schedule):
         >>> warmup(0), warmup(250), warmup(1000), warmup(9999)
         (0.0, 0.25, 1.0, 1.0)
     """
-
-    steps: float
-
-    def __post_init__(self) -> None:
-        _set(self, "steps", _step(self.steps, "linear_warmup(steps)"))
-
-    def __call__(self, step: int) -> float:
-        return 1.0 if step >= self.steps else max(step, 0) / self.steps
+    steps = _step(steps, "linear_warmup(steps)")
+    return _Lines(((0, 0.0), (steps, 1.0)), f"linear_warmup({steps})")
 
 
-@dataclass(frozen=True, repr=False)
-class linear_decay(Schedule):
+def linear_decay(steps: float, start: float = 0) -> Schedule:
     """1 until step ``start``, then falls linearly to 0 at step ``steps``, and stays there.
 
     Dropping early in the training alone counters underfitting, dropping late alone (a warmup)
@@ -98,28 +105,18 @@ class linear_decay(Schedule):
         >>> decay(1000), decay(2000), decay(5000), decay(9999)
         (1.0, 0.75, 0.0, 0.0)
     """
-
-    steps: float
-    start: float = 0
-
-    def __post_init__(self) -> None:
-        _set(self, "steps", _step(self.steps, "linear_decay(steps)"))
-        _set(self, "start", _step(self.start, "linear_decay(start)"))
-        if self.start > self.steps:
-            raise OptionError(
-                f"linear_decay starts at step {self.start} and reaches 0 at step {self.steps}",
-                expected="a start no later than the step at which it reaches 0",
-                instead=f"pass linear_decay({self.start}, start={self.steps}) if they are swapped",
-            )
-
-    def __call__(self, step: int) -> float:
-        if step >= self.steps:
-            return 0.0
-        return 1.0 if step <= self.start else (self.steps - step) / (self.steps - self.start)
+    steps, start = _step(steps, "linear_decay(steps)"), _step(start, "linear_decay(start)")
+    if start > steps:
+        raise OptionError(
+            f"linear_decay starts at step {start} and reaches 0 at step {steps}",
+            expected="a start no later than the step at which it reaches 0",
+            instead=f"pass linear_decay({start}, start={steps}) if they are swapped",
+        )
+    text = f"linear_decay({steps}, start={start})" if start else f"linear_decay({steps})"
+    return _Lines(((start, 1.0), (steps, 0.0)), text)
 
 
-@dataclass(frozen=True, repr=False)
-class piecewise_linear(Schedule):
+def piecewise_linear(points: Iterable[tuple[float, float]]) -> Schedule:
     """Straight lines between points ``(step, factor)``, constant before the first, after the last.
 
     Zipformer (icefall) schedules the rates of its branches so, one schedule per kind of branch.
@@ -129,45 +126,14 @@ class piecewise_linear(Schedule):
         >>> [schedule(step) for step in (0, 1500, 3000, 9999)]
         [1.0, 0.75, 0.25, 0.0]
     """
-
-    points: Iterable[tuple[float, float]]
-
-    def __post_init__(self) -> None:
-        points = tuple(
-            (_step(s, "a point's step"), _factor(f, "a point's factor")) for s, f in self.points
+    checked = [(_step(s, "a point's step"), _factor(f, "a point's factor")) for s, f in points]
+    if not checked or any(later <= earlier for (earlier, _), (later, _) in pairwise(checked)):
+        raise OptionError(
+            f"piecewise_linear has the points {checked}",
+            expected="at least one (step, factor), with steps that rise from point to point",
+            instead="sort the points by step and keep one for each step",
         )
-        if not points or any(later <= earlier for (earlier, _), (later, _) in pairwise(points)):
-            raise OptionError(
-                f"piecewise_linear has the points {list(points)}",
-                expected="at least one (step, factor), with steps that rise from point to point",
-                instead="sort the points by step and keep one for each step",
-            )
-        _set(self, "points", points)
-
-    def __call__(self, step: int) -> float:
-        (start, factor), *rest = self.points
-        for stop, following in rest:
-            if step < stop:
-                share = max(step - start, 0) / (stop - start)
-                return factor + share * (following - factor)
-            start, factor = stop, following
-        return factor
-
-    def __repr__(self) -> str:
-        return f"piecewise_linear({list(self.points)})"
-
-
-@dataclass(frozen=True, repr=False)
-class _product(Schedule):
-    """What ``*`` makes of schedules, other functions of the step, and numbers."""
-
-    factors: tuple[ScheduleFunction, ...]
-
-    def __call__(self, step: int) -> float:
-        return math.prod(factor(step) for factor in self.factors)
-
-    def __repr__(self) -> str:
-        return " * ".join(map(repr, self.factors))
+    return _Lines(tuple(checked), f"piecewise_linear({checked})")
 
 
 @dataclass(frozen=True)
@@ -241,7 +207,7 @@ def _checked(schedule: object, source: str) -> ScheduleFunction:
 
 
 def _factors(schedule: object) -> tuple[ScheduleFunction, ...]:
-    if isinstance(schedule, _product):
+    if isinstance(schedule, _Product):
         return schedule.factors
     return (schedule if callable(schedule) else constant(_factor(schedule, "a factor")),)
 
@@ -270,6 +236,3 @@ def _not_a_factor(value: object, source: str) -> OptionError:
         expected="a factor on the drop rate, from 0 to 1",
         instead="give 1 for the full rate and 0 for none",
     )
-
-
-_set = object.__setattr__  # how a frozen dataclass normalises its own fields in __post_init__
