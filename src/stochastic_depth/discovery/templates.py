@@ -89,7 +89,8 @@ class Template:
         Args:
             args: The positional arguments of the call that is stood in for.
             kwargs: Its keyword arguments.
-            zeros: Numbers of leaves; the others' values are arbitrary.
+            zeros: Numbers of leaves. A single other one has arbitrary values; side by side with
+                others (attention weights) it may be looked at, and is zeros, too.
             positional: The names of the parameters of the module's forward.
         """
         leaves: list[Any] = []
@@ -98,7 +99,7 @@ class Template:
                 given = leaf.find(args, kwargs, positional)
                 leaves.append(torch.zeros_like(given) if number in zeros else given)
             elif isinstance(leaf, Made):
-                leaves.append(leaf.new(zeros=number in zeros))
+                leaves.append(leaf.new(zeros=number in zeros or len(self.leaves) > 1))
             elif isinstance(leaf, Constant):
                 leaves.append(leaf.value)
             else:

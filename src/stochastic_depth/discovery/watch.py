@@ -159,7 +159,8 @@ class Watcher(TorchDispatchMode):
         given = dict([*enumerate(args), *kwargs.items()])
         # Before the call opens, so that its arguments count as made outside of it.
         arguments = {p: self.value(a) for p, a in given.items() if isinstance(a, Tensor)}
-        call = Call(len(calls), name, type(module), parent, len(self.recording.nodes))
+        kind = getattr(type(module), "gated_from", type(module))
+        call = Call(len(calls), name, kind, parent, len(self.recording.nodes))
         call.arguments = arguments
         calls.append(call)
         if parent is not None:
@@ -225,7 +226,7 @@ def _same(given: Tensor, out: Any) -> bool:
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode for a while; then modes, buffers and random generators are as before."""
-    modes = [(module, module.training) for module in model.modules()]
+    modules = [(module, module.training, dict(module._buffers)) for module in model.modules()]
     buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     numpy = sys.modules.get("numpy")
@@ -235,13 +236,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     with torch.random.fork_rng(devices=cuda), _eagerly():
         try:
             torch.backends.mha.set_fastpath_enabled(False)  # it hides the modules' calls
-            for module, _ in modes:
+            for module, _, _ in modules:
                 module.training = False
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
-            for module, training in modes:
+            for module, training, own in modules:
                 module.training = training
+                module._buffers.update(own)
             with torch.no_grad():
                 for buffer, version, saved in buffers:
                     if buffer._version != version:

@@ -33,7 +33,7 @@ def swap_in(module: nn.Module, gate: Gate) -> None:
 def swap_out(module: nn.Module) -> None:
     """Give a gated module its own class back."""
     del module.__dict__[_KEY]
-    module.__class__ = type(module).__mro__[1]
+    module.__class__ = cast(Any, type(module)).gated_from
 
 
 def _gated(original: type[nn.Module]) -> type[nn.Module]:
@@ -58,6 +58,7 @@ def _gated(original: type[nn.Module]) -> type[nn.Module]:
         original.__name__,
         (original,),
         {
+            "gated_from": original,
             "__call__": call_gated,
             "__reduce_ex__": reduce_gated,
             "__module__": original.__module__,
