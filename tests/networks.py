@@ -45,7 +45,8 @@ class ResNet(nn.Module):
         self.stages = nn.Sequential(
             nn.Sequential(*(BasicBlock(WIDTH, WIDTH) for _ in range(3))),
             nn.Sequential(
-                BasicBlock(WIDTH, 2 * WIDTH, 2), *(BasicBlock(2 * WIDTH, 2 * WIDTH) for _ in range(2))
+                BasicBlock(WIDTH, 2 * WIDTH, 2),
+                *(BasicBlock(2 * WIDTH, 2 * WIDTH) for _ in range(2)),
             ),
         )
         self.head = nn.Linear(2 * WIDTH, 4)
@@ -114,6 +115,69 @@ class TwoBranches(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.first(F.gelu(x))
         return x + self.second(F.gelu(x))
+
+
+class Bypass(nn.Module):
+    """A module of the branch computes with the output of another, which also reaches the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def branch(self, x: Tensor) -> Tensor:
+        y = self.first(x.tanh())
+        return y + self.second(y.tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+class DenseBypass(Bypass):
+    """The same, joined by a concatenation."""
+
+    def branch(self, x: Tensor) -> Tensor:
+        y = self.first(x.tanh())
+        return torch.cat([y, self.second(y.tanh())], -1).view(-1, 2, WIDTH).sum(1)
+
+
+class InLineBypass(Bypass):
+    """The same, with a value that is computed in line on both ways."""
+
+    def branch(self, x: Tensor) -> Tensor:
+        y = F.relu(self.first(x.tanh()))
+        return 0.5 * y - self.second(y.tanh())
+
+
+class ProductBypass(Bypass):
+    """The same, joined by a product: a factor on its last module's output will do."""
+
+    def branch(self, x: Tensor) -> Tensor:
+        y = self.first(x.tanh())
+        return y * self.second(y.tanh())
+
+
+class ProductPostNorm(ProductBypass):
+    """The same, not skipped whole: the branch is gated at its modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(super().forward(x))
+
+
+class TwoOutputs(nn.Module):
+    """A block that also hands out a value from inside of its branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, *earlier = x if isinstance(x, tuple) else (x,)
+        inside = self.first(x)
+        return (x + self.second(inside.relu()), *earlier, inside)
 
 
 def residuals(blocks: int = 8, kind: type[nn.Module] = Residual) -> nn.Sequential:
@@ -186,13 +250,13 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
 """Each kind of network, and what to call it with."""
 
 
-def make(name: str) -> tuple[nn.Module, Tensor]:
-    """A network of the table, the same at every call, and its example."""
+def make(name: str) -> tuple[Any, Tensor]:
+    """A network of the table, the same at every call, and its example (`Any`: its attributes)."""
     build, example = NETWORKS[name]
     return settled(build), example()
 
 
-def settled(build: Callable[[], nn.Module]) -> nn.Module:
+def settled(build: Callable[[], nn.Module]) -> Any:
     """A network with weights that do something, the same at every call."""
     with torch.random.fork_rng():
         torch.manual_seed(0)

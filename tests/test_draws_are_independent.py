@@ -1,4 +1,4 @@
-"""Promise: which gates open is a pure function of (seed, step, call, gate), and independent over all.
+"""Promise: which gates open is a pure function of (seed, step, call, gate), independent over all.
 
 The draws are fixed once and for all, so the statistics below either always hold or never do. Their
 bounds are wide enough that honest draws stay inside but for one choice of seeds in ten thousand,
@@ -16,12 +16,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import stochastic_depth as sd
 from networks import (
     NETWORKS,
     Residual,
@@ -38,9 +42,6 @@ from networks import (
     train,
     vectors,
 )
-from torch import Tensor, nn
-
-import stochastic_depth as sd
 
 pytestmark = pytest.mark.oldest
 
@@ -53,12 +54,12 @@ Gates = dict[str, bool]
 
 
 def gated(
-    drop_rate: sd.depth.DropRate = 0.5,
+    drop_rate: Any = 0.5,
     distribution: str | None = "uniform",
     *,
     blocks: int = 8,
     draw: sd.Draw = sd.Draw(),  # noqa: B008
-) -> tuple[nn.Module, sd.StochasticDepth]:
+) -> tuple[Any, sd.StochasticDepth]:
     model = settled(lambda: residuals(blocks))
     depth = sd.apply_stochastic_depth(
         model, drop_rate, distribution, example_inputs=vectors(1, 8), draw=draw
@@ -112,14 +113,17 @@ def dependences(gates: Tensor, rates: Tensor) -> dict[tuple[int, ...], float]:
     for offset in itertools.product(*(range(-r, r + 1) for r in reach)):
         if offset <= (0,) * len(offset):
             continue  # the same pairs as for the opposite offset
-        here = [slice(max(0, -o), size - max(0, o)) for o, size in zip(offset, gates.shape)]
-        there = [slice(max(0, o), size - max(0, -o)) for o, size in zip(offset, gates.shape)]
-        products = centred[tuple(here)] * centred[tuple(there)]
+        here, there = centred, centred
+        for axis, moved in enumerate(offset):
+            left = gates.shape[axis] - abs(moved)
+            here = here.narrow(axis, max(0, -moved), left)
+            there = there.narrow(axis, max(0, moved), left)
+        products = here * there
         found[offset] = float(products.sum()) / math.sqrt(products.numel())
     return found
 
 
-def pairs(gates: Tensor, rates: Tensor) -> dict[tuple[int, int], float]:
+def pairs(gates: Tensor, rates: Tensor) -> dict[tuple[int, ...], float]:
     """How much any two gates resemble each other in the same calls, in sigmas."""
     centred = ((gates - (1 - rates)) / (rates * (1 - rates)).sqrt()).flatten(0, -2)
     products = centred.T @ centred / math.sqrt(len(centred))
@@ -222,9 +226,7 @@ def test_a_new_process_draws_the_same() -> None:
         env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "1"},
     ).stdout
     model = settled(nested).train()
-    depth = sd.apply_stochastic_depth(
-        model, 0.5, example_inputs=sequences(), draw=sd.Draw(seed=3)
-    )
+    depth = sd.apply_stochastic_depth(model, 0.5, example_inputs=sequences(), draw=sd.Draw(seed=3))
     seen = []
     for _ in range(4):
         for _ in range(3):
@@ -280,12 +282,14 @@ def test_the_global_generators_are_neither_read_nor_advanced() -> None:
     assert seen == expected
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
-    assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), numpy_state))
+    assert all(
+        np.array_equal(a, b) for a, b in zip(np.random.get_state(), numpy_state, strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("scale", ["eval", "train"])
-def test_rate_zero_trains_as_without_the_library(name: str, scale: str) -> None:
+def test_rate_zero_trains_as_without_the_library(name: str, scale: Any) -> None:
     models = []
     for with_library in (False, True):
         network, x = make(name)
@@ -370,7 +374,7 @@ def test_a_shared_layer_draws_at_each_of_its_calls() -> None:
 
 
 def test_the_root_need_not_be_called() -> None:
-    def prepared() -> tuple[Wrapped, sd.StochasticDepth]:
+    def prepared() -> tuple[Any, sd.StochasticDepth]:
         model = Wrapped().train()
         depth = sd.apply_stochastic_depth(model, 0.2, "uniform", example_inputs=vectors(1, 8))
         return model, depth
@@ -396,11 +400,11 @@ OUTER = ["1", "2", "3"]
 INNER = [f"{outer}.inner.{number}" for outer in OUTER for number in (0, 1)]
 
 
-def nested_draws(outer_rate: float, redraw: str = "forward") -> list[tuple[dict[str, bool], Gates]]:
+def nested_draws(outer_rate: float, redraw: Any = "forward") -> list[tuple[dict[str, bool], Gates]]:
     """For each training call: which outer blocks ran, and the inner gates that were drawn in it."""
     model = settled(nested).train()
     rates = {**dict.fromkeys(OUTER, outer_rate), "*.inner.*": 0.5}
-    draw = sd.Draw(redraw=redraw)  # type: ignore[arg-type]
+    draw = sd.Draw(redraw=redraw)
     depth = sd.apply_stochastic_depth(model, rates, example_inputs=sequences(), draw=draw)
     seen = []
     for number in range(60):
@@ -416,7 +420,7 @@ def nested_draws(outer_rate: float, redraw: str = "forward") -> list[tuple[dict[
 @pytest.mark.parametrize("redraw", ["forward", "step"])
 def test_dropping_an_outer_block_does_not_desynchronise_the_inner_ones(redraw: str) -> None:
     always_open, sometimes = nested_draws(0.0, redraw), nested_draws(0.5, redraw)
-    for (_, expected), (_, seen) in zip(always_open, sometimes):
+    for (_, expected), (_, seen) in zip(always_open, sometimes, strict=True):
         assert seen == {name: expected[name] for name in seen}
     for name in OUTER:
         ran = [outer[name] for outer, _ in sometimes]
@@ -442,8 +446,8 @@ def test_inner_gates_are_independent_of_the_outer_one_and_over_its_calls() -> No
 
 
 @pytest.mark.parametrize("unit", KINDS)
-def test_fixed_disabled_and_eval_leave_the_sequence_and_last_gates_alone(unit: str) -> None:
-    def prepared() -> tuple[nn.Module, sd.StochasticDepth]:
+def test_fixed_disabled_and_eval_leave_the_sequence_and_last_gates_alone(unit: Any) -> None:
+    def prepared() -> tuple[Any, sd.StochasticDepth]:
         model = settled(lambda: residuals(8, KINDS[unit])).train()
         depth = sd.apply_stochastic_depth(
             model, 0.5, "uniform", example_inputs=vectors(1, 8), unit=unit
@@ -468,7 +472,7 @@ def test_fixed_disabled_and_eval_leave_the_sequence_and_last_gates_alone(unit: s
 
 
 def test_last_gates_are_named_after_what_is_drawn() -> None:
-    def names(unit: str, kind: type[nn.Module]) -> list[str]:
+    def names(unit: Any, kind: type[nn.Module]) -> list[str]:
         model = residuals(6, kind)
         depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=vectors(1, 8), unit=unit)
         return list(forwards(model, depth, 1)[0])
@@ -486,7 +490,7 @@ def test_last_gates_tell_what_ran() -> None:
     for _ in range(20):
         before = [count[0] for count in runs]
         (gates,) = forwards(model, depth, 1)
-        ran = [count[0] - was for count, was in zip(runs, before)]
+        ran = [count[0] - was for count, was in zip(runs, before, strict=True)]
         assert ran == [int(gates[str(block)]) for block in range(8)]
 
 

@@ -149,7 +149,7 @@ class StochasticDepth:
         units = {
             block.name: self._plan.units(number) for number, block in enumerate(self._plan.blocks)
         }
-        known = [*units, *(unit for names in units.values() for unit in names)]
+        known = dict.fromkeys([*units, *(unit for names in units.values() for unit in names)])
         for name, is_open in gates.items():
             if name not in known:
                 raise SelectionError(

@@ -34,11 +34,11 @@ def select(model: nn.Module, found: Discovery, blocks: Any) -> tuple[ResidualBlo
             raise none_found(model, found)
         return tuple(usual)
     single = isinstance(blocks, str | type | ResidualBlock) or callable(blocks)
-    selectors: list[Any] = [blocks] if single else list(blocks)
+    selectors: list[Any] = list(blocks) if isinstance(blocks, Iterable) and not single else [blocks]
     out = [s[1:] for s in selectors if isinstance(s, str) and s.startswith("!")]
     into = [s for s in selectors if not (isinstance(s, str) and s.startswith("!"))]
     names = [block.name for block in found.blocks]
-    kept: set[str] = set() if into else {block.name for block in usual}
+    kept = {block.name for block in usual} if out and not into else set()
     for selector in into:
         kept |= _chosen(model, found, usual, selector)
     for pattern in out:

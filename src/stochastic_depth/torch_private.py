@@ -152,6 +152,6 @@ def inside_fsdp(module: nn.Module) -> str:
         if getattr(parameter, "_is_fsdp_flattened", False):
             return "FullyShardedDataParallel"
     for handle in module.modules():
-        if hasattr(handle, "_is_fsdp_managed_module"):
-            return "FullyShardedDataParallel"
+        if hasattr(handle, "_is_fsdp_managed_module"):  # both set it
+            return "fully_shard or FullyShardedDataParallel"
     return ""

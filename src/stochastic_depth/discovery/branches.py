@@ -83,7 +83,8 @@ def side_effects(
 
     Returns:
         The name of a module that does, or None. Values that only leave as outputs (attention
-        weights, caches) count for nothing: nobody computes with them.
+        weights, caches) count for nothing: nobody computes with them. What the model makes of
+        them and hands out does.
     """
     sums = {addition.node for addition in additions}
     members = list(members)
@@ -103,10 +104,11 @@ def side_effects(
         if not is_own(user) and user not in sums
     ]
     seen = set(waiting)
+    ends = sums | set(recording.calls[0].outputs)
     while waiting:
         index = waiting.pop()
-        if index >= container.end or index in sums or recording.nodes[index].op == "":
-            return recording.calls[recording.nodes[index].call].module
+        if index >= container.end or index in ends or recording.nodes[index].op == "":
+            return recording.calls[recording.nodes[index].call].module or "the model"
         for user in recording.consumers[index]:
             if user not in seen:
                 seen.add(user)

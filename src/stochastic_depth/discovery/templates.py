@@ -45,10 +45,10 @@ class Made:
     dtype: torch.dtype
     device: torch.device
 
-    def new(self, *, zeros: bool) -> Tensor:
+    def new(self) -> Tensor:
+        # Never memory that nobody wrote to: it may be multiplied in line, and 0 times NaN is NaN.
         out = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
-        # Memory that nobody reads need not be filled; integers may be used as indices.
-        return out.zero_() if zeros or not self.dtype.is_floating_point else out
+        return out.zero_()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +84,12 @@ class Template:
         zeros: frozenset[int] = frozenset(),
         positional: tuple[str, ...] = (),
     ) -> Any:
-        """An output of that form; the leaves numbered in `zeros` are fresh zeros.
+        """An output of that form; what the call made and the leaves in `zeros` are fresh zeros.
 
         Args:
             args: The positional arguments of the call that is stood in for.
             kwargs: Its keyword arguments.
-            zeros: Numbers of leaves. A single other one has arbitrary values; side by side with
-                others (attention weights) it may be looked at, and is zeros, too.
+            zeros: Numbers of leaves that are zeros also where they were handed through.
             positional: The names of the parameters of the module's forward.
         """
         leaves: list[Any] = []
@@ -99,7 +98,7 @@ class Template:
                 given = leaf.find(args, kwargs, positional)
                 leaves.append(torch.zeros_like(given) if number in zeros else given)
             elif isinstance(leaf, Made):
-                leaves.append(leaf.new(zeros=number in zeros or len(self.leaves) > 1))
+                leaves.append(leaf.new())
             elif isinstance(leaf, Constant):
                 leaves.append(leaf.value)
             else:

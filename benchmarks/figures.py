@@ -1,0 +1,134 @@
+"""Copies the figures of README.md from the result files: `python benchmarks/figures.py`.
+
+A figure stands between `<!-- figure: NAME -->` and `<!-- end -->`. The tests run `rendered` and
+compare, so that no figure can differ from its file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+_FIGURE = re.compile(r"(<!-- figure: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def rendered(text: str) -> str:
+    """The text with every figure as its result file has it."""
+    return _FIGURE.sub(lambda match: match[1] + FIGURES[match[2]]() + match[3], text)
+
+
+def demo() -> str:
+    """What `make demo` printed, as a table, with its picture."""
+    run = _read("demo/metrics.json")
+    rows = _networks([run])
+    saving = run["saving"]
+    settings = run["configuration"]
+    return (
+        f"`make demo` trains a ResNet-110 on scikit-learn's handwritten digits twice, side by side "
+        f"(drop rate {settings['drop_rate']}, {settings['drop_distribution']}, "
+        f"{run['epochs']} epochs):\n\n"
+        + rows
+        + f"\nIt saved {_percent(saving['time_saved'])} of the time; a network with the dropped "
+        f"blocks physically removed would have saved {_percent(saving['possible'])}. "
+        f"({_machine(run)})\n\n"
+        "![test error over training time](benchmarks/results/demo/error.png)\n"
+    )
+
+
+def cifar() -> str:
+    """ResNet-20 on CIFAR-10, over the seeds."""
+    runs = [_read(f"{path.parent.name}/metrics.json") for path in _cifar_runs()]
+    saved = [run["saving"]["time_saved"]["value"] for run in runs]
+    possible = [run["saving"]["possible"]["value"] for run in runs]
+    return (
+        f"ResNet-20 on CIFAR-10, drop rate {runs[0]['configuration']['drop_rate']} linear, "
+        f"{runs[0]['epochs']} epochs, {len(runs)} seeds:\n\n"
+        + _networks(runs)
+        + f"\nTime saved: {_over(saved, '.1%')}, of a possible {_over(possible, '.1%')}. "
+        f"({_machine(runs[0])})\n"
+    )
+
+
+def saving() -> str:
+    """Ratios of step times from `benchmarks/saving.py`."""
+    content = _read("saving.json")
+    lines = [
+        "| network, drop rate | time, of the plain network's | of the shortened network's "
+        "| peak memory, of the plain network's |",
+        "|---|---|---|---|",
+    ]
+    for name, case in content["results"].items():
+        if "to_plain" in case:
+            memory = case["peak_mebibytes_gated"] / case["peak_mebibytes_plain"]
+            label = f"{name.split('-')[0]}, {case['drop_rate']} {case['distribution']}"
+            lines.append(
+                f"| {label} | {_ratio(case['to_plain'])} | {_ratio(case['to_shortened'])} "
+                f"| {memory:.2f} |"
+            )
+    gate = content["results"]["microseconds_per_gate"]
+    return (
+        "\n".join(lines)
+        + "\n\nTraining steps that take turns in one process, with 95% confidence intervals "
+        "(`python benchmarks/saving.py`). The shortened network has the dropped blocks physically "
+        f"taken out, step by step. An open gate adds {gate['open_more']:.0f} microseconds to a "
+        f"call; a closed one takes {gate['closed_total']:.0f}. ({_machine(content)})\n"
+    )
+
+
+def _networks(runs: list[dict[str, Any]]) -> str:
+    rows: list[tuple[str, Callable[[dict[str, Any]], float], str]] = [
+        ("test error", lambda n: n["test_error"], ".2%"),
+        ("images per second", lambda n: n["speed"]["images_per_second"]["median"], ".0f"),
+        ("seconds per epoch", lambda n: n["speed"]["seconds_per_epoch"]["median"], ".3g"),
+        ("GFLOPs per step", lambda n: n["flops_per_step"] / 1e9, ".2f"),
+        ("blocks run per step", lambda n: n["blocks_per_step"], ".1f"),
+    ]
+    lines = ["| | plain | stochastic depth |", "|---|---|---|"]
+    for label, read, form in rows:
+        cells = [
+            _over([read(run[name]) for run in runs], form) for name in ("plain", "stochastic_depth")
+        ]
+        lines.append(f"| {label} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines) + "\n"
+
+
+def _over(values: list[float], form: str) -> str:
+    mean = format(statistics.mean(values), form)
+    return f"{mean} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else mean
+
+
+def _percent(estimate: dict[str, float]) -> str:
+    return f"{estimate['value']:.1%} ({estimate['low']:.1%} to {estimate['high']:.1%})"
+
+
+def _ratio(estimate: dict[str, float]) -> str:
+    return f"{estimate['value']:.3f} ({estimate['low']:.3f} to {estimate['high']:.3f})"
+
+
+def _machine(content: dict[str, Any]) -> str:
+    machine = content["machine"]
+    where = machine["gpu"] or f"{machine['threads']} cores of an {machine['processor']}"
+    return f"{where}, torch {machine['torch']}, {machine['date']}"
+
+
+def _cifar_runs() -> list[Path]:
+    return sorted(RESULTS.glob("cifar10-resnet20-seed*/metrics.json"))
+
+
+def _read(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((RESULTS / name).read_text())
+    return content
+
+
+FIGURES: dict[str, Callable[[], str]] = {"demo": demo, "cifar": cifar, "saving": saving}
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(rendered(readme.read_text()))

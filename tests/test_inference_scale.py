@@ -1,0 +1,485 @@
+"""Promise: inference multiplies each branch by the survival probability of that moment.
+
+The reference twins below are the forwards of `networks.py` written down once more, with the factor
+of every branch in the open. What they compute is compared bit by bit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, update_bn
+
+import stochastic_depth as sd
+from networks import (
+    Bypass,
+    DenseBypass,
+    InLineBypass,
+    ProductBypass,
+    ProductPostNorm,
+    TwoOutputs,
+    assert_same,
+    batch,
+    make,
+    residuals,
+    settled,
+    sgd,
+    train,
+    vectors,
+)
+
+pytestmark = pytest.mark.oldest
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan() -> Iterator[None]:
+    """What stands in for a dropped module must not come from memory that nobody wrote to."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+Factor = Callable[[str], float]  # of each branch by its name; 0 where it is dropped
+
+
+def resnet(model: Any, x: Tensor, factor: Factor) -> Tensor:
+    x = model.stem(x)
+    for stage in (0, 1):
+        for number, block in enumerate(model.stages[stage]):
+            skip = x if block.downsample is None else block.downsample(x)
+            if by := factor(f"stages.{stage}.{number}:0"):
+                branch = block.bn2(block.conv2(F.relu(block.bn1(block.conv1(x)))))
+                skip = skip + branch * by
+            x = F.relu(skip)
+    return model.head(x.mean((2, 3)))
+
+
+def pre_norm(model: Any, x: Tensor, factor: Factor) -> Tensor:
+    x = model.embed(x)
+    for number, layer in enumerate(model.layers):
+        if by := factor(f"layers.{number}:0"):
+            y = layer.norm1(x)
+            x = x + layer.attention(y, y, y, need_weights=False)[0] * by
+        if by := factor(f"layers.{number}:1"):
+            x = x + layer.mlp(layer.norm2(x)) * by
+    return model.head(x.mean(1))
+
+
+def post_norm(model: Any, x: Tensor, factor: Factor) -> Tensor:
+    x = model.embed(x)
+    for number, layer in enumerate(model.layers):
+        if by := factor(f"layers.{number}:0"):
+            x = x + layer.attention(x, x, x, need_weights=False)[0] * by
+        x = layer.norm1(x)
+        if by := factor(f"layers.{number}:1"):
+            x = x + layer.mlp(x) * by
+        x = layer.norm2(x)
+    return model.head(x.mean(1))
+
+
+def shared(model: Any, x: Tensor, factor: Factor) -> Tensor:
+    x = model.embed(x)
+    for _ in range(model.calls):
+        x = x + model.layer.linear(F.gelu(model.layer.norm(x))) * factor("layer:0")
+    return model.head(x)
+
+
+def nested(model: Any, x: Tensor, factor: Factor) -> Tensor:
+    x = model[0](x)
+    for number, outer in enumerate(model[1:], start=1):
+        if not (by := factor(f"{number}:0")):
+            continue
+        y = x
+        for inner_number, inner in enumerate(outer.inner):
+            if inner_by := factor(f"{number}.inner.{inner_number}:0"):
+                y = y + inner.linear(F.gelu(inner.norm(y))) * inner_by
+        x = x + outer.last(y) * by
+    return x
+
+
+Twin = Callable[[Any, Tensor, Factor], Tensor]
+TWINS: dict[str, Twin] = {
+    "resnet": resnet,
+    "pre-norm": pre_norm,
+    "post-norm": post_norm,
+    "shared": shared,
+    "nested": nested,
+}
+RATE = 0.2
+every_network = pytest.mark.parametrize("name", TWINS)
+every_unit = pytest.mark.parametrize("unit", ["block", "branch"])
+
+
+def survival(depth: sd.StochasticDepth) -> Factor:
+    """`1 - p` of each branch as the handle shows it."""
+    table = {
+        branch.name: branch.survival_probability
+        for block in depth.blocks
+        for branch in block.branches
+    }
+    return table.__getitem__
+
+
+def expected_survival(depth: sd.StochasticDepth, share: float = 1.0) -> Factor:
+    """`1 - l / L * p * share` of each branch (Huang et al. 2016, equation 4), from names alone."""
+    names = [block.name for block in depth.blocks]
+
+    def factor(branch: str) -> float:
+        position = names.index(branch.partition(":")[0]) + 1
+        return 1.0 - position / len(names) * RATE * share
+
+    return factor
+
+
+def gated(name: str, **options: Any) -> tuple[Any, Any, Tensor, sd.StochasticDepth]:
+    """A plain network, the same one with stochastic depth, and what to call them with."""
+    plain, x = make(name)
+    model = copy.deepcopy(plain)
+    options = {"drop_rate": RATE, **options}
+    return plain, model, x, sd.apply_stochastic_depth(model, example_inputs=x, **options)
+
+
+# Scale "eval": Huang et al. 2016, equation 5.
+
+
+@every_unit
+@every_network
+def test_eval_multiplies_each_branch_by_its_survival_probability(name: str, unit: str) -> None:
+    plain, model, x, depth = gated(name, unit=unit)
+    expected = TWINS[name](plain.eval(), x, expected_survival(depth))
+    # The rates l / L * p may round differently than they do in `linear`: a last bit in a factor,
+    # so some 1e-7 in the output. The next line, with the rates as they are, is exact.
+    torch.testing.assert_close(model.eval()(x), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(model(x), TWINS[name](plain, x, survival(depth)))
+    unscaled = TWINS[name](plain, x, lambda branch: 1.0)
+    assert torch.equal(plain(x), unscaled)
+    assert not torch.allclose(model(x), unscaled, rtol=1e-3, atol=1e-3)
+
+
+@every_unit
+@every_network
+def test_training_multiplies_by_nothing_where_the_scale_is_eval(name: str, unit: str) -> None:
+    check_training(name, unit=unit, scale="eval", by=lambda survival: 1.0)
+
+
+@every_unit
+@every_network
+def test_training_divides_by_the_survival_probability_where_the_scale_is_train(
+    name: str, unit: str
+) -> None:
+    check_training(name, unit=unit, scale="train", by=lambda survival: 1.0 / survival)
+
+
+@every_unit
+@every_network
+def test_training_multiplies_by_nothing_where_the_scale_is_none(name: str, unit: str) -> None:
+    check_training(name, unit=unit, scale="none", by=lambda survival: 1.0)
+
+
+def check_training(name: str, *, unit: str, scale: str, by: Callable[[float], float]) -> None:
+    """Training forwards as they come: open branches times `by(1 - p)`, dropped ones left out."""
+    plain, model, x, depth = gated(
+        name, drop_rate=0.19, drop_distribution="uniform", unit=unit, scale=scale
+    )
+    twin = TWINS[name]
+    survives = survival(depth)
+    patterns = set()
+    for number in range(4):
+        y = batch(x, number)
+        if name == "shared":  # last_gates tells of one of its six calls: all of them are forced
+            is_open = number % 2 == 0
+            with depth.fixed({"layer": is_open}):
+                output = model.train()(y)
+            gates = {"layer": is_open, "layer:0": is_open}
+        else:
+            output = model.train()(y)
+            gates = depth.last_gates
+        patterns.add(tuple(gates.values()))
+
+        def factor(branch: str, gates: dict[str, bool] = gates) -> float:
+            # An inner gate has none where its outer block has been dropped so far.
+            kept = gates.get(branch if unit == "branch" else branch.partition(":")[0], False)
+            return by(survives(branch)) if kept else 0.0
+
+        assert torch.equal(output, twin(plain.train(), y, factor))
+    assert_same(model, plain)  # the statistics of batch norms
+    assert len(patterns) > 1
+
+
+@every_unit
+@every_network
+@pytest.mark.parametrize("scale", ["train", "none"])
+def test_eval_is_the_plain_model_where_the_scale_is_not_eval(
+    name: str, unit: str, scale: str
+) -> None:
+    plain, model, x, _ = gated(name, unit=unit, scale=scale)
+    assert torch.equal(model.eval()(x), plain.eval()(x))
+
+
+def test_auto_is_eval_in_batch_mode() -> None:
+    _, auto, x, _ = gated("pre-norm")
+    _, explicit, _, _ = gated("pre-norm", scale="eval")
+    assert torch.equal(auto.eval()(x), explicit.eval()(x))
+
+
+# Branches that no factor on their last modules multiplies.
+
+
+@every_unit
+@pytest.mark.filterwarnings("ignore:fold")
+@pytest.mark.parametrize("kind", [Bypass, DenseBypass, InLineBypass, ProductBypass])
+def test_a_branch_with_a_bypass_is_refused_unless_a_factor_passes(
+    kind: type[Bypass], unit: str
+) -> None:
+    model, x = settled(lambda: residuals(6, kind)).eval(), vectors(4, 8)
+    expected = x
+    for block in copy.deepcopy(model):
+        expected = expected + (1 - RATE) * block.branch(expected)
+    options: dict[str, Any] = {"example_inputs": x, "unit": unit}
+    if kind is not ProductBypass:
+        with pytest.raises(
+            sd.RefusedBlockError, match=r'"0".*scale="none" works|"0".*unit="block"'
+        ):
+            sd.apply_stochastic_depth(model, RATE, "uniform", **options)
+        return
+    sd.apply_stochastic_depth(model, RATE, "uniform", **options)
+    # The library multiplies before the product, the reference behind it: they round otherwise.
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:fold")
+def test_a_dropped_factor_of_a_product_drops_the_product() -> None:
+    """0 times what stands in for the other factor is 0 for finite numbers only."""
+    plain, x = settled(lambda: residuals(6, ProductPostNorm)), vectors(4, 8)
+    model = copy.deepcopy(plain)
+    depth = sd.apply_stochastic_depth(model, RATE, example_inputs=x)
+    expected = x
+    for number, block in enumerate(plain):
+        expected = block.norm(expected + block.branch(expected) * float(number % 2))
+    with depth.fixed({str(number): bool(number % 2) for number in range(6)}):
+        output = model.train()(x)
+    assert torch.equal(output, expected)
+    output.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_what_a_dropped_block_hands_out_beside_its_value_is_zeros() -> None:
+    model, x = settled(lambda: residuals(6, TwoOutputs)), vectors(4, 8)
+    depth = sd.apply_stochastic_depth(model, RATE, example_inputs=x)
+    with depth.fixed({str(number): False for number in range(6)}):
+        value, *inside = model.train()(x)
+    assert torch.equal(value, x)
+    assert all(torch.equal(tensor, torch.zeros(4, 8)) for tensor in inside)
+
+
+# Under a schedule.
+
+
+@every_unit
+@pytest.mark.parametrize("name", ["resnet", "pre-norm", "post-norm"])
+def test_eval_under_warmup_scales_by_the_rates_of_the_moment(name: str, unit: str) -> None:
+    plain, model, x, depth = gated(name, unit=unit, schedule=sd.linear_warmup(4))
+    twin, steps = TWINS[name], 6
+    plain.eval()
+    model.eval()
+    for step in range(steps):
+        assert torch.equal(model(x), twin(plain, x, survival(depth)))
+        for block, expected in zip(depth.blocks, range(1, 7), strict=True):
+            assert block.drop_rate == pytest.approx(expected / 6 * RATE * min(step / 4, 1.0))
+        if step == 0:
+            assert torch.equal(model(x), plain(x))
+        depth.step()
+
+
+def test_each_branch_has_the_scale_of_its_own_schedule() -> None:
+    plain, model, x, depth = gated(
+        "pre-norm",
+        unit="branch",
+        schedule={"*:1": sd.linear_decay(2), "layers.0": sd.constant(0.5)},
+    )
+    plain.eval()
+    model.eval()
+    for step in range(3):
+        full = expected_survival(depth)
+
+        def factor(branch: str, step: int = step, full: Factor = full) -> float:
+            share = 0.5 if branch.startswith("layers.0:") else 1.0
+            if branch.endswith(":1"):  # a key with a colon comes before a block's
+                share = 1 - step / 2
+            return 1 - (1 - full(branch)) * share
+
+        # 1 - (1 - (1 - p)) rounds where 1 - p does not.
+        torch.testing.assert_close(model(x), pre_norm(plain, x, factor), rtol=1e-5, atol=1e-5)
+        assert torch.equal(model(x), pre_norm(plain, x, survival(depth)))
+        depth.step()
+
+
+def test_an_averaged_model_made_at_step_0_follows_the_clock_until_its_own_step() -> None:
+    plain, model, x, depth = gated("resnet", schedule=sd.linear_warmup(4))
+    optimizer = sgd(model)
+    depth.follow(optimizer)
+    average = AveragedModel(model)
+    own = sd.get_stochastic_depth(average)
+    assert own is not depth
+    for step in range(6):
+        train(model, optimizer, x, range(step, step + 1))
+        average.update_parameters(model)
+        plain.load_state_dict(average.module.state_dict())
+        share = min((step + 1) / 4, 1.0)
+        assert own.blocks[-1].drop_rate == depth.blocks[-1].drop_rate == pytest.approx(RATE * share)
+        assert torch.equal(average.eval()(x), resnet(plain.eval(), x, survival(depth)))
+    assert not torch.allclose(average(x), plain(x), rtol=1e-3, atol=1e-3)
+
+
+def test_a_copy_leaves_the_clock_with_a_step_of_its_own() -> None:
+    _, model, _, depth = gated("pre-norm", schedule=sd.linear_warmup(10))
+    twin = copy.deepcopy(model)
+    own = sd.get_stochastic_depth(twin)
+    for _ in range(3):
+        depth.step()
+    assert rate(own) == pytest.approx(0.3 * RATE)
+    own.step()  # from where the original stands
+    assert rate(own) == pytest.approx(0.4 * RATE)
+    assert rate(depth) == pytest.approx(0.3 * RATE)
+    depth.step()
+    depth.step()
+    assert rate(own) == pytest.approx(0.4 * RATE)
+    assert rate(depth) == pytest.approx(0.5 * RATE)
+
+
+def test_a_copy_leaves_the_clock_where_it_follows_an_optimizer_of_its_own() -> None:
+    _, model, x, depth = gated("pre-norm", schedule=sd.linear_warmup(10))
+    twin = copy.deepcopy(model)
+    own = sd.get_stochastic_depth(twin)
+    optimizer = sgd(twin)
+    own.follow(optimizer)
+    depth.step()
+    assert rate(own) == rate(depth)
+    train(twin, optimizer, x, 2)
+    assert rate(own) == pytest.approx(0.3 * RATE)
+    assert rate(depth) == pytest.approx(0.1 * RATE)
+
+
+def test_resuming_the_original_takes_its_copies_along() -> None:
+    _, model, x, depth = gated("pre-norm", schedule=sd.linear_warmup(10))
+    for _ in range(5):
+        depth.step()
+    state = depth.state_dict()
+
+    _, model, x, depth = gated("pre-norm", schedule=sd.linear_warmup(10))
+    average = AveragedModel(model)
+    depth.load_state_dict(state)
+    assert rate(depth) == pytest.approx(0.5 * RATE)
+    assert rate(sd.get_stochastic_depth(average)) == rate(depth)
+    assert torch.equal(average.eval()(x), model.eval()(x))
+
+
+def test_resuming_a_copy_leaves_the_original_alone() -> None:
+    _, model, _, depth = gated("pre-norm", schedule=sd.linear_warmup(10))
+    own = sd.get_stochastic_depth(copy.deepcopy(model))
+    depth.step()
+    state = depth.state_dict()
+    depth.step()
+    own.load_state_dict(state)
+    assert rate(depth) == pytest.approx(0.2 * RATE)
+    assert rate(own) == pytest.approx(0.1 * RATE)
+
+
+def rate(depth: sd.StochasticDepth) -> float:
+    return depth.blocks[-1].drop_rate
+
+
+# What sets the gates by hand.
+
+
+@pytest.mark.parametrize(("scale", "by"), [("eval", "survival"), ("train", "one"), ("none", "one")])
+def test_disabled_trains_at_the_inference_scale(scale: str, by: str) -> None:
+    plain, model, x, depth = gated("resnet", scale=scale)
+    survives = survival(depth)
+
+    def factor(branch: str) -> float:
+        return survives(branch) if by == "survival" else 1.0
+
+    with depth.disabled():
+        assert torch.equal(model.train()(x), resnet(plain.train(), x, factor))
+    assert_same(model, plain)
+    with depth.disabled(), depth.fixed(dict.fromkeys(["stages.0.0", "stages.1.0"], False)):
+        assert torch.equal(model(x), resnet(plain, x, factor))  # disabled: every branch runs
+
+
+class ResNetTwin(nn.Module):
+    def __init__(self, model: Any, factor: Factor) -> None:
+        super().__init__()
+        self.model, self.factor = model, factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return resnet(self.model, x, self.factor)
+
+
+def test_update_bn_of_an_averaged_model_under_disabled() -> None:
+    plain, model, x, _ = gated("resnet")
+    average = AveragedModel(model)
+    own = sd.get_stochastic_depth(average)
+    loader = [batch(x, number) for number in range(4)]
+    with own.disabled():
+        update_bn(loader, average)
+    update_bn(loader, ResNetTwin(plain, survival(own)))
+    assert_same(average.module, plain)
+    assert torch.equal(average.eval()(x), resnet(plain.eval(), x, survival(own)))
+
+
+@every_unit
+@pytest.mark.parametrize("name", ["resnet", "pre-norm", "post-norm"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("scale", ["eval", "train", "none"])
+def test_fixed_gates_are_scaled_as_ever(name: str, unit: str, training: bool, scale: str) -> None:
+    plain, model, x, depth = gated(name, unit=unit, scale=scale)
+    survives = survival(depth)
+    dropped = [depth.blocks[1].name, depth.blocks[3].name]
+
+    def factor(branch: str) -> float:
+        if branch.partition(":")[0] in dropped:
+            return 0.0
+        if scale == "train":
+            return 1 / survives(branch) if training else 1.0
+        return survives(branch) if scale == "eval" and not training else 1.0
+
+    plain.train(training)
+    model.train(training)
+    with depth.fixed(dict.fromkeys(dropped, False)):
+        assert torch.equal(model(x), TWINS[name](plain, x, factor))
+    assert_same(model, plain)
+
+
+def test_fixed_holds_for_single_branches_and_ends_with_its_context() -> None:
+    plain, model, x, depth = gated("post-norm", unit="branch")
+    survives = survival(depth)
+    model.eval()
+    before = model(x)
+    with depth.fixed({"layers.2:1": False, "layers.4": False}):
+        with depth.fixed({"layers.0:0": False}):
+            inner = model(x)
+        outer = model(x)
+    assert torch.equal(model(x), before)
+
+    def twin(*dropped: str) -> Tensor:
+        return post_norm(plain.eval(), x, lambda b: 0.0 if b in dropped else survives(b))
+
+    assert torch.equal(outer, twin("layers.2:1", "layers.4:0", "layers.4:1"))
+    assert torch.equal(inner, twin("layers.0:0"))  # what is not listed stays open
+
+
+def test_fixed_ends_where_its_body_fails() -> None:
+    _, model, x, depth = gated("pre-norm")
+    before = model.eval()(x)
+    with pytest.raises(ZeroDivisionError), depth.fixed({"layers.0": False}), depth.disabled():
+        raise ZeroDivisionError
+    assert torch.equal(model(x), before)
+    model.train()(x)
+    assert depth.last_gates

@@ -1,0 +1,834 @@
+"""Promise: what cannot work is refused with an error that says what arrived, what was expected, and
+what to do; and then the model is as it was. What can be chosen with `blocks=` stands at the end.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import stochastic_depth as sd
+from networks import (
+    WIDTH,
+    BasicBlock,
+    Residual,
+    make,
+    nested,
+    residuals,
+    sequences,
+    settled,
+    vectors,
+)
+
+oldest = pytest.mark.oldest
+Model = Callable[[], nn.Module]
+
+
+def stack() -> nn.Module:
+    return settled(residuals)
+
+
+X = vectors(2, WIDTH)
+EIGHT = 'choose from "0", "1", "2", "3", "4", "5" and 2 more'
+
+
+def gate(model: nn.Module, drop_rate: Any = 0.1, *more: Any, **options: Any) -> sd.StochasticDepth:
+    return sd.apply_stochastic_depth(model, drop_rate, *more, **{"example_inputs": X, **options})
+
+
+def pasted(error: sd.StochasticDepthError) -> Any:
+    """The `blocks=[...]` that an error offers."""
+    found = re.search(r"blocks=(\[.*?\])", error.instead)
+    assert found, error
+    return ast.literal_eval(found[1])
+
+
+@dataclass
+class Refusal:
+    """What is called, the error that comes, and what it has to say."""
+
+    name: str
+    call: Callable[[nn.Module], Any]
+    kind: type[sd.StochasticDepthError]
+    says: tuple[str, ...]
+    model: Model = stack
+
+
+def number(value: object) -> Refusal:
+    return Refusal(
+        f"rate {value!r}",
+        lambda model: gate(model, value),
+        sd.OptionError,
+        (f"drop_rate is {value!r}", "from 0 up to, but not including, 1", "such as 0.2"),
+    )
+
+
+def option(options: dict[str, Any], *says: str, kind: Any = sd.OptionError) -> Refusal:
+    return Refusal(repr(options), lambda model: gate(model, **options), kind, says)
+
+
+def not_yet(name: str, call: Callable[[nn.Module], Any], *says: str) -> Refusal:
+    return Refusal(name, call, sd.NotYetSupportedError, ("not yet supported", *says))
+
+
+def selection(blocks: Any, *says: str, kind: Any = sd.SelectionError) -> Refusal:
+    return Refusal(f"blocks {blocks!r}", lambda model: gate(model, blocks=blocks), kind, says)
+
+
+RATES = [
+    *map(number, [1.0, 1, 1.5, -0.1, float("nan"), float("inf"), True, None, "0.1", {0.1}, 1j]),
+    Refusal(
+        "a list too short",
+        lambda model: gate(model, [0.1] * 7),
+        sd.OptionError,
+        ("drop_rate holds 7 rates for 8 blocks", "one rate per block", "give 8 rates"),
+    ),
+    Refusal(
+        "a list too long",
+        lambda model: gate(model, (0.1,) * 9),
+        sd.OptionError,
+        ("drop_rate holds 9 rates for 8 blocks",),
+    ),
+    Refusal(
+        "one rate of a list",
+        lambda model: gate(model, [0.1] * 7 + [1.0]),
+        sd.OptionError,
+        ("drop_rate[7] is 1.0",),
+    ),
+    Refusal(
+        "one rate of a mapping",
+        lambda model: gate(model, {"0": 0.1, "3": 2}),
+        sd.OptionError,
+        ("drop_rate['3'] is 2",),
+    ),
+    Refusal(
+        "a mapping that matches nothing",
+        lambda model: gate(model, {"layer*": 0.1}),
+        sd.SelectionError,
+        ("drop_rate names 'layer*'", "none of the 8 names", EIGHT),
+    ),
+    Refusal(
+        "an empty mapping",
+        lambda model: gate(model, {}),
+        sd.SelectionError,
+        ("drop_rate is an empty mapping", EIGHT),
+    ),
+    Refusal(
+        "a name mistyped",
+        lambda model: gate(model, {"layers.12": 0.1}, example_inputs=sequences()),
+        sd.SelectionError,
+        ("drop_rate names 'layers.12'", 'did you mean "layers.2" or "layers.1"'),
+        model=lambda: make("pre-norm")[0],
+    ),
+    Refusal(
+        "a list and a distribution",
+        lambda model: gate(model, [0.1] * 8, "linear"),
+        sd.OptionError,
+        ("drop_distribution is 'linear' although drop_rate says", "leave drop_distribution out"),
+    ),
+    Refusal(
+        "a mapping and a distribution",
+        lambda model: gate(model, {"0": 0.1}, "uniform"),
+        sd.OptionError,
+        ("drop_distribution is 'uniform' although drop_rate says",),
+    ),
+    Refusal(
+        "an unknown distribution",
+        lambda model: gate(model, 0.1, "liner"),
+        sd.SelectionError,
+        ('drop_distribution is "liner"', "linear_from_zero", 'did you mean "linear"'),
+    ),
+    Refusal(
+        "a distribution of another length",
+        lambda model: gate(model, 0.1, lambda blocks, rate: [rate] * 3),
+        sd.OptionError,
+        ("holds 3 rates for 8 blocks",),
+    ),
+]
+
+OPTIONS = [
+    option({"unit": "blok"}, "unit= got 'blok'", '"block" or "branch"', 'did you mean "block"'),
+    option({"mode": "batches"}, "mode= got 'batches'", '"batch" or "sample"'),
+    option({"scale": "trian"}, "scale= got 'trian'", 'did you mean "train"'),
+    option({"draw": 3}, "draw is a int", "sd.Draw(seed=1)"),
+    option({"schedule": 3}, "schedule is 3", "linear_warmup"),
+    option(
+        {"schedule": {"9": sd.constant(1)}},
+        "schedule names '9'",
+        EIGHT,
+        kind=sd.SelectionError,
+    ),
+    option({"schedule": {"0:0": sd.constant(1)}}, "schedule names '0:0'", kind=sd.SelectionError),
+    Refusal(
+        "fixed",
+        lambda model: gate(model).fixed({"00": True}).__enter__(),
+        sd.SelectionError,
+        ('fixed() got "00"', EIGHT),
+    ),
+    Refusal(
+        "fixed, a branch's name",
+        lambda model: gate(model).fixed({"0:0": True}).__enter__(),
+        sd.SelectionError,
+        ('fixed() got "0:0"', 'with unit="branch" of a branch'),
+    ),
+    *(
+        Refusal(f"Draw {options}", lambda model, o=options: sd.Draw(**o), sd.OptionError, says)  # type: ignore[misc]
+        for options, says in [
+            ({"seed": "a"}, ("Draw(seed='a')", "an integer")),
+            ({"seed": True}, ("Draw(seed=True)",)),
+            ({"seed": 0.5}, ("Draw(seed=0.5)",)),
+            (
+                {"sampling": "balance"},
+                ("Draw(sampling=...) got 'balance'", 'did you mean "balanced"'),
+            ),
+            ({"redraw": "never"}, ("Draw(redraw=...) got 'never'", '"forward" or "step"')),
+            (
+                {"across_ranks": "all"},
+                ("Draw(across_ranks=...) got 'all'", '"same" or "different"'),
+            ),
+            ({"rows": "few"}, ("Draw(rows=...) got 'few'", '"contiguous" or "random"')),
+        ]
+    ),
+]
+
+NOT_YET = [
+    not_yet("sample", lambda m: gate(m, mode="sample"), 'mode="sample"', "leave mode out"),
+    *(
+        not_yet(f"{name} {value}", lambda m, o={name: value}: gate(m, draw=sd.Draw(**o)), says)  # type: ignore[misc]
+        for name, value, says in [
+            ("across_ranks", "different", "Draw(across_ranks='different')"),
+            ("sampling", "balanced", "Draw(sampling='balanced')"),
+            ("rows", "random", "Draw(rows='random')"),
+        ]
+    ),
+    not_yet(
+        "drop path",
+        lambda m: sd.apply_drop_path(m, 0.1, example_inputs=X),
+        "apply_drop_path",
+        'unit="branch", scale="train"',
+    ),
+    not_yet(
+        "layer drop",
+        lambda m: sd.apply_layer_drop(m, 0.1, example_inputs=X),
+        "apply_layer_drop",
+        'scale="none"',
+    ),
+    not_yet(
+        "progressive layer dropping",
+        lambda m: sd.apply_progressive_layer_dropping(m, example_inputs=X),
+        "apply_progressive_layer_dropping",
+        "schedule=",
+    ),
+    not_yet("compile", lambda m: gate(m).compile(), "depth.compile", "train it eagerly"),
+]
+
+SELECTIONS = [
+    selection("9", "blocks names '9'", EIGHT),
+    selection(["0", "layer1"], "blocks names 'layer1'", EIGHT),
+    selection(["a*"], "blocks names 'a*'"),
+    selection("!9", "blocks names '9'", EIGHT),
+    selection(["!*"], "blocks=['!*'] leaves nothing of 8 residual blocks", "find_residual_blocks"),
+    selection(["0", "!0"], "leaves nothing"),
+    selection([], "blocks=[] leaves nothing of 8 residual blocks"),
+    selection(
+        nn.Conv2d, "the class Conv2d", "matches none of 8", "the blocks are of class Residual"
+    ),
+    selection(
+        lambda block: False, "predicate", "matches none of 8", "called with each found block"
+    ),
+    selection([3], "blocks= holds 3", "names, globs, classes", kind=sd.OptionError),
+    selection(3, "blocks= holds 3", "names, globs, classes", kind=sd.OptionError),
+]
+
+
+def lstm() -> nn.Module:
+    return nn.LSTM(WIDTH, WIDTH, num_layers=2)
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
+
+
+class Concatenating(nn.Module):
+    """A layer as in DenseNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.linear(x)], -1)
+
+
+MODELS = [
+    Refusal(
+        kind,
+        lambda model: gate(model),
+        sd.NoResidualBlocksError,
+        (
+            kind,
+            "has no residual block",
+            "y = x + branch(x)",
+            "concatenation, as in DenseNet, is none",
+        ),
+        model=model,
+    )
+    for kind, model in [
+        ("LSTM", lstm),
+        ("Sequential", mlp),
+        ("Concatenating", Concatenating),
+        ("Linear", lambda: nn.Linear(WIDTH, WIDTH)),
+    ]
+] + [
+    Refusal(
+        "no example",
+        lambda model: sd.apply_stochastic_depth(model, 0.1),
+        sd.ExampleInputsError,
+        (
+            "Sequential without example_inputs",
+            "pass example_inputs=batch",
+            "a batch of two is enough",
+        ),
+    ),
+    Refusal(
+        "no example, only looking",
+        sd.find_residual_blocks,
+        sd.ExampleInputsError,
+        ("Sequential without example_inputs",),
+    ),
+    Refusal(
+        "no example at all",
+        lambda model: gate(model, example_inputs="cat"),
+        sd.ExampleInputsError,
+        ("example_inputs is a str", "a tensor, a tuple of positional or a dict of keyword"),
+    ),
+    Refusal(
+        "an example that fails",
+        lambda model: gate(model, example_inputs=torch.randn(2, 3)),
+        sd.ExampleInputsError,
+        (
+            "the forward of Sequential failed on its example inputs",
+            "RuntimeError",
+            "as for training",
+        ),
+    ),
+    Refusal(
+        "keywords that fail",
+        lambda model: gate(model, example_kwargs={"mask": None}),
+        sd.ExampleInputsError,
+        ("failed on its example inputs: TypeError", "mask"),
+    ),
+]
+
+
+@oldest
+@pytest.mark.parametrize(
+    "refusal", [*RATES, *OPTIONS, *NOT_YET, *SELECTIONS, *MODELS], ids=lambda refusal: refusal.name
+)
+def test_refused_with_its_reason(refusal: Refusal) -> None:
+    check(refusal)
+
+
+def check(refusal: Refusal) -> sd.StochasticDepthError:
+    model = refusal.model()
+    classes = [type(module) for module in model.modules()]
+    weights = copy.deepcopy(model.state_dict())
+    mode = model.training
+    with pytest.raises(sd.StochasticDepthError) as caught:
+        refusal.call(model)
+    error = caught.value
+    assert type(error) is refusal.kind
+    for part in refusal.says:
+        assert part in str(error)
+    # Where it was gated first (fixed, compile), it is the gated model that stays as it was.
+    if not any("_stochastic_depth" in vars(module) for module in model.modules()):
+        assert [type(module) for module in model.modules()] == classes
+    assert model.training == mode
+    assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
+    return error
+
+
+@oldest
+def test_the_cause_of_a_failing_example_is_kept() -> None:
+    with pytest.raises(sd.ExampleInputsError) as caught:
+        gate(stack(), example_inputs=torch.randn(2, 3))
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+# Models of other libraries.
+
+
+VISION: list[tuple[str, int]] = [("vgg11", 32), ("alexnet", 64), ("densenet121", 32)]
+
+
+@pytest.mark.parametrize(("name", "size"), VISION)
+def test_torchvision_models_without_skips(name: str, size: int) -> None:
+    models = pytest.importorskip("torchvision.models")
+    check(
+        Refusal(
+            name,
+            lambda model: gate(model, example_inputs=torch.randn(2, 3, size, size)),
+            sd.NoResidualBlocksError,
+            ("has no residual block", "concatenation, as in DenseNet, is none"),
+            model=lambda: models.get_model(name, weights=None),
+        )
+    )
+
+
+def test_a_torchvision_model_needs_an_example_and_a_timm_model_does_not() -> None:
+    models = pytest.importorskip("torchvision.models")
+    timm = pytest.importorskip("timm")
+    check(
+        Refusal(
+            "resnet18",
+            lambda model: sd.apply_stochastic_depth(model, 0.1),
+            sd.ExampleInputsError,
+            (
+                "ResNet without example_inputs",
+                "carries no example of its own",
+                "example_inputs=batch",
+            ),
+            model=lambda: models.resnet18(weights=None),
+        )
+    )
+    model = timm.create_model("test_resnet")
+    assert sd.apply_stochastic_depth(model, 0.1).blocks
+
+
+def timm_vit() -> nn.Module:
+    timm = pytest.importorskip("timm")
+    return timm.create_model("vit_tiny_patch16_224", drop_path_rate=0.1, img_size=32, depth=6)
+
+
+def torchvision_default(name: str) -> Model:
+    return lambda: pytest.importorskip("torchvision.models").get_model(name, weights=None)
+
+
+def bart(**layerdrop: float) -> Model:
+    def build() -> nn.Module:
+        transformers = pytest.importorskip("transformers")
+        sizes = {
+            "vocab_size": 99,
+            "d_model": 16,
+            "max_position_embeddings": 32,
+            **dict.fromkeys(["encoder_layers", "decoder_layers"], 3),
+            **dict.fromkeys(["encoder_attention_heads", "decoder_attention_heads"], 2),
+            **dict.fromkeys(["encoder_ffn_dim", "decoder_ffn_dim"], 16),
+        }
+        return transformers.BartModel(transformers.BartConfig(**sizes, **layerdrop))
+
+    return build
+
+
+def wav2vec2() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    return transformers.Wav2Vec2Model(
+        transformers.Wav2Vec2Config(
+            hidden_size=32,
+            num_hidden_layers=6,
+            num_attention_heads=2,
+            intermediate_size=32,
+            conv_dim=(8, 8),
+            conv_stride=(2, 2),
+            conv_kernel=(3, 3),
+            num_feat_extract_layers=2,
+            num_conv_pos_embeddings=8,
+            num_conv_pos_embedding_groups=2,
+        )
+    )
+
+
+PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+TOKENS = {"input_ids": torch.arange(14).view(2, 7)}
+SOUND = torch.randn(2, 400, generator=torch.Generator().manual_seed(0))
+ACTIVE: list[tuple[str, Model, Any, str, str]] = [
+    ("timm", timm_vit, PIXELS, "blocks.1.drop_path1.drop_prob is 0.0", "apply_drop_path"),
+    (
+        "swin_t",
+        torchvision_default("swin_t"),
+        PIXELS,
+        "features.1.1.stochastic_depth.p is 0.0",
+        "apply_drop_path",
+    ),
+    (
+        "convnext_tiny",
+        torchvision_default("convnext_tiny"),
+        PIXELS,
+        "features.1.1.stochastic_depth.p is 0.0",
+        "apply_drop_path",
+    ),
+    ("wav2vec2", wav2vec2, SOUND, "config.layerdrop is 0.1", "apply_layer_drop"),
+    ("bart", bart(encoder_layerdrop=0.1), TOKENS, "encoder.layerdrop is 0.1", "apply_layer_drop"),
+    ("bart", bart(decoder_layerdrop=0.2), TOKENS, "decoder.layerdrop is 0.2", "apply_layer_drop"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:fold")
+@pytest.mark.parametrize(("name", "model", "example", "says", "preset"), ACTIVE)
+def test_an_active_drop_path_is_refused_until_what_the_error_names_is_0(
+    name: str, model: Model, example: Any, says: str, preset: str
+) -> None:
+    error = check(
+        Refusal(
+            name,
+            lambda model: gate(model, example_inputs=example),
+            sd.ActiveDropPathError,
+            (says, "drops branches of its own accord", "drop_path_rate=0", preset),
+            model=model,
+        )
+    )
+    built = model()
+    while True:  # each error names the next one
+        found = re.search(r"set (\S+) = 0;", error.instead)
+        assert found, error
+        holder, _, attribute = found[1].rpartition(".")
+        owner: Any = built.config if holder == "config" else built.get_submodule(holder)
+        setattr(owner, attribute, 0.0)
+        before = str(error)
+        try:
+            depth = gate(built, example_inputs=example)
+        except sd.ActiveDropPathError as again:
+            error = again
+        else:
+            break
+        assert str(error) != before
+    assert len(depth.blocks) >= 6
+
+
+def t5() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4)
+    )
+
+
+@pytest.mark.parametrize(
+    ("blocks", "refused", "left"),
+    [
+        (None, ["encoder.block.0", "decoder.block.0"], 4),
+        (["encoder.*"], ["encoder.block.0"], 2),
+        (["decoder.block.[01]"], ["decoder.block.0"], 1),
+    ],
+)
+def test_the_first_layers_of_t5_are_refused_with_blocks_to_paste(
+    blocks: Any, refused: list[str], left: int
+) -> None:
+    example = {**TOKENS, "decoder_input_ids": TOKENS["input_ids"]}
+    error = check(
+        Refusal(
+            "t5",
+            lambda model: gate(model, blocks=blocks, example_inputs=example),
+            sd.RefusedBlockError,
+            (*(f'block "{name}"' for name in refused), "computes with a value made inside of it"),
+            model=t5,
+        )
+    )
+    depth = gate(t5(), blocks=pasted(error), example_inputs=example)
+    names = [block.name for block in depth.blocks]
+    assert len(names) == left
+    assert not set(names) & set(refused)
+    depth.model.train()(**example)
+    assert list(depth.last_gates) == names
+
+
+# Blocks that cannot be gated exactly.
+
+
+class EndsInLine(nn.Module):
+    """What its last module hands out reaches the sum by way of a function that no factor passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.linear(x.relu()))
+
+
+@oldest
+def test_a_branch_that_cannot_be_scaled_is_refused_with_blocks_to_paste() -> None:
+    def mixed() -> nn.Module:
+        return settled(lambda: nn.Sequential(*residuals(6), EndsInLine(), *residuals(2)))
+
+    error = check(
+        Refusal(
+            "in line",
+            lambda model: gate(model),
+            sd.RefusedBlockError,
+            (
+                'block "6.linear": 6.linear:0 cannot be scaled',
+                "tanh",
+                'scale="none" works',
+                "leave it out",
+            ),
+            model=mixed,
+        )
+    )
+    assert pasted(error) == ["!6.linear"]
+    assert len(gate(mixed(), blocks=pasted(error)).blocks) == 8
+    assert len(gate(mixed(), scale="none").blocks) == 9
+    with pytest.raises(sd.RefusedBlockError, match="train the model as it is: no block is left"):
+        gate(mixed(), blocks=["6.linear"])
+
+
+class Leaking(nn.Module):
+    """The last block computes with a value from inside of the first one's branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.rest = nn.Linear(WIDTH, WIDTH), residuals(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inside = self.first(x.relu())
+        x = self.rest(x + inside.relu())
+        return x * inside
+
+
+@oldest
+def test_a_branch_whose_values_are_used_elsewhere_is_refused() -> None:
+    error = check(
+        Refusal(
+            "leaking",
+            lambda model: gate(model),
+            sd.RefusedBlockError,
+            ('block "first"', "computes with a value made inside of it"),
+            model=lambda: settled(Leaking),
+        )
+    )
+    assert len(gate(settled(Leaking), blocks=pasted(error)).blocks) == 6
+
+
+# Applying twice.
+
+
+@oldest
+@pytest.mark.parametrize("blocks", [None, ["1", "2"], ["1"], [Residual]])
+def test_applying_twice_to_a_block_is_refused(blocks: Any) -> None:
+    model = stack()
+    depth = gate(model, blocks=["0", "1"])
+    before = model.eval()(X)
+    with pytest.raises(sd.OptionError) as caught:
+        gate(model, blocks=blocks)
+    name = "0" if blocks in (None, [Residual]) else "1"
+    for part in (f'block "{name}" has stochastic depth already', ".remove() first", "blocks="):
+        assert part in str(caught.value)
+    assert torch.equal(model(X), before)
+    assert sd.get_stochastic_depth(model) is depth
+    depth.remove()
+    assert gate(model, blocks=blocks).blocks
+
+
+@oldest
+def test_applying_twice_to_a_copy_or_to_a_whole_with_a_gated_part_is_refused() -> None:
+    model = stack()
+    gate(model)
+    for again in (copy.deepcopy(model), nn.Sequential(nn.Linear(WIDTH, WIDTH), model)):
+        with pytest.raises(sd.OptionError, match="has stochastic depth already"):
+            gate(again)
+
+
+# Warnings.
+
+
+@oldest
+@pytest.mark.parametrize(
+    ("blocks", "rate", "warns"),
+    [(5, 0.21, True), (1, 0.9, True), (5, 0.2, False), (6, 0.9, False), (8, 0.5, False)],
+)
+def test_few_blocks_with_a_high_rate_warn(blocks: int, rate: float, warns: bool) -> None:
+    model = settled(lambda: residuals(blocks))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        gate(model, rate)
+    assert len(caught) == warns
+    for warning in caught:
+        assert warning.category is sd.StochasticDepthWarning
+        assert f"{blocks} blocks with a drop rate of {rate}" in str(warning.message)
+        assert "at most 0.2" in str(warning.message)
+
+
+@oldest
+def test_few_blocks_are_those_that_are_gated_and_their_highest_rate_counts() -> None:
+    with pytest.warns(sd.StochasticDepthWarning, match="2 blocks with a drop rate of 0.4"):
+        gate(stack(), [0.0, 0.4], blocks=["0", "1"])
+
+
+# Several processes are for a later version.
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(  # type: ignore[attr-defined]
+            str(tmp_path / "store"), 1
+        ),
+        rank=0,
+        world_size=1,
+    )
+    yield
+    dist.destroy_process_group()
+
+
+def refuses_to_train(model: nn.Module, example: Tensor, wrapper: str, block: str) -> None:
+    with pytest.raises(sd.NotYetSupportedError) as caught:
+        model.train()(example)
+    for part in (f'block "{block}" is trained under {wrapper}', "not yet supported", "one process"):
+        assert part in str(caught.value)
+
+
+@oldest
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("wrap_first", [True, False])
+def test_training_under_ddp_is_refused(wrap_first: bool) -> None:
+    model, x = make("resnet")
+    if wrap_first:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        depth = gate(wrapped, example_inputs=x)
+    else:
+        depth = gate(model, example_inputs=x)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+    assert depth.model is model
+    refuses_to_train(wrapped, x, "DistributedDataParallel", "stages.0.0")
+    assert depth.last_gates == {}
+    assert torch.equal(wrapped.eval()(x), model(x))
+    model.train()(x)  # the model alone is on one process
+    assert depth.last_gates
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("shard", ["layers and root", "root"])
+def test_training_under_fully_shard_is_refused(shard: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (1,))
+    model, x = make("pre-norm")
+    depth = gate(model, example_inputs=x)
+    for layer in model.layers if shard == "layers and root" else ():
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    refuses_to_train(model, x, "fully_shard", "layers.0")
+    assert depth.last_gates == {}
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("shard", ["layers and root", "root"])
+def test_a_model_that_is_sharded_already_is_refused_as_such(shard: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (1,))
+    model, x = make("pre-norm")
+    for layer in model.layers if shard == "layers and root" else ():
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    with pytest.raises(sd.NotYetSupportedError, match="fully_shard"):
+        gate(model, example_inputs=x).model.train()(x)
+
+
+# What blocks= can choose.
+
+
+def chosen(blocks: Any, model: Model = stack, **options: Any) -> list[str]:
+    return [block.name for block in gate(model(), blocks=blocks, **options).blocks]
+
+
+ALL = [str(block) for block in range(8)]
+
+
+@oldest
+@pytest.mark.parametrize(
+    ("blocks", "names"),
+    [
+        (None, ALL),
+        ("3", ["3"]),
+        (["5", "2"], ["2", "5"]),  # always in forward order
+        ("[2-4]", ["2", "3", "4"]),
+        (["[01]", "7"], ["0", "1", "7"]),
+        ("!0", ALL[1:]),
+        (["!0", "![67]"], ALL[1:6]),
+        (["[0-4]", "!2"], ["0", "1", "3", "4"]),
+        (["!2", "[0-4]"], ["0", "1", "3", "4"]),
+        (Residual, ALL),
+        ([Residual, "!7"], ALL[:7]),
+        (nn.Module, ALL),
+        (lambda block: int(block.name) % 2 == 0, ["0", "2", "4", "6"]),
+        ([lambda block: block.name == "1", "3", Residual], ALL),
+        (("1", "1"), ["1"]),
+    ],
+)
+def test_blocks_by_name_glob_class_or_predicate(blocks: Any, names: list[str]) -> None:
+    assert chosen(blocks) == names
+
+
+@oldest
+def test_blocks_that_were_found_can_be_passed_on() -> None:
+    model = stack()
+    found = sd.find_residual_blocks(model, X)
+    assert [block.name for block in gate(model, blocks=found[2:4]).blocks] == ["2", "3"]
+    assert chosen(found[5]) == ["5"]
+    assert chosen([block for block in found if len(block.branches) == 1]) == ALL
+    assert chosen([found[0], "!1", "7"]) == ["0", "7"]
+
+
+@oldest
+def test_a_distribution_runs_over_the_blocks_that_are_gated() -> None:
+    depth = gate(stack(), 0.2, blocks=["1", "3", "5", "7"])
+    assert [block.drop_rate for block in depth.blocks] == pytest.approx([0.05, 0.1, 0.15, 0.2])
+    depth.model.train()(X)
+    assert list(depth.last_gates) == ["1", "3", "5", "7"]
+
+
+@oldest
+def test_nested_blocks_are_chosen_one_by_one() -> None:
+    options: dict[str, Any] = {"model": lambda: settled(nested), "example_inputs": sequences()}
+    assert chosen("*.inner.*", **options) == [f"{o}.inner.{i}" for o in (1, 2, 3) for i in (0, 1)]
+    assert chosen(["!*.inner.*"], **options) == ["1", "2", "3"]
+    assert chosen(["2", "2.inner.1"], **options) == ["2.inner.1", "2"]
+
+
+class Position(nn.Module):
+    """`x + dwconv(x)`, an affine branch, as transformers for images encode positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.dwconv(x)
+
+
+def with_positions() -> nn.Module:
+    return nn.Sequential(Position(), BasicBlock(8, 8), Position(), BasicBlock(8, 8))
+
+
+@oldest
+def test_affine_branches_are_gated_only_where_a_name_says_so() -> None:
+    example = torch.randn(2, 8, 6, 6)
+    options: dict[str, Any] = {"model": with_positions, "example_inputs": example}
+    assert [block.name for block in sd.find_residual_blocks(with_positions(), example)] == [
+        "1",
+        "3",
+    ]
+    assert chosen(None, **options) == ["1", "3"]
+    assert chosen("*", **options) == ["1", "3"]
+    assert chosen(["*", "0"], **options) == ["0", "1", "3"]
+
+    def positions() -> nn.Module:
+        return nn.Sequential(Position(), Position())
+
+    with pytest.raises(sd.NoResidualBlocksError) as caught:
+        gate(positions(), example_inputs=example)
+    assert chosen(pasted(caught.value), positions, example_inputs=example) == ["0", "1"]
