@@ -22,7 +22,7 @@ test: $(TEST)
 	$(PYTHON) -m pytest -n $(WORKERS)
 
 demo: $(DEMO)
-	$(PYTHON) examples/images.py --out runs/demo
+	$(PYTHON) examples/images.py
 
 check: lint test
 

@@ -7,8 +7,6 @@ that of the total times; its 95% interval comes from a bootstrap over the steps.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from imagelib.machine import machine
 
 Step = Callable[[int], object]
 RESULTS = Path(__file__).parent / "results"
@@ -108,20 +108,6 @@ def peak_mebibytes(step: Step, number: int) -> float:
     return (max(totals) - (totals[0] - memory[0]["Bytes"])) / 2**20
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def write(name: str, results: Any) -> Path:
     """Write a result file with the machine and versions in it."""
     RESULTS.mkdir(exist_ok=True)
@@ -129,14 +115,6 @@ def write(name: str, results: Any) -> Path:
     content = {"machine": machine(), "results": results}
     path.write_text(json.dumps(content, indent=2, default=asdict) + "\n")
     return path
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
 
 
 def _wait_for_the_device() -> None:

@@ -161,7 +161,7 @@ OPTIONS = [
     option({"unit": "blok"}, "unit= got 'blok'", '"block" or "branch"', 'did you mean "block"'),
     option({"mode": "batches"}, "mode= got 'batches'", '"batch" or "sample"'),
     option({"scale": "trian"}, "scale= got 'trian'", 'did you mean "train"'),
-    option({"draw": 3}, "draw is a int", "sd.Draw(seed=1)"),
+    option({"draw": 3}, "draw is 3", "sd.Draw(seed=1)"),
     option({"schedule": 3}, "schedule is 3", "linear_warmup"),
     option(
         {"schedule": {"9": sd.constant(1)}},

@@ -6,10 +6,10 @@ import threading
 
 import pytest
 import torch
-from networks import make
 from torch import Tensor
 
 import stochastic_depth as sd
+from networks import make
 
 pytestmark = pytest.mark.oldest
 
@@ -25,9 +25,9 @@ def test_inference_from_several_threads() -> None:
 
         def infer(number: int, x: Tensor) -> None:
             with torch.no_grad():
-                for _ in range(40):
-                    if not torch.equal(model(x), expected[number]):
-                        wrong.append(number)
+                wrong.extend(
+                    number for _ in range(40) if not torch.equal(model(x), expected[number])
+                )
 
         threads = [threading.Thread(target=infer, args=item) for item in enumerate(inputs)]
         for thread in threads:

@@ -14,6 +14,7 @@ from stochastic_depth.discovery.existing import refuse_active_drop_path
 from stochastic_depth.discovery.proofs import branch_not_closed, skip_value
 from stochastic_depth.discovery.templates import Template
 from stochastic_depth.discovery.watch import record
+from stochastic_depth.distributed import refuse_sharded
 from stochastic_depth.distributions import Distribution, DropRate, resolve_rates
 from stochastic_depth.draw import Draw, check_choice
 from stochastic_depth.errors import (
@@ -112,12 +113,13 @@ def apply_stochastic_depth(
         )
     if not isinstance(draw, Draw):
         raise OptionError(
-            f"draw is a {type(draw).__name__}",
+            f"draw is {draw!r}",
             expected="an sd.Draw",
             instead="pass sd.Draw(seed=1), say",
         )
     draw.check_supported()
     model = plain_model(model)
+    refuse_sharded(model)
     refuse_active_drop_path(model)
     found, example = watch(model, example_inputs, example_kwargs)
     chosen = select(model, found, blocks)
@@ -132,8 +134,9 @@ def apply_stochastic_depth(
     )
     units = [name for number in range(len(chosen)) for name in plan.units(number)]
     plan.schedule = resolve_schedule(schedule, units)
-    _gate(model, found, plan, example)
-    _warn(plan)
+    whole = _proven(model, found, plan, example)
+    _warn(plan)  # before anything is changed: a warning may be an error
+    attach(model, found, plan, whole)
     return StochasticDepth(model, plan)
 
 
@@ -148,29 +151,35 @@ def get_stochastic_depth(model: nn.Module, *, blocks: str | None = None) -> Stoc
     Raises:
         SelectionError: It has no stochastic depth, or several.
     """
-    plans: dict[int, tuple[nn.Module, Plan]] = {}
+    roots: dict[int, tuple[str, Plan]] = {}
     for name, _, gate in gated_modules(model):
-        if id(gate.plan) not in plans:
-            prefix = name.removesuffix(gate.name).rstrip(".") if gate.name else name
-            plans[id(gate.plan)] = (model.get_submodule(prefix), gate.plan)
+        whole = name == gate.name or name.endswith(f".{gate.name}") or not gate.name
+        prefix = name.removesuffix(gate.name).rstrip(".") if whole and gate.name else name
+        roots.setdefault(id(gate.plan), (prefix if whole else "?", gate.plan))
     found = [
-        (root, plan)
-        for root, plan in plans.values()
+        (prefix, plan)
+        for prefix, plan in roots.values()
         if blocks is None or any(block.name == blocks for block in plan.blocks)
     ]
     if len(found) != 1:
-        names = [plan.blocks[0].name for _, plan in plans.values()]
+        names = [plan.blocks[0].name for _, plan in roots.values()]
         raise SelectionError(
             f"{type(model).__name__} has {len(found) or 'no'} stochastic depth"
             + (f" with a block {blocks!r}" if blocks else ""),
             expected="a model on which it was applied once",
             instead=f"pass blocks= with one of {names}" if names else "call apply_stochastic_depth",
         )
-    root, plan = found[0]
+    prefix, plan = found[0]
     known = plan.handle() if plan.handle is not None else None
-    if known is not None and known.model is root:
+    if known is not None and (prefix == "?" or known.model is model.get_submodule(prefix)):
         return cast(StochasticDepth, known)
-    return StochasticDepth(root, plan)
+    if prefix == "?":
+        raise SelectionError(
+            f"{type(model).__name__} is a part of the model that stochastic depth was applied to",
+            expected="that model, or anything around it",
+            instead="pass the whole model",
+        )
+    return StochasticDepth(model.get_submodule(prefix), plan)
 
 
 def _refuse_gated(model: nn.Module, chosen: Sequence[ResidualBlock]) -> None:
@@ -187,13 +196,19 @@ def _refuse_gated(model: nn.Module, chosen: Sequence[ResidualBlock]) -> None:
             )
 
 
-def _gate(model: nn.Module, found: Discovery, plan: Plan, example: Example) -> None:
-    """Gate every branch, watch them closed, then gate each block in the cheapest exact way."""
+def _proven(
+    model: nn.Module, found: Discovery, plan: Plan, example: Example
+) -> dict[str, Template]:
+    """What the blocks return that can be skipped whole; raises where a block is not exact.
+
+    Every branch is gated for a while and the model watched with all of them closed.
+    """
     reasons = {
         block.name: why
         for block in plan.blocks
         if (why := refusal(block, unit=plan.unit, scale=plan.scale))
     }
+    whole: dict[str, Template] = {}
     if not reasons:
         attach(model, found, plan, {})
         try:
@@ -202,7 +217,7 @@ def _gate(model: nn.Module, found: Discovery, plan: Plan, example: Example) -> N
             detach(model, plan)
     if reasons:
         raise refuse(reasons, plan.blocks, found=found)
-    attach(model, found, plan, whole)
+    return whole
 
 
 def _prove(

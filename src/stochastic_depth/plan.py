@@ -9,9 +9,11 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from torch import nn
 
 from stochastic_depth.discovery.blocks import ResidualBlock
 from stochastic_depth.draw import Draw, uniform
@@ -26,9 +28,19 @@ Scale = Literal["eval", "train", "none"]
 
 @dataclass(eq=False)
 class Clock:
-    """The optimizer step; a copied model reads its original's until it steps by itself."""
+    """The optimizer step; that of a copied model follows its original's until it is set."""
 
-    step: int = 0
+    own_step: int = 0
+    follows: Clock | None = None
+
+    @property
+    def step(self) -> int:
+        """How often the optimizer has stepped."""
+        return self.own_step if self.follows is None else self.follows.step
+
+    def set(self, step: int) -> None:
+        """Go on from this step, following nobody."""
+        self.own_step, self.follows = step, None
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,6 @@ class Plan:
     schedule: ResolvedSchedule
     draw: Draw
     clock: Clock = field(default_factory=Clock)
-    owns_clock: bool = True
     following: Any = None  # the handle of the hook on the optimizer
     forced: Mapping[str, bool] | None = None
     disabled: bool = False
@@ -63,8 +74,9 @@ class Plan:
     calls: dict[str, int] = field(default_factory=dict)  # of each container in this step
     calls_in_step: int = 0  # the step that `calls` counts in
     handle: weakref.ref[Any] | None = None
-    last_seen: tuple[int, int] = (-1, -1)  # the step, and the version of a parameter in it
-    missed_steps: int = 0  # how often a parameter changed while the clock stood still
+    versions: dict[str, int] = field(default_factory=dict)  # of each container's parameters
+    changes: dict[str, int] = field(default_factory=dict)  # of them, while the clock stood still
+    warned: bool = False
 
     def units(self, block: int) -> tuple[str, ...]:
         """The names of what is drawn for in a block: itself, or each of its branches."""
@@ -124,39 +136,38 @@ class Plan:
         return Decision(tuple(kept * share), tuple(factors * share))
 
     def advance(self) -> None:
-        """One optimizer step; a copy leaves its original's clock for one of its own."""
-        if not self.owns_clock:
-            self.clock, self.owns_clock = Clock(self.clock.step), True
-        self.clock.step += 1
+        """One optimizer step; the clock of a copy leaves its original's."""
+        self.clock.set(self.clock.step + 1)
+        self.changes.clear()
 
-    def expect_steps(self, version: int) -> None:
-        """Warn, once, where the optimizer steps and nobody tells the clock.
+    def expect_steps(self, container: str, parameters: Iterable[nn.Parameter]) -> None:
+        """Warn, once, where parameters change time and again and nobody tells the clock.
 
         Args:
-            version: A parameter's version, which changes whenever it is written.
+            container: Whose call it is.
+            parameters: The container's.
         """
-        needed = bool(self.schedule.by_name) or self.draw.redraw == "step"
-        if not needed or self.missed_steps >= _PATIENCE:
+        if self.warned or not (self.schedule.by_name or self.draw.redraw == "step"):
             return
-        step, known = self.last_seen
-        self.last_seen = (self.clock.step, version)
-        if step != self.clock.step:
-            self.missed_steps = 0
-        elif version != known:
-            self.missed_steps += 1
-            if self.missed_steps == _PATIENCE:
-                warnings.warn(
-                    f"the parameters changed {_PATIENCE} times while stochastic depth stands at "
-                    f"step {step}: its schedule (or redraw) waits for depth.follow(optimizer), or "
-                    "for depth.step() after each optimizer step",
-                    StochasticDepthWarning,
-                    stacklevel=2,
-                )
+        version = sum(p._version for p in parameters if p.requires_grad and not p.is_inference())
+        if self.versions.get(container, version) != version:
+            self.changes[container] = self.changes.get(container, 0) + 1
+        self.versions[container] = version
+        if self.changes.get(container, 0) >= _PATIENCE and self.clock.follows is None:
+            self.warned = True
+            warnings.warn(
+                f'the parameters of "{container}" changed {_PATIENCE} times while stochastic '
+                f"depth stands at step {self.clock.step}: its schedule (or redraw) waits for "
+                "depth.follow(optimizer), or for depth.step() after each optimizer step",
+                StochasticDepthWarning,
+                stacklevel=2,
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
         twin = copy.copy(self)
         memo[id(self)] = twin
-        twin.owns_clock = False
+        twin.clock = Clock(follows=self.clock)
+        twin.versions, twin.changes = {}, {}
         twin.calls, twin.last_gates = dict(self.calls), dict(self.last_gates)
         twin.following = twin.handle = twin.forced = None
         twin.disabled = False

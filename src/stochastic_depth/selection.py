@@ -112,5 +112,5 @@ def refuse(
         expected="blocks that can be skipped exactly",
         instead=f"pass blocks={paste!r} to leave {'it' if len(reasons) == 1 else 'them'} out"
         if left
-        else "train the model as it is: no block is left",
+        else "do as the reasons say, or train the model as it is: no block is left",
     )

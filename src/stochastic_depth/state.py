@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stochastic_depth.errors import StateMismatchError
-from stochastic_depth.plan import Clock, Plan
+from stochastic_depth.plan import Plan
 
 
 def save(plan: Plan) -> dict[str, Any]:
@@ -35,9 +35,7 @@ def load(plan: Plan, state: Mapping[str, Any]) -> None:
             instead="apply stochastic depth with the options of the run that is resumed, or leave "
             "load_state_dict() out to start a new sequence",
         )
-    if not plan.owns_clock:
-        plan.clock, plan.owns_clock = Clock(), True
-    plan.clock.step = int(state["step"])  # copies that follow this clock come along
+    plan.clock.set(int(state["step"]))  # copies that follow this clock come along
     plan.calls, plan.calls_in_step = dict(state["calls"]), int(state["step"])
 
 

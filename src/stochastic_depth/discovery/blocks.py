@@ -17,6 +17,7 @@ from stochastic_depth.discovery.scaling import (
     fold,
     parameter_uses,
     parameters_at,
+    sharers_not_called,
 )
 
 
@@ -83,11 +84,11 @@ def discover(recording: Recording, model: nn.Module) -> Discovery:
             if known != block:
                 blocks[found.name] = replace(known, irregular=True)
             groups.setdefault(found.name, []).append(found)
-    uses = parameter_uses(recording)
+    uses, idle = parameter_uses(recording), sharers_not_called(recording, model)
     for name, block in blocks.items():
         folds = [fold(recording, a) for found in groups[name] for a in found.additions]
         branches = [
-            replace(branch, fold=exclusive(recording, branch.fold, folds, uses))
+            replace(branch, fold=exclusive(recording, branch.fold, folds, uses, idle))
             for branch in block.branches
         ]
         blocks[name] = replace(block, branches=tuple(branches))

@@ -101,6 +101,9 @@ def _merge_into_layers(
         is_layer = uses[layer.kind] > 1 and not issubclass(layer.kind, nn.Sequential)
         if not is_layer or len(set(kinds)) < len(kinds) or len(keys) + (own in gathered) < 2:
             continue
-        merged = gathered.setdefault(own, [])
+        found = [*gathered.get(own, ()), *(a for key in keys for a in gathered[key])]
+        if any(a.contains(b) for a in found for b in found):
+            continue  # a block within a branch of the layer is a block of its own
         for key in keys:
-            merged += [replace(a, container=layer) for a in gathered.pop(key)]
+            del gathered[key]
+        gathered[own] = [replace(a, container=layer) for a in found]

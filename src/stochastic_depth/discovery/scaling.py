@@ -11,8 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from torch import nn
+
 from stochastic_depth.discovery.additions import Addition
-from stochastic_depth.discovery.operations import HOMOGENEOUS, MOVES, NORMS, POSITIVE, SUMS
+from stochastic_depth.discovery.operations import (
+    BATCH_NORMS,
+    HOMOGENEOUS,
+    MOVES,
+    NORMS,
+    POSITIVE,
+    SUMS,
+)
 from stochastic_depth.discovery.recording import Node, Recording
 
 _BIASED = frozenset("addmm baddbmm convolution _convolution mkldnn_convolution linear".split())
@@ -105,7 +114,8 @@ def _step(
         others = len(node.inputs) - len(data) - len(own)
         return (found, data, None) if not others else ([], [], unknown)
     if node.op in NORMS:
-        return (found, [], None) if found else ([], [], f"the norm {where} has no weight")
+        enough = len(found) == 2 if node.op in BATCH_NORMS else len(found) > 0
+        return (found, [], None) if enough else ([], [], f"the norm {where} has no weight")
     if node.op in _LINEAR_MAPS and own:
         # The bias, where there is one, is an operand of its own and has to be a parameter too.
         return (found, [], None) if len(own) + 1 == len(node.inputs) else ([], [], unknown)
@@ -154,12 +164,33 @@ def parameter_uses(recording: Recording) -> dict[str, set[int]]:
     return uses
 
 
+def sharers_not_called(recording: Recording, model: nn.Module) -> dict[str, str]:
+    """For parameters that several modules hold, one of them that the watched forward left out."""
+    holders: dict[nn.Parameter, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(parameter, []).append(name)
+    return {
+        name: idle
+        for name, parameter in model.named_parameters()
+        if len(holders[parameter]) > 1
+        for idle in holders[parameter]
+        if idle not in recording.calls_of
+    }
+
+
 def exclusive(
-    recording: Recording, own: Fold, same_block: list[Fold], uses: dict[str, set[int]]
+    recording: Recording,
+    own: Fold,
+    same_block: list[Fold],
+    uses: dict[str, set[int]],
+    idle: dict[str, str],
 ) -> Fold:
     """The fold, or the obstacle that one of its parameters is used outside of the block's folds."""
     inside = {index for other in same_block for index in other.uses}
     for name in own.parameters:
+        if name in idle:
+            return Fold(obstacle=f"{name} is shared with {idle[name]}, which was not called")
         for index in sorted(uses[name] - inside):
             where = recording.calls[recording.nodes[index].call].module or "the model"
             return Fold(obstacle=f"{name} is shared with {where}")

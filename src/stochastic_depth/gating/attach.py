@@ -25,7 +25,7 @@ def attach(model: nn.Module, found: Discovery, plan: Plan, whole: Mapping[str, T
         found: What was found in it.
         plan: The blocks to gate.
         whole: What the blocks return that are skipped as a whole, by name. Of their modules only
-            those are gated that multiply the branch, unless the branches draw on their own.
+            those are gated that end the branch, unless the branches draw on their own.
     """
     gates: dict[str, Gate] = {}
     containers: dict[str, list[int]] = {}
@@ -81,7 +81,7 @@ def _roles(
             scaled = dict(branch.scaled)
             calls = member_calls(recording, group.additions[position], group.container)
             for place, call in enumerate(calls):
-                if never_alone and (place not in scaled or plan.scale == "none"):
+                if never_alone and place not in scaled:
                     continue
                 wanted[call.index] = Role(number, position, scaled.get(place, frozenset()))
     names = {recording.calls[index].module for index in wanted}

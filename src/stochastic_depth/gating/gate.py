@@ -96,8 +96,7 @@ def _call_container(
         return original(module, *args, **kwargs)
     if module.training:
         distributed.refuse(gate.name, module)
-        if gate.blocks[0] == 0:
-            gate.plan.expect_steps(next(module.parameters())._version)
+        gate.plan.expect_steps(gate.name, module.parameters())
     passage = _decide(gate, training=module.training)
     if gate.whole is not None and not any(passage.decisions[gate.blocks[0]].kept):
         return gate.whole.build(args, kwargs, positional=gate.positional)

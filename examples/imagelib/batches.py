@@ -1,0 +1,109 @@
+"""From images in memory to batches: order, augmentation, and how long the training waited for them.
+
+Order and augmentation are pure functions of (seed, epoch, step), so a resumed run sees the same
+batches, and so do two networks that train side by side.
+"""
+
+import hashlib
+import time
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from imagelib import InputError
+from imagelib.image_data import ImageData, Images
+
+
+class Batch(NamedTuple):
+    images: Tensor  # float, (batch, 3, size, size), zero mean and unit variance
+    labels: Tensor
+
+
+class Batches:
+    """The batches of a data set: augmented ones to train on, plain ones to test on."""
+
+    def __init__(
+        self, data: ImageData, batch_size: int, seed: int, device: torch.device | str = "cpu"
+    ) -> None:
+        self.data = data
+        self.batch_size = batch_size
+        self.seed = seed
+        self.device = torch.device(device)
+        # The last batch, which is not full, is left out.
+        self.steps_per_epoch = len(data.train) // batch_size
+        if not self.steps_per_epoch:
+            raise InputError(f"--batch-size: there are only {len(data.train)} images to train on")
+        mean, deviation = _mean_and_deviation(data.train)
+        self._mean, self._deviation = mean.to(self.device), deviation.to(self.device)
+
+    def for_training(self, epoch: int) -> Iterator[Batch]:
+        """One epoch: every image once, in a new order, cropped and (where it may be) mirrored."""
+        order = torch.randperm(len(self.data.train), generator=_generator(self.seed, epoch))
+        for step in range(self.steps_per_epoch):
+            chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
+            batch = self._batch(self.data.train, chosen)
+            generator = _generator(self.seed, epoch, step)
+            yield batch._replace(images=augment(batch.images, generator, flip=self.data.flip))
+
+    def for_testing(self) -> Iterator[Batch]:
+        """The test images in their order, all of them."""
+        for chosen in torch.arange(len(self.data.test)).split(2 * self.batch_size):
+            yield self._batch(self.data.test, chosen)
+
+    def example(self, number: int) -> Tensor:
+        """The first training images, as a network sees them."""
+        return self._batch(self.data.train, torch.arange(number)).images
+
+    def _batch(self, images: Images, chosen: Tensor) -> Batch:
+        pixels = images.pixels[chosen].to(self.device)
+        standardised = (pixels.float() - self._mean) / self._deviation
+        return Batch(standardised, images.labels[chosen].to(self.device))
+
+
+def augment(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor:
+    """Crops each image at random out of itself with a border of zeros; mirrors half of them.
+
+    The border is an eighth of the image: 4 pixels at CIFAR's 32.
+    """
+    number, _, size, _ = images.shape
+    border = size // 8
+    # Drawn on the CPU, so that every device sees the same crops.
+    down = torch.randint(2 * border + 1, (number, 1), generator=generator)
+    right = torch.randint(2 * border + 1, (number, 1), generator=generator)
+    mirrored = torch.rand(number, 1, generator=generator) < (0.5 if flip else 0.0)
+    rows = down + torch.arange(size)
+    columns = right + torch.where(mirrored, torch.arange(size).flip(0), torch.arange(size))
+    padded = F.pad(images, (border,) * 4).permute(0, 2, 3, 1)
+    image = torch.arange(number)[:, None, None].to(images.device)
+    rows, columns = rows[:, :, None].to(images.device), columns[:, None, :].to(images.device)
+    return padded[image, rows, columns].permute(0, 3, 1, 2)
+
+
+def metered(batches: Iterable[Batch]) -> Iterator[tuple[float, Batch]]:
+    """Each batch, and for how many seconds the training waited for it."""
+    iterator = iter(batches)
+    while True:
+        start = time.perf_counter()
+        batch = next(iterator, None)
+        if batch is None:
+            return
+        yield time.perf_counter() - start, batch
+
+
+def _mean_and_deviation(images: Images) -> tuple[Tensor, Tensor]:
+    """Of each colour, over all training images, for which as floats there might be no room."""
+    sums = torch.zeros(2, 3, dtype=torch.float64)
+    for pixels in images.pixels.split(1000):
+        values = pixels.double()
+        sums += torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])
+    mean, square = sums / images.pixels[:, 0].numel()
+    deviation = (square - mean**2).clamp_min(1.0).sqrt()
+    return mean.float().view(-1, 1, 1), deviation.float().view(-1, 1, 1)
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,0 +1,62 @@
+"""What is written down during training: a `Step` for each step, an `Epoch` for each epoch."""
+
+import csv
+import io
+import math
+from typing import Any, NamedTuple
+
+NOT_MEASURED = math.nan
+
+
+class Step(NamedTuple):
+    """One step of training of both networks. NaN is what was not measured."""
+
+    step: int
+    epoch: int
+    timed: bool  # False while warming up, and where FLOPs were counted, which takes long
+    data_seconds: float  # waiting for the batch, which both networks use
+    plain_seconds: float
+    plain_loss: float
+    seconds: float  # of the network with stochastic depth, like all that follows
+    loss: float
+    blocks_run: int
+    flops: int
+    shortened_seconds: float = NOT_MEASURED  # the same draw with its closed blocks taken out
+    counted_flops: float = NOT_MEASURED
+    counted_shortened_flops: float = NOT_MEASURED
+
+
+class Epoch(NamedTuple):
+    """Wrongly classified test images after an epoch."""
+
+    epoch: int
+    plain_wrong: float
+    wrong: int
+
+
+class Records:
+    """Everything written down so far. It is part of the checkpoint."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.epochs: list[Epoch] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": [tuple(s) for s in self.steps], "epochs": [tuple(e) for e in self.epochs]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = [Step(*values) for values in state["steps"]]
+        self.epochs = [Epoch(*values) for values in state["epochs"]]
+
+    def as_csv(self) -> str:
+        """One line for each step; empty is what was not measured."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(Step._fields)
+        for step in self.steps:
+            writer.writerow("" if math.isnan(value) else _short(value) for value in step)
+        return text.getvalue()
+
+
+def _short(value: float) -> str:
+    return str(int(value)) if float(value).is_integer() else f"{value:.6g}"
