@@ -137,6 +137,37 @@ class NestedGroups(nn.Module):
         return self.tail(h + self.groups(h))
 
 
+class ResidualPart(nn.Module):
+    """A residual block that is the whole branch of another one's layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = self.a(x)
+        return v + self.b(F.gelu(v))
+
+
+class ResidualInResidual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.part = nn.LayerNorm(8), ResidualPart()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.part(self.norm(x))
+
+
+class Matryoshka(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 8)
+        self.layers = nn.Sequential(*(ResidualInResidual() for _ in range(4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(self.stem(x))
+
+
 class SharedLayer(nn.Module):
     """One layer, called six times (as in ALBERT)."""
 

@@ -216,6 +216,37 @@ def test_gates_forced_in_the_forward_hold_in_the_recomputation() -> None:
     assert same([p.grad for p in network.parameters()], [p.grad for p in twin.parameters()])
 
 
+def test_a_branch_checkpointed_in_eval_mode() -> None:
+    """Gradients in eval mode (saliency, a frozen trunk) recompute with the inference scale."""
+
+    class Evaluated(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.mix(self.norm1(x).tanh())
+            return x + checkpoint(self.feed_forward, x, use_reentrant=False)
+
+    found = []
+    for kind in (Layer, Evaluated):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(4, 8), *(kind() for _ in range(6)))
+        sd.apply_stochastic_depth(network, 0.2, example_inputs=torch.randn(2, 4), unit="branch")
+        x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        network.eval()(x).square().sum().backward()
+        found.append(x.grad)
+    assert same(*([grad] for grad in found))
+
+
+def test_forwards_of_earlier_steps_are_no_longer_outstanding() -> None:
+    torch.manual_seed(0)
+    network = Network(each_block(True)).train()
+    depth = sd.apply_stochastic_depth(network, 0.5, "uniform", example_inputs=torch.randn(2, 4))
+    with torch.no_grad():
+        network(torch.randn(2, 4))
+        network(torch.randn(2, 4))
+    depth.step()
+    network(torch.randn(2, 4).requires_grad_()).sum().backward()
+    assert any(p.grad is not None for p in network.parameters())
+
+
 def test_backward_twice_through_a_checkpoint() -> None:
     torch.manual_seed(0)
     network = Network(segments(False)).train()

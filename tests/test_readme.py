@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import figures
 import pytest
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -17,6 +18,19 @@ def test_code_runs(block: str) -> None:
         if f"import {package}" in block:
             pytest.importorskip(package)
     exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
+
+
+def test_the_printed_table_is_the_one_shown() -> None:
+    shown = re.search(r"```text\n(.*?)```", README, re.DOTALL)
+    before_folding = BLOCKS[0].replace("depth.fold().eval()", "str(depth)")
+    names: dict[str, str] = {}
+    exec(compile(before_folding, "README.md", "exec"), names)
+    assert shown is not None
+    assert names["plain"] == shown[1].rstrip()
+
+
+def test_figures_are_those_of_the_result_files() -> None:
+    assert figures.rendered(README) == README
 
 
 def test_there_is_code_to_run() -> None:

@@ -55,6 +55,16 @@ CASES = [
         },
         ("groups.0", "groups.1", "groups.2"),
     ),
+    Case(
+        strangers.Matryoshka,
+        (2, 5, 4),
+        {
+            name: [end]
+            for i in range(4)
+            for name, end in [(f"layers.{i}.part", "b"), (f"layers.{i}", "part")]
+        },
+        tuple(f"layers.{i}" for i in range(4)),
+    ),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.network.__name__)
 

@@ -126,9 +126,7 @@ def _decide(gate: Gate, *, training: bool) -> Passage:
         path = (*(around.path if around else ()), number)
         return {block: plan.drawn(block, path) for block in gate.blocks}, path
 
-    decisions, path = remembered(
-        gate, make, may_recompute=training, one_per_step=plan.draw.redraw == "step"
-    )
+    decisions, path = remembered(gate, make, may_recompute=training)
     return Passage(gate, decisions, training, path)
 
 
@@ -148,8 +146,7 @@ def _role(gate: Gate) -> tuple[Passage, Role] | None:
         role = roles[position]
         if role is None:
             return None
-        if passage.training:
-            note(gate, (passage.decisions, role))
+        note(gate, (passage.decisions, role), may_recompute=passage.training)
         return passage, role
     recalled = recall(gate)
     if recalled is not None:

@@ -28,11 +28,12 @@ class Outstanding:
     """What was decided in forwards without gradients that may be recomputed later."""
 
     value: Any
+    step: int
     count: int = 1
     replayed: bool = False
 
 
-def remembered(gate: Any, make: Callable[[], T], *, may_recompute: bool, one_per_step: bool) -> T:
+def remembered(gate: Any, make: Callable[[], T], *, may_recompute: bool) -> T:
     """`make()` in a forward; in a recomputation what it gave in the forward that is recomputed.
 
     Args:
@@ -40,7 +41,6 @@ def remembered(gate: Any, make: Callable[[], T], *, may_recompute: bool, one_per
         make: Decides; counts as a call.
         may_recompute: Whether a call without gradients may be the forward of a reentrant
             checkpoint: a training call.
-        one_per_step: All calls of a step decide the same, so any of them will do.
 
     Raises:
         RecomputationError: Several forwards through a reentrant checkpoint wait for their
@@ -50,7 +50,7 @@ def remembered(gate: Any, make: Callable[[], T], *, may_recompute: bool, one_per
     if recomputed is not None:
         value = _replay(gate, *recomputed)
     elif backward_is_running() and gate in _outstanding:
-        value = _the_outstanding(gate, one_per_step=one_per_step)
+        value = _the_outstanding(gate)
     else:
         value = make()
         if may_recompute and not torch.is_grad_enabled():
@@ -66,7 +66,7 @@ def recall(gate: Any) -> Any | None:
     if recomputed is not None and gate in _log(recomputed[0]):
         value = _replay(gate, *recomputed)
     elif backward_is_running() and gate in _outstanding:
-        value = _the_outstanding(gate, one_per_step=False)
+        value = _the_outstanding(gate)
     else:
         return None
     for frame in forward_frames:
@@ -74,11 +74,11 @@ def recall(gate: Any) -> Any | None:
     return value
 
 
-def note(gate: Any, value: Any) -> None:
+def note(gate: Any, value: Any, *, may_recompute: bool) -> None:
     """Write a decision down for a recomputation that starts inside of the container."""
     for frame in checkpoint_frames()[0]:
         _log(frame).setdefault(gate, []).append(value)
-    if not torch.is_grad_enabled() and not backward_is_running():
+    if may_recompute and not torch.is_grad_enabled() and not backward_is_running():
         _note(gate, value)
 
 
@@ -103,16 +103,17 @@ def _replay(gate: Any, frame: Any, cursor: dict[Any, int]) -> Any:
 
 
 def _note(gate: Any, value: Any) -> None:
-    known = _outstanding.get(gate)
-    if known is None or known.replayed:
-        _outstanding[gate] = Outstanding(value)
+    known, step = _outstanding.get(gate), gate.plan.clock.step
+    if known is None or known.replayed or known.step != step:
+        _outstanding[gate] = Outstanding(value, step)
     else:
         known.value, known.count = value, known.count + 1
 
 
-def _the_outstanding(gate: Any, *, one_per_step: bool) -> Any:
+def _the_outstanding(gate: Any) -> Any:
     known = _outstanding[gate]
-    if known.count > 1 and not one_per_step:
+    # With one draw for a whole step any of its forwards will do.
+    if known.count > 1 and gate.plan.draw.redraw == "forward":
         raise RecomputationError(
             f"{gate.name} is recomputed by a reentrant checkpoint while {known.count} forwards "
             "through it wait for their backward; which of them this is cannot be known",
