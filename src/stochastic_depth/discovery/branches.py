@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from stochastic_depth.discovery.additions import Addition
+from stochastic_depth.discovery.operations import MOVES
 from stochastic_depth.discovery.recording import Call, Recording
 
 
@@ -71,6 +72,27 @@ def last_outputs(
             in_line.append(index)
             waiting += recording.nodes[index].inputs
     return last, sorted(in_line)
+
+
+def unread_outputs(recording: Recording, call: Call, members: list[Call]) -> frozenset[int]:
+    """The outputs of a member whose values only other members compute with."""
+    handed_out = {node for outer in recording.enclosing(call.parent) for node in outer.outputs}
+
+    def unread(node: int) -> bool:
+        users = recording.consumers[node]
+        return (
+            bool(users)
+            and node not in handed_out
+            and all(
+                any(member.holds(user) for member in members)
+                or (recording.nodes[user].op in MOVES and unread(user))
+                for user in users
+            )
+        )
+
+    return frozenset(
+        number for number, node in enumerate(call.outputs) if node is not None and unread(node)
+    )
 
 
 def side_effects(

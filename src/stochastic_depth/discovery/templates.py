@@ -45,10 +45,10 @@ class Made:
     dtype: torch.dtype
     device: torch.device
 
-    def new(self) -> Tensor:
-        # Never memory that nobody wrote to: it may be multiplied in line, and 0 times NaN is NaN.
+    def new(self, *, unread: bool) -> Tensor:
         out = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
-        return out.zero_()
+        # Who reads memory that nobody wrote to may find NaN, and 0 times NaN is NaN.
+        return out if unread else out.zero_()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,7 @@ class Template:
         kwargs: dict[str, Any],
         *,
         zeros: frozenset[int] = frozenset(),
+        unread: frozenset[int] = frozenset(),
         positional: tuple[str, ...] = (),
     ) -> Any:
         """An output of that form; what the call made and the leaves in `zeros` are fresh zeros.
@@ -90,6 +91,7 @@ class Template:
             args: The positional arguments of the call that is stood in for.
             kwargs: Its keyword arguments.
             zeros: Numbers of leaves that are zeros also where they were handed through.
+            unread: Numbers of leaves that may hold anything.
             positional: The names of the parameters of the module's forward.
         """
         leaves: list[Any] = []
@@ -98,7 +100,7 @@ class Template:
                 given = leaf.find(args, kwargs, positional)
                 leaves.append(torch.zeros_like(given) if number in zeros else given)
             elif isinstance(leaf, Made):
-                leaves.append(leaf.new())
+                leaves.append(leaf.new(unread=number in unread - zeros))
             elif isinstance(leaf, Constant):
                 leaves.append(leaf.value)
             else:

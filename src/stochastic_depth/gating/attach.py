@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from stochastic_depth.discovery.blocks import Discovery
-from stochastic_depth.discovery.branches import member_calls
+from stochastic_depth.discovery.branches import member_calls, unread_outputs
 from stochastic_depth.discovery.grouping import Group
 from stochastic_depth.discovery.recording import Call, Recording
 from stochastic_depth.discovery.templates import Template
@@ -83,7 +83,9 @@ def _roles(
             for place, call in enumerate(calls):
                 if never_alone and place not in scaled:
                     continue
-                wanted[call.index] = Role(number, position, scaled.get(place, frozenset()))
+                ends = scaled.get(place, frozenset())
+                unread = frozenset() if never_alone else unread_outputs(recording, call, calls)
+                wanted[call.index] = Role(number, position, ends, unread)
     names = {recording.calls[index].module for index in wanted}
     roles: dict[str, list[Role | None]] = {}
 

@@ -35,6 +35,7 @@ class Role:
     block: int
     branch: int
     scaled: frozenset[int]  # the leaves of its output to multiply, the branch's value
+    unread: frozenset[int]  # the leaves that only other modules of the branch read
 
 
 @dataclass(eq=False)
@@ -175,7 +176,7 @@ def _call_member(
     recomputed = passage not in _running.passages
     if not decision.kept[role.branch]:
         with _all_open():
-            out = stand_in(gate, module, args, kwargs, zeros=role.scaled)
+            out = stand_in(gate, module, args, kwargs, zeros=role.scaled, unread=role.unread)
         if recomputed and torch.is_grad_enabled():
             # A reentrant checkpoint around nothing but the branch insists on a gradient.
             _require_gradients(out, role.scaled)

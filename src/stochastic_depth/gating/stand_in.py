@@ -26,9 +26,15 @@ class HasTemplates(Protocol):
 
 
 def stand_in(
-    gate: HasTemplates, module: nn.Module, args: Any, kwargs: Any, *, zeros: frozenset[int]
+    gate: HasTemplates,
+    module: nn.Module,
+    args: Any,
+    kwargs: Any,
+    *,
+    zeros: frozenset[int],
+    unread: frozenset[int],
 ) -> Any:
-    """An output of the module's shapes; the leaves numbered in `zeros` are zeros."""
+    """An output of the module's shapes, of zeros but for the leaves that nobody will read."""
     key = signature(args, kwargs)
     template = gate.templates.get(key)
     if template is None:
@@ -36,7 +42,7 @@ def stand_in(
         if len(gate.templates) >= _KEPT:
             del gate.templates[next(iter(gate.templates))]
         gate.templates[key] = template
-    return template.build(args, kwargs, zeros=zeros)
+    return template.build(args, kwargs, zeros=zeros, unread=unread)
 
 
 def _look_up(name: str, module: nn.Module, args: Any, kwargs: Any) -> Template:
