@@ -75,7 +75,8 @@ def number(value: object) -> Refusal:
 
 
 def option(options: dict[str, Any], *says: str, kind: Any = sd.OptionError) -> Refusal:
-    return Refusal(repr(options), lambda model: gate(model, **options), kind, says)
+    name = re.sub(r" at 0x\w+", "", repr(options))
+    return Refusal(name, lambda model: gate(model, **options), kind, says)
 
 
 def not_yet(name: str, call: Callable[[nn.Module], Any], *says: str) -> Refusal:
@@ -83,7 +84,8 @@ def not_yet(name: str, call: Callable[[nn.Module], Any], *says: str) -> Refusal:
 
 
 def selection(blocks: Any, *says: str, kind: Any = sd.SelectionError) -> Refusal:
-    return Refusal(f"blocks {blocks!r}", lambda model: gate(model, blocks=blocks), kind, says)
+    name = re.sub(r" at 0x\w+", "", f"blocks {blocks!r}")  # the same in every test process
+    return Refusal(name, lambda model: gate(model, blocks=blocks), kind, says)
 
 
 RATES = [

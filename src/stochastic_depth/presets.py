@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from torch import nn
 
-from stochastic_depth.draw import Draw
 from stochastic_depth.errors import NotYetSupportedError
-from stochastic_depth.handle import StochasticDepth
-from stochastic_depth.schedules import ScheduleFunction
-from stochastic_depth.selection import Selector
-
-Blocks = Selector | Sequence[Selector] | None
-Schedule = ScheduleFunction | Mapping[str, ScheduleFunction] | None
 
 
 def apply_drop_path(
-    model: nn.Module,
-    drop_rate: float | Literal["model"],
-    *,
-    example_inputs: Any = None,
-    example_kwargs: Mapping[str, Any] | None = None,
-    blocks: Blocks = None,
-    schedule: Schedule = None,
-    draw: Draw = Draw(),  # noqa: B008  (frozen)
-) -> StochasticDepth:
+    model: nn.Module, drop_rate: float | Literal["model"], **options: Any
+) -> NoReturn:
     """Drop path, as in timm. Not yet supported.
 
     Raises:
@@ -36,15 +21,8 @@ def apply_drop_path(
 
 
 def apply_layer_drop(
-    model: nn.Module,
-    drop_rate: float | Literal["model"],
-    *,
-    example_inputs: Any = None,
-    example_kwargs: Mapping[str, Any] | None = None,
-    blocks: Blocks = None,
-    schedule: Schedule = None,
-    draw: Draw = Draw(),  # noqa: B008  (frozen)
-) -> StochasticDepth:
+    model: nn.Module, drop_rate: float | Literal["model"], **options: Any
+) -> NoReturn:
     """LayerDrop (Fan et al. 2019). Not yet supported.
 
     Raises:
@@ -54,16 +32,8 @@ def apply_layer_drop(
 
 
 def apply_progressive_layer_dropping(
-    model: nn.Module,
-    theta: float = 0.5,
-    gamma: float = 0.001,
-    *,
-    example_inputs: Any = None,
-    example_kwargs: Mapping[str, Any] | None = None,
-    blocks: Blocks = None,
-    schedule: Schedule = None,
-    draw: Draw = Draw(),  # noqa: B008  (frozen)
-) -> StochasticDepth:
+    model: nn.Module, theta: float = 0.5, gamma: float = 0.001, **options: Any
+) -> NoReturn:
     """Progressive Layer Dropping (Zhang & He 2020). Not yet supported.
 
     Raises:
