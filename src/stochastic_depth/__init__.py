@@ -3,7 +3,7 @@
 `apply_stochastic_depth` puts it on a model, the handle that it returns takes it off again.
 """
 
-from stochastic_depth.depth import apply_stochastic_depth, get_stochastic_depth
+from stochastic_depth.depth import apply_stochastic_depth
 from stochastic_depth.discovery import ResidualBlock, ResidualBranch, find_residual_blocks
 from stochastic_depth.draw import Draw
 from stochastic_depth.errors import (
@@ -26,6 +26,7 @@ from stochastic_depth.presets import (
     apply_layer_drop,
     apply_progressive_layer_dropping,
 )
+from stochastic_depth.retrieval import get_stochastic_depth
 from stochastic_depth.schedules import constant, linear_decay, linear_warmup, piecewise_linear
 
 __version__ = "0.1.0"

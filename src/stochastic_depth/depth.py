@@ -1,10 +1,10 @@
-"""`apply_stochastic_depth`: watch, select, gate, prove; and `get_stochastic_depth`."""
+"""`apply_stochastic_depth`: watch, select, prove, gate."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from torch import nn
 
@@ -20,7 +20,6 @@ from stochastic_depth.draw import Draw, check_choice
 from stochastic_depth.errors import (
     NotYetSupportedError,
     OptionError,
-    SelectionError,
     StochasticDepthWarning,
 )
 from stochastic_depth.gating.attach import attach, detach, gated_modules
@@ -138,48 +137,6 @@ def apply_stochastic_depth(
     _warn(plan)  # before anything is changed: a warning may be an error
     attach(model, found, plan, whole)
     return StochasticDepth(model, plan)
-
-
-def get_stochastic_depth(model: nn.Module, *, blocks: str | None = None) -> StochasticDepth:
-    """The handle of a gated model again: after `torch.load`, `deepcopy`, in a callback.
-
-    Args:
-        model: The gated model, or anything that holds it.
-        blocks: Where stochastic depth was applied several times: the name of a block of the one
-            that is meant, in the model that it was applied to.
-
-    Raises:
-        SelectionError: It has no stochastic depth, or several.
-    """
-    roots: dict[int, tuple[str, Plan]] = {}
-    for name, _, gate in gated_modules(model):
-        whole = name == gate.name or name.endswith(f".{gate.name}") or not gate.name
-        prefix = name.removesuffix(gate.name).rstrip(".") if whole and gate.name else name
-        roots.setdefault(id(gate.plan), (prefix if whole else "?", gate.plan))
-    found = [
-        (prefix, plan)
-        for prefix, plan in roots.values()
-        if blocks is None or any(block.name == blocks for block in plan.blocks)
-    ]
-    if len(found) != 1:
-        names = [plan.blocks[0].name for _, plan in roots.values()]
-        raise SelectionError(
-            f"{type(model).__name__} has {len(found) or 'no'} stochastic depth"
-            + (f" with a block {blocks!r}" if blocks else ""),
-            expected="a model on which it was applied once",
-            instead=f"pass blocks= with one of {names}" if names else "call apply_stochastic_depth",
-        )
-    prefix, plan = found[0]
-    known = plan.handle() if plan.handle is not None else None
-    if known is not None and (prefix == "?" or known.model is model.get_submodule(prefix)):
-        return cast(StochasticDepth, known)
-    if prefix == "?":
-        raise SelectionError(
-            f"{type(model).__name__} is a part of the model that stochastic depth was applied to",
-            expected="that model, or anything around it",
-            instead="pass the whole model",
-        )
-    return StochasticDepth(model.get_submodule(prefix), plan)
 
 
 def _refuse_gated(model: nn.Module, chosen: Sequence[ResidualBlock]) -> None:
