@@ -117,6 +117,12 @@ def apply_stochastic_depth(
             instead="pass sd.Draw(seed=1), say",
         )
     draw.check_supported()
+    if not isinstance(model, nn.Module):
+        raise OptionError(
+            f"model is a {type(model).__name__}",
+            expected="a torch.nn.Module",
+            instead="pass the model itself",
+        )
     model = plain_model(model)
     refuse_sharded(model)
     refuse_active_drop_path(model)

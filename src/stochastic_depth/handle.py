@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,8 +13,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stochastic_depth import folding, state
-from stochastic_depth.errors import NotYetSupportedError, OptionError, SelectionError, nearest
+from stochastic_depth.errors import (
+    ChangedModelError,
+    NotYetSupportedError,
+    OptionError,
+    SelectionError,
+    StochasticDepthWarning,
+    nearest,
+)
 from stochastic_depth.gating.attach import detach, gated_modules
+from stochastic_depth.gating.swap import gate_of
 from stochastic_depth.plan import Plan
 from stochastic_depth.table import table
 
@@ -110,11 +119,20 @@ class StochasticDepth:
                 expected="a torch.optim.Optimizer",
                 instead="pass the optimizer, or call depth.step() after each of its steps",
             )
-        plan = self._plan
+        own = {id(parameter) for parameter in self._model.parameters()}
+        if own.isdisjoint(id(p) for group in optimizer.param_groups for p in group["params"]):
+            warnings.warn(
+                "the optimizer that is followed holds no parameter of the model",
+                StochasticDepthWarning,
+                stacklevel=2,
+            )
+        plan, handle = self._plan, weakref.ref(self)
 
         def advance(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             # A fused optimizer is called, too, where its GradScaler leaves the step out.
             if not bool(getattr(optimizer, "found_inf", False)):
+                if (owner := handle()) is not None:
+                    owner._check_gates()
                 plan.advance()
 
         plan.following = Following(plan, optimizer.register_step_post_hook(advance))
@@ -132,6 +150,7 @@ class StochasticDepth:
                 expected="either follow(optimizer) or step(), not both",
                 instead="leave step() out",
             )
+        self._check_gates()
         self._plan.advance()
 
     @contextmanager
@@ -156,6 +175,12 @@ class StochasticDepth:
                     f'fixed() got "{name}", which no gate is called',
                     expected='the name of a block, or with unit="branch" of a branch',
                     instead=nearest(name, known),
+                )
+            if is_open not in (True, False):
+                raise OptionError(
+                    f'fixed() got {is_open!r} for "{name}"',
+                    expected="True (open) or False (closed)",
+                    instead="pass one of them",
                 )
             forced |= dict.fromkeys(units.get(name, (name,)), bool(is_open))
         before, self._plan.forced = self._plan.forced, forced
@@ -210,6 +235,7 @@ class StochasticDepth:
             RefusedBlockError: A branch has no weight that could take its scale, or shares it with
                 something outside; nothing is changed then.
         """
+        self._check_gates()
         folding.fold_into(self._model, folding.fold_factors(self._plan))
         return self.remove()
 
@@ -219,6 +245,7 @@ class StochasticDepth:
         Raises:
             RefusedBlockError: As `fold()`.
         """
+        self._check_gates()
         return folding.folded(self._model, folding.fold_factors(self._plan))
 
     def remove(self) -> nn.Module:
@@ -232,6 +259,28 @@ class StochasticDepth:
         if self._plan.following is not None:
             self._plan.following.remove()
         return self._model
+
+    def _check_gates(self) -> None:
+        """Raises where the gates were taken out, or a gated block was replaced."""
+        missing = [b.name for b in self._plan.blocks if not self._is_gated(b.container)]
+        if missing:
+            everything = len(missing) == len(self._plan.blocks)
+            raise ChangedModelError(
+                "the gates are out of the model already"
+                if everything
+                else f'block "{missing[0]}" was replaced after stochastic depth was applied',
+                expected="the blocks that are gated",
+                instead="use the model that fold() or remove() gave back"
+                if everything
+                else "change the model first and apply stochastic depth afterwards",
+            )
+
+    def _is_gated(self, name: str) -> bool:
+        try:
+            gate = gate_of(self._model.get_submodule(name))
+        except AttributeError:  # not even there any more
+            return False
+        return gate is not None and gate.plan is self._plan
 
     def __str__(self) -> str:
         whole = {gate.name for _, _, gate in gated_modules(self._model) if gate.whole is not None}

@@ -32,7 +32,7 @@ def group(recording: Recording, model: nn.Module, additions: list[Addition]) -> 
     uses = recording.times_used()
     gathered: dict[tuple[int, str], list[Addition]] = {}
     for addition in kept:
-        name = _name(recording, addition, uses)
+        name = _name(recording, model, addition, uses)
         gathered.setdefault((addition.container.index, name), []).append(addition)
     _merge_into_layers(recording, gathered, uses)
     return [
@@ -68,7 +68,7 @@ def _has_parameters(recording: Recording, model: nn.Module, addition: Addition) 
     )
 
 
-def _name(recording: Recording, addition: Addition, uses: Counter[type]) -> str:
+def _name(recording: Recording, model: nn.Module, addition: Addition, uses: Counter[type]) -> str:
     """The container's name, or what the names of the branch's modules begin with."""
     container = addition.container
     modules = [call.module for call in member_calls(recording, addition, container)]
@@ -81,8 +81,15 @@ def _name(recording: Recording, addition: Addition, uses: Counter[type]) -> str:
     for position, part in enumerate(common):
         if part.isdigit():  # a loop over a list of modules
             return ".".join(filter(None, [container.module, *common[: position + 1]]))
-    is_layer = uses[container.kind] > 1
-    return container.module if is_layer else ".".join(filter(None, [container.module, *common]))
+    in_a_list = container.module.rpartition(".")[2].isdigit()
+    repeated = len(recording.calls_of[container.module]) > 1  # a shared layer
+    if uses[container.kind] > 1 or in_a_list or repeated:
+        return container.module
+    if common:
+        return ".".join(filter(None, [container.module, *common]))
+    # Modules of several lists, or with names of their own: the largest one stands for them all.
+    sizes = {m: sum(p.numel() for p in model.get_submodule(m).parameters()) for m in modules}
+    return max(modules, key=lambda name: sizes[name])
 
 
 def _merge_into_layers(

@@ -50,7 +50,8 @@ class Call:
     arguments: dict[Place, int] = field(default_factory=dict)  # tensors among its arguments
     outputs: tuple[int | None, ...] = ()  # nodes of its output's leaves; None: no tensor
     template: Template | None = None
-    signature: tuple[object, ...] = ()  # of its arguments
+    signature: tuple[object, ...] = ()  # of its arguments, with their shapes
+    form: tuple[object, ...] = ()  # of its arguments, without
     unchanged: list[set[Place]] = field(default_factory=list)
     """For each leaf of the output, the arguments whose value it has (where tensors were kept)."""
 

@@ -138,6 +138,18 @@ def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ..
     return (*described, autocast, str(spec))
 
 
+def form(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ...]:
+    """What the control flow of a forward usually depends on: arguments but for shapes."""
+    given = [*enumerate(args), *sorted(kwargs.items())]
+    return tuple((place, _kind_of(value)) for place, value in given)
+
+
+def _kind_of(value: object) -> object:
+    if isinstance(value, Tensor):
+        return ("tensor", value.ndim)
+    return (type(value), value) if isinstance(value, _PLAIN) else type(value)
+
+
 def _describe_argument(leaf: object) -> object:
     if isinstance(leaf, Tensor):
         strided = leaf.layout == torch.strided

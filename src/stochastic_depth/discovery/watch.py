@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.discovery.operations import ADDITIONS
 from stochastic_depth.discovery.recording import Call, Node, Recording
-from stochastic_depth.discovery.templates import Place, describe, signature
+from stochastic_depth.discovery.templates import Place, describe, form, signature
 from stochastic_depth.discovery.undisturbed import undisturbed
 from stochastic_depth.torch_private import TorchDispatchMode, tree_leaves
 
@@ -177,7 +177,7 @@ class Watcher(TorchDispatchMode):
         call.outputs = tuple(self.value(x) if isinstance(x, Tensor) else None for x in leaves)
         call.end = len(self.recording.nodes)
         call.template = describe(output, args, kwargs)
-        call.signature = signature(args, kwargs)
+        call.signature, call.form = signature(args, kwargs), form(args, kwargs)
         if call.module in self.keep:
             given = {p: a for p, a in [*enumerate(args), *kwargs.items()] if isinstance(a, Tensor)}
             self.kept[call.index] = (given, tuple(leaves))

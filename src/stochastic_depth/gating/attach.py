@@ -24,8 +24,7 @@ def attach(model: nn.Module, found: Discovery, plan: Plan, whole: Mapping[str, T
         model: The model that was watched.
         found: What was found in it.
         plan: The blocks to gate.
-        whole: What the blocks return that are skipped as a whole, by name. Of their modules only
-            those are gated that end the branch, unless the branches draw on their own.
+        whole: What the blocks return that can be skipped as a whole, by name.
     """
     gates: dict[str, Gate] = {}
     containers: dict[str, list[int]] = {}
@@ -35,9 +34,10 @@ def attach(model: nn.Module, found: Discovery, plan: Plan, whole: Mapping[str, T
         gate = gates.setdefault(container, Gate(plan, container))
         gate.blocks = tuple(numbers)
         gate.whole = whole.get(plan.blocks[numbers[0]].name)
+        gate.forms = frozenset(call.form for call in found.recording.calls_of[container])
         gate.positional = _positional(model.get_submodule(container))
         groups = [found.groups[plan.blocks[number].name][0] for number in numbers]
-        roles = _roles(found.recording, plan, dict(zip(numbers, groups, strict=True)), whole)
+        roles = _roles(found.recording, plan, dict(zip(numbers, groups, strict=True)))
         gate.expected = sum(map(len, roles.values()))
         for name, found_roles in roles.items():
             gates.setdefault(name, Gate(plan, name)).roles[container] = found_roles
@@ -67,7 +67,7 @@ def _positional(module: nn.Module) -> tuple[str, ...]:
 
 
 def _roles(
-    recording: Recording, plan: Plan, groups: Mapping[int, Group], whole: Mapping[str, Template]
+    recording: Recording, plan: Plan, groups: Mapping[int, Group]
 ) -> dict[str, tuple[Role | None, ...]]:
     """For each module to gate in a container: what its first, second, ... call in it is.
 
@@ -76,15 +76,12 @@ def _roles(
     wanted: dict[int, Role] = {}
     for number, group in groups.items():
         block = plan.blocks[number]
-        never_alone = block.name in whole and len(plan.units(number)) == 1
         for position, branch in enumerate(block.branches):
             scaled = dict(branch.scaled)
             calls = member_calls(recording, group.additions[position], group.container)
             for place, call in enumerate(calls):
-                if never_alone and place not in scaled:
-                    continue
+                unread = unread_outputs(recording, call, calls)
                 ends = scaled.get(place, frozenset())
-                unread = frozenset() if never_alone else unread_outputs(recording, call, calls)
                 wanted[call.index] = Role(number, position, ends, unread)
     names = {recording.calls[index].module for index in wanted}
     roles: dict[str, list[Role | None]] = {}

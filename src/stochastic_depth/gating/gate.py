@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth import distributed
-from stochastic_depth.discovery.templates import Template
+from stochastic_depth.discovery.templates import Template, form
 from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.gating.recomputation import note, recall, remembered
 from stochastic_depth.gating.stand_in import stand_in
@@ -46,6 +46,7 @@ class Gate:
     name: str
     blocks: tuple[int, ...] = ()  # a container's: the blocks that its call decides about
     whole: Template | None = None  # a container's: what it returns when all of it is dropped
+    forms: frozenset[object] = frozenset()  # a container's: the calls that `whole` holds for
     positional: tuple[str, ...] = ()  # a container's: names of its forward's parameters
     expected: int = 0  # a container's: how many calls of its members one call of it makes
     roles: dict[str, tuple[Role | None, ...]] = field(default_factory=dict)
@@ -99,7 +100,10 @@ def _call_container(
         distributed.refuse(gate.name, module)
         gate.plan.expect_steps(gate.name, module.parameters())
     passage = _decide(gate, training=module.training)
-    if gate.whole is not None and not any(passage.decisions[gate.blocks[0]].kept):
+    # Called in another way than it was watched (with a mask, say), the forward may do more than
+    # hand its input on: then it runs, with its branches closed.
+    all_closed = not any(passage.decisions[gate.blocks[0]].kept)
+    if all_closed and gate.whole is not None and form(args, kwargs) in gate.forms:
         return gate.whole.build(args, kwargs, positional=gate.positional)
     _running.passages.append(passage)
     try:
@@ -107,7 +111,9 @@ def _call_container(
     finally:
         _running.passages.pop()
     if passage.visits != gate.expected:
-        raise _changed(gate, f"{passage.visits} calls of gated modules were made in its forward")
+        made = f"{passage.visits} calls of gated modules were made in its forward"
+        fused = not passage.visits and not module.training
+        raise _changed(gate, f"{made}, perhaps by a fused inference path" if fused else made)
     return output
 
 
@@ -224,5 +230,6 @@ def _changed(gate: Gate, what: str) -> ChangedModelError:
         f'"{gate.name}" does not run as it did when it was watched: {what}',
         expected=f"{gate.expected} calls, as in the watched forward",
         instead="change the model first (convert_sync_batchnorm, quantisation, new heads) and "
-        "apply stochastic depth afterwards; or depth.remove(), change, apply again",
+        "apply stochastic depth afterwards; or depth.remove(), change, apply again. In inference: "
+        "depth.fold(), or torch.backends.mha.set_fastpath_enabled(False)",
     )
