@@ -113,6 +113,22 @@ class InlineLoop(nn.Module):
         return x
 
 
+class InlineLists(nn.Module):
+    """Norms in one list, layers in another, zipped in the forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 4)
+        self.norms = nn.ModuleList(nn.LayerNorm(4) for _ in range(6))
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            x = x + layer(norm(x).relu())
+        return x
+
+
 class Group(nn.Module):
     """Residual blocks within a residual group (as in RCAN)."""
 

@@ -625,3 +625,41 @@ def test_asking_a_part_of_the_model_does_not_change_the_handle_of_the_whole() ->
             continue
         assert found is depth
     assert sd.get_stochastic_depth(model) is depth
+
+
+@pytest.mark.parametrize("way_out", ["fold", "remove"])
+def test_a_handle_whose_gates_are_out_folds_nothing(way_out: str) -> None:
+    model, x = make("pre-norm")
+    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=x)
+    getattr(depth, way_out)()
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    for call in (depth.fold, depth.folded_state_dict, depth.step):
+        with pytest.raises(sd.ChangedModelError, match="out of the model already"):
+            call()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, weights[name])
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_a_replaced_block_is_noticed_at_the_next_step_and_by_fold(follows: bool) -> None:
+    model, x = make("pre-norm")
+    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if follows:
+        depth.follow(optimizer)
+    plain, _ = make("pre-norm")
+    model.layers[2] = plain.layers[2]
+    model.train()(x).sum().backward()
+    with pytest.raises(sd.ChangedModelError, match=r'block "layers\.2" was replaced'):
+        optimizer.step() if follows else depth.step()
+    for call in (depth.fold, depth.folded_state_dict):
+        with pytest.raises(sd.ChangedModelError, match=r'block "layers\.2" was replaced'):
+            call()
+
+
+def test_following_an_optimizer_of_another_model_warns() -> None:
+    model, x = make("pre-norm")
+    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=x)
+    other = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1)
+    with pytest.warns(sd.StochasticDepthWarning, match="no parameter of the model"):
+        depth.follow(other)

@@ -41,6 +41,7 @@ CASES = [
         (),
     ),
     Case(strangers.InlineLoop, (2, 5, 4), {f"layers.{i}": ["0", "1"] for i in range(6)}, ()),
+    Case(strangers.InlineLists, (2, 5, 4), {f"layers.{i}": [""] for i in range(6)}, ()),
     Case(
         strangers.NestedGroups,
         (2, 3, 8, 8),
@@ -82,7 +83,7 @@ def test_blocks_are_found_and_skipped_the_cheapest_way(case: Case) -> None:
     for block in blocks:
         assert len(block.branches) == len(case.ends[block.name])
         for branch, end in zip(block.branches, case.ends[block.name], strict=True):
-            assert branch.modules[-1] == f"{block.name}.{end}"
+            assert branch.modules[-1] == f"{block.name}.{end}".rstrip(".")
     depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=x, scale="none")
     rows = {line.split()[0]: line for line in str(depth).splitlines()[2:-1]}
     assert tuple(name for name in case.ends if "skipped whole" in rows[name]) == case.whole
@@ -107,7 +108,7 @@ def test_patterns(case: Case, unit: str, training: bool) -> None:
         inside = set()
         for name in dropped:
             block, _, number = name.partition(":")
-            end = f"{block}.{case.ends[block][int(number)]}"
+            end = f"{block}.{case.ends[block][int(number)]}".rstrip(".")
             reference.get_submodule(end).register_forward_hook(
                 lambda module, args, output: torch.zeros_like(output)
             )

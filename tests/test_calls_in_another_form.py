@@ -1,0 +1,69 @@
+"""Promise: a block that is called in another way than it was watched is still exact when closed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stochastic_depth as sd
+
+pytestmark = pytest.mark.oldest
+
+
+class Masked(nn.Module):
+    """Hands its input on, but for a mask or a gain, where there is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, gain: int = 1) -> Tensor:
+        y = x + self.branch(x)
+        y = y if mask is None else y * mask
+        return y if gain == 1 else y * gain
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Masked() for _ in range(6))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, gain: int = 1) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, mask=mask, gain=gain)
+        return x
+
+
+def closed(depth: sd.StochasticDepth) -> dict[str, bool]:
+    return {block.name: False for block in depth.blocks}
+
+
+@pytest.mark.parametrize("unit", ["block", "branch"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_mask_that_the_example_did_not_have(unit: str, training: bool) -> None:
+    torch.manual_seed(0)
+    model = Network().train(training)
+    x, mask = torch.randn(2, 8), torch.rand(2, 1)
+    options = {"unit": unit, "example_inputs": x}
+    depth = sd.apply_stochastic_depth(model, 0.2, scale="none", **options)  # type: ignore[arg-type]
+    assert str(depth).count("whole") == 6
+    with depth.fixed(closed(depth)):
+        assert torch.equal(model(x), x)
+        masked = x
+        for _ in range(6):
+            masked = masked * mask
+        assert torch.equal(model(x, mask), masked)
+        assert torch.equal(model(x, gain=2), 64 * x)
+
+
+def test_a_mask_that_the_example_had_as_well() -> None:
+    torch.manual_seed(0)
+    model = Network().train()
+    x, mask = torch.randn(2, 8), torch.rand(2, 1)
+    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=(x, mask))
+    assert str(depth).count("whole") == 0
+    with depth.fixed(closed(depth)):
+        assert torch.equal(model(x), x)
+        model(x.requires_grad_(), mask).sum().backward()
+    assert all(p.grad is None for p in model.parameters())
