@@ -35,7 +35,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.checkpoint import _CheckpointFrame
 
-_HOOKS_CAN_BE_READ = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+_TOP_HOOKS: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+_HOOKS_CAN_BE_READ = _TOP_HOOKS is not None
 
 __all__ = [
     "TorchDispatchMode",
@@ -84,7 +85,11 @@ def checkpoint_frames() -> tuple[list[Any], Recomputed | None]:
         The frames whose forward runs; and the innermost one that is recomputed, with a dictionary
         that lives as long as this recomputation does.
     """
-    return _frames_of_hooks() if _HOOKS_CAN_BE_READ else _frames_of_callers()
+    if not _HOOKS_CAN_BE_READ:
+        return _frames_of_callers()
+    if _TOP_HOOKS(False) is None:  # noqa: FBT003  (at every call of a gate, so first)
+        return [], None
+    return _frames_of_hooks()
 
 
 def _frames_of_hooks() -> tuple[list[Any], Recomputed | None]:
@@ -121,7 +126,7 @@ def _saved_tensor_hooks() -> list[Any]:
 
     Only the top of the stack can be read, so the ones below are read by lifting it off.
     """
-    top: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)  # noqa: FBT003
+    top = _TOP_HOOKS(False)  # noqa: FBT003
     if top is None:
         return []
     with _lifted(top):

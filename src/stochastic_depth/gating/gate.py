@@ -191,7 +191,10 @@ def _call_member(
     if recomputed:
         _running.passages.append(passage)
     try:
-        output = _call_container(gate, module, original, args, kwargs)
+        if gate.blocks:  # a member that is a container itself
+            output = _call_container(gate, module, original, args, kwargs)
+        else:
+            output = original(module, *args, **kwargs)
     finally:
         passage.inside_member = was_inside
         if recomputed:
