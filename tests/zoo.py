@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
+
+from imagelib.cifar_resnet import CifarResNet
 
 Ends = tuple[tuple[str, ...], ...]
 
@@ -118,10 +120,25 @@ def _transformers(
     return Specimen(f"transformers:{family}", make, example, blocks, ends, **more)
 
 
+def _cifar(depth: int, shrink: Literal["pool", "subsample"]) -> Specimen:
+    def make(dropout: float) -> nn.Module:
+        return CifarResNet(depth, shrink=shrink)
+
+    name, blocks = f"examples:resnet{depth}-{shrink}", (depth - 2) // 2
+    return Specimen(name, make, pixels(32), blocks, (("bn2",),))
+
+
 _BASIC, _BOTTLENECK = (("bn2",),), (("bn3",),)
 _PRE_NORM = (("attn",), ("mlp",))
 
 SPECIMENS = [
+    _cifar(20, "pool"),
+    _cifar(20, "subsample"),
+    _cifar(32, "pool"),
+    _cifar(44, "subsample"),
+    _cifar(56, "pool"),
+    _cifar(110, "pool"),
+    _cifar(110, "subsample"),
     _vision("resnet18", 32, 8, _BASIC),
     _vision("resnet34", 32, 16, _BASIC),
     _vision("resnet50", 32, 16, _BOTTLENECK),
