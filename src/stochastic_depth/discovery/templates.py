@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.torch_private import TreeSpec, tree_flatten, tree_unflatten
 
 Place = int | str  # where an argument stands in a call: its position or its keyword
@@ -72,10 +73,6 @@ class Template:
     leaves: tuple[Given | Made | Constant | Opaque, ...]
     spec: TreeSpec
 
-    def opaque(self) -> str | None:
-        """The name of a type in the output for which nothing can stand in."""
-        return next((leaf.kind for leaf in self.leaves if isinstance(leaf, Opaque)), None)
-
     def build(
         self,
         args: tuple[Any, ...],
@@ -104,7 +101,12 @@ class Template:
             elif isinstance(leaf, Constant):
                 leaves.append(leaf.value)
             else:
-                raise AssertionError(f"nothing stands in for a {leaf.kind}")
+                raise ChangedModelError(
+                    f"a module of a dropped branch hands out a {leaf.kind}, for which nothing "
+                    "can stand in",
+                    expected="tensors, plain values and arguments that are handed through",
+                    instead="leave the block out with blocks=",
+                )
         return tree_unflatten(leaves, self.spec)
 
 
