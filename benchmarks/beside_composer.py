@@ -1,65 +1,93 @@
 """The same ResNet-50 under the same draws: plain, Composer's block mode, ours. Needs mosaicml.
 
-python benchmarks/beside_composer.py   # in an environment with mosaicml (torch < 2.7.1)
+    python benchmarks/beside_composer.py   # in an environment with mosaicml (torch < 2.7.1)
+
+The networks share their parameters and the optimizer. Each case runs in several new processes, and
+Composer's network takes part twice: how far its two ratios to each other are from 1 is the noise.
 """
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
+import numpy as np
 import torch
 from composer.algorithms.stochastic_depth.stochastic_depth import (
     apply_stochastic_depth as composer_apply,
 )
+from numpy.typing import NDArray
+from torch import nn
 
 import stochastic_depth as sd
-from interleaved import ratio, take_turns, write
+from interleaved import Step, ratio, sharing, take_turns, write
 from saving import CASES, training_step
 from stochastic_depth.draw import uniform
 
+PROCESSES, STEPS = 6, 50
 
-def measure(name: str, steps: int) -> dict[str, Any]:
-    """Ratios of step times with their intervals."""
+
+def seconds_of_steps(name: str, process: int) -> dict[str, NDArray[np.float64]]:
+    """Seconds of each network at each step."""
     case = CASES[name]
-    torch.manual_seed(0)
+    torch.manual_seed(process)
     number, size = case.images
     images, labels = torch.randn(number, 3, size, size), torch.randint(0, 10, (number,))
     plain = case.make()
-    ours, theirs = copy.deepcopy(plain), copy.deepcopy(plain)
+    ours, theirs, again = sharing(plain), sharing(plain), sharing(plain)
     depth = sd.apply_stochastic_depth(ours, case.drop_rate, example_inputs=images[:2])
-    composer_apply(theirs, "ResNetBottleneck", "block", case.drop_rate, "linear")
-    run_plain, run_ours, run_theirs = (
-        training_step(model, images, labels) for model in (plain, ours, theirs)
-    )
+    for model in (theirs, again):
+        composer_apply(model, "ResNetBottleneck", "block", case.drop_rate, "linear")
+    optimizer = torch.optim.SGD(plain.parameters(), lr=1e-3, momentum=0.9)
 
-    def ours_step(step: int) -> None:
-        depth.load_state_dict({**depth.state_dict(), "step": step, "calls": {}})
-        run_ours()
+    def step_of(model: nn.Module) -> Step:
+        run = training_step(model, optimizer, images, labels)
 
-    def theirs_step(step: int) -> None:
-        for block in depth.blocks:
-            is_open = uniform(0, step, (0,), block.name) >= block.drop_rate
-            # They keep a block where bernoulli(1 - drop_rate) is 1.
-            module: Any = theirs.get_submodule(block.name)
-            module.drop_rate = torch.tensor(0.0 if is_open else 1.0)
-        run_theirs()
+        def ours_step(step: int) -> None:
+            step += process * STEPS  # other draws in each process
+            depth.load_state_dict({**depth.state_dict(), "step": step, "calls": {}})
+            run()
 
-    variants = {"plain": lambda step: run_plain(), "ours": ours_step, "theirs": theirs_step}
-    seconds = take_turns(variants, steps)
+        def theirs_step(step: int) -> None:
+            step += process * STEPS
+            for block in depth.blocks:
+                is_open = uniform(0, step, (0,), block.name) >= block.drop_rate
+                # They keep a block where bernoulli(1 - drop_rate) is 1.
+                module: Any = model.get_submodule(block.name)
+                module.drop_rate = torch.tensor(0.0 if is_open else 1.0)
+            run()
+
+        if model is plain:
+            return lambda step: run()
+        return ours_step if model is ours else theirs_step
+
+    variants = {"plain": plain, "ours": ours, "theirs": theirs, "again": again}
+    steps = {name: step_of(model) for name, model in variants.items()}
+    return take_turns(steps, STEPS, seed=process)
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Ratios of step times over all processes, with their intervals."""
+    fresh = ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1)
+    with fresh as pool:
+        parts = list(pool.map(seconds_of_steps, [name] * PROCESSES, range(PROCESSES)))
+    seconds = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     return {
-        "steps": steps,
+        "processes": PROCESSES,
+        "steps_in_each": STEPS,
         "ours_to_plain": ratio(seconds["ours"], seconds["plain"]),
         "composer_to_plain": ratio(seconds["theirs"], seconds["plain"]),
-        "ours_to_composer": ratio(seconds["ours"], seconds["theirs"]),
+        "composer_again_to_composer": ratio(seconds["again"], seconds["theirs"]),
+        "ours_to_composer": ratio(2 * seconds["ours"], seconds["theirs"] + seconds["again"]),
     }
 
 
 def main() -> None:
     results: dict[str, Any] = {"mosaicml": importlib.metadata.version("mosaicml")}
     for name in ("resnet50-0.2", "resnet50-0.5"):
-        results[name] = measure(name, steps=80)
+        results[name] = measure(name)
         print(name, {key: str(value) for key, value in results[name].items()}, flush=True)
     print(write("beside_composer", results))
 

@@ -1,12 +1,16 @@
 """Timing variants of a training step against each other on a machine that drifts.
 
-All variants run in one process and take turns step by step, in an order that rotates. A ratio is
-that of the total times; its 95% interval comes from a bootstrap over the steps.
+All variants run in one process and take turns step by step, in an order drawn anew for each step
+(in a fixed one, each finds the heap as the same other left it). Networks that are compared share
+their parameters: two copies of one network differ by some percent for where their memory lies
+alone. A ratio is that of the total times; its 95% interval comes from a bootstrap over the steps.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+import random
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imagelib.machine import machine
@@ -37,16 +42,26 @@ class Ratio:
         return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
-def take_turns(variants: Mapping[str, Step], steps: int, *, warmup: int = 2) -> dict[str, Any]:
+def sharing(model: nn.Module) -> nn.Module:
+    """Another network with the very parameters and buffers of this one."""
+    twin = copy.deepcopy(model)
+    for mine, its in zip(model.modules(), twin.modules(), strict=True):
+        its._parameters, its._buffers = mine._parameters, mine._buffers
+    return twin
+
+
+def take_turns(
+    variants: Mapping[str, Step], steps: int, *, warmup: int = 2, seed: int = 0
+) -> dict[str, NDArray[np.float64]]:
     """Seconds of each variant at each step; the same step number means the same work."""
     names = list(variants)
     for name in names:
         for number in range(warmup):
             variants[name](number)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    order = random.Random(seed)
     for number in range(steps):
-        for turn in range(len(names)):
-            name = names[(number + turn) % len(names)]
+        for name in order.sample(names, len(names)):
             _wait_for_the_device()
             start = time.perf_counter()
             variants[name](warmup + number)

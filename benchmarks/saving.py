@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import stochastic_depth as sd
 from imagelib.cifar_resnet import CifarResNet
 from imagelib.shortened import can_be_taken_out, taken_out
-from interleaved import Step, operations, peak_mebibytes, ratio, take_turns, write
+from interleaved import Step, operations, peak_mebibytes, ratio, sharing, take_turns, write
 from stochastic_depth.draw import uniform
 
 
@@ -65,10 +65,11 @@ CASES = {
 }
 
 
-def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
+def training_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
+) -> Callable[[], None]:
     """Forward, backward and the optimizer's step."""
     model.train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -86,14 +87,15 @@ def measure(case: Case) -> dict[str, Any]:
     images = torch.randn(number, 3, size, size, device=device)
     labels = torch.randint(0, 10, (number,), device=device)
     plain = case.make().to(device)
-    gated, shortened = copy.deepcopy(plain), copy.deepcopy(plain)
+    gated, shortened = sharing(plain), sharing(plain)
     depth = sd.apply_stochastic_depth(
         gated, case.drop_rate, case.distribution, example_inputs=images[:2]
     )
     assert can_be_taken_out(shortened, gated, depth, images[:2]), "not the same network"
-    run_plain = training_step(plain, images, labels)
-    run_gated = training_step(gated, images, labels)
-    run_shortened = training_step(shortened, images, labels)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=1e-3, momentum=0.9)
+    run_plain, run_gated, run_shortened = (
+        training_step(model, optimizer, images, labels) for model in (plain, gated, shortened)
+    )
 
     def closed(step: int) -> list[str]:
         return [

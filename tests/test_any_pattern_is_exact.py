@@ -19,6 +19,7 @@ from comparing import (
     run,
     with_zeroed_branches,
 )
+from networks import WIDTH, make
 from twins import resnet, vit_layer
 from zoo import SPECIMENS, Specimen
 
@@ -198,3 +199,17 @@ def test_vit_layers_equal_their_reference_twin(gates: list[bool], training: bool
         mine.square().sum().backward()
         theirs.square().sum().backward()
     assert_identical_gradients(layers, twin)
+
+
+def test_a_dropped_projection_block_runs_its_projection_and_nothing_else() -> None:
+    model, example = make("resnet")
+    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=example)
+    block = model.stages[1][0]
+    x = torch.randn(2, WIDTH, 8, 8)
+    with depth.fixed({"stages.1.0": False}), torch.no_grad():
+        with CountOperations() as ours:
+            found = block(x)
+        with CountOperations() as theirs:
+            expected = block.downsample(x).relu()
+    assert ours.counts == theirs.counts
+    assert torch.equal(found, expected)

@@ -11,8 +11,8 @@ from torch import nn
 from stochastic_depth.discovery import Discovery, ResidualBlock, plain_model, watch
 from stochastic_depth.discovery.example import Example
 from stochastic_depth.discovery.existing import refuse_active_drop_path
-from stochastic_depth.discovery.proofs import branch_not_closed, skip_value
-from stochastic_depth.discovery.templates import Template
+from stochastic_depth.discovery.proofs import branch_not_closed, skip_path, skip_value
+from stochastic_depth.discovery.templates import SkipPath, Template
 from stochastic_depth.discovery.watch import record
 from stochastic_depth.distributed import refuse_sharded
 from stochastic_depth.distributions import Distribution, DropRate, resolve_rates
@@ -161,7 +161,7 @@ def _refuse_gated(model: nn.Module, chosen: Sequence[ResidualBlock]) -> None:
 
 def _proven(
     model: nn.Module, found: Discovery, plan: Plan, example: Example
-) -> dict[str, Template]:
+) -> dict[str, Template | SkipPath]:
     """What the blocks return that can be skipped whole; raises where a block is not exact.
 
     Every branch is gated for a while and the model watched with all of them closed.
@@ -171,7 +171,7 @@ def _proven(
         for block in plan.blocks
         if (why := refusal(block, unit=plan.unit, scale=plan.scale))
     }
-    whole: dict[str, Template] = {}
+    whole: dict[str, Template | SkipPath] = {}
     if not reasons:
         attach(model, found, plan, {})
         try:
@@ -185,9 +185,9 @@ def _proven(
 
 def _prove(
     model: nn.Module, found: Discovery, plan: Plan, example: Example
-) -> tuple[dict[str, Template], dict[str, str]]:
+) -> tuple[dict[str, Template | SkipPath], dict[str, str]]:
     """Which blocks return their input when dropped, and which are not exact when dropped."""
-    whole: dict[str, Template] = {}
+    whole: dict[str, Template | SkipPath] = {}
     reasons: dict[str, str] = {}
     for level in sorted({block.nesting for block in plan.blocks}):
         level_blocks = [block for block in plan.blocks if block.nesting == level]
@@ -212,8 +212,8 @@ def _prove(
             stuck = branch_not_closed(found, block, closed)
             if stuck is not None:
                 reasons[block.name] = f"{stuck} is not zero when its modules are dropped"
-            elif (template := skip_value(found, block, closed)) is not None:
-                whole[block.name] = template
+            elif value := skip_value(found, block, closed) or skip_path(found, block, closed):
+                whole[block.name] = value
     return whole, reasons
 
 

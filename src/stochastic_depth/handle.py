@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stochastic_depth import folding, state
+from stochastic_depth.discovery.templates import Template
 from stochastic_depth.errors import (
     ChangedModelError,
     NotYetSupportedError,
@@ -283,7 +284,8 @@ class StochasticDepth:
         return gate is not None and gate.plan is self._plan
 
     def __str__(self) -> str:
-        whole = {gate.name for _, _, gate in gated_modules(self._model) if gate.whole is not None}
+        gates = [gate for _, _, gate in gated_modules(self._model)]
+        whole = {gate.name for gate in gates if isinstance(gate.whole, Template)}
         names = {block.name for block in self._plan.blocks if block.container in whole}
         return table(self._model, self._plan, frozenset(names))
 

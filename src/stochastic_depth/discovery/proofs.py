@@ -9,7 +9,7 @@ from __future__ import annotations
 from stochastic_depth.discovery.blocks import Discovery, ResidualBlock
 from stochastic_depth.discovery.operations import ADDITIONS, MAX_POOLS, MOVES, RELUS, VIEWS
 from stochastic_depth.discovery.recording import Call, Recording
-from stochastic_depth.discovery.templates import Constant, Given, Template
+from stochastic_depth.discovery.templates import Constant, Given, SkipPath, Template
 
 
 def branch_not_closed(found: Discovery, block: ResidualBlock, closed: Recording) -> str | None:
@@ -35,6 +35,44 @@ def skip_value(found: Discovery, block: ResidualBlock, closed: Recording) -> Tem
             _skip_value(closed, twin, from_relu=_from_relu(found.recording, group.container))
         )
     return templates[0] if all(t == templates[0] for t in templates) else None
+
+
+def skip_path(found: Discovery, block: ResidualBlock, closed: Recording) -> SkipPath | None:
+    """The one module that the dropped block still runs, where that is all it does."""
+    if [b.container for b in found.blocks].count(block.container) > 1:
+        return None
+    twins = [_same_call(found.recording, g.container, closed) for g in found.groups[block.name]]
+    paths = {None if twin is None else _skip_path(closed, twin) for twin in twins}
+    path = paths.pop() if len(paths) == 1 else None
+    gated = {m for other in found.blocks for branch in other.branches for m in branch.modules}
+    if path is None or any(f"{name}.".startswith(f"{path.module}.") for name in gated):
+        return None  # what is gated is called by its own container alone
+    return path
+
+
+def _skip_path(closed: Recording, call: Call) -> SkipPath | None:
+    if len(call.outputs) != 1 or call.outputs[0] is None or _leaves_otherwise(closed, call):
+        return None
+    made, relu = closed.nodes[call.outputs[0]], False
+    ends = {
+        child.outputs[0]: child
+        for child in closed.children.get(call.index, ())
+        if len(child.outputs) == 1 and len(closed.calls_of[child.module]) == 1
+    }
+    while made.index not in ends or made.op in RELUS:
+        if made.op in RELUS:
+            source, relu = made.inputs[0], True
+        elif made.op in ADDITIONS and len(made.inputs) == 2 and len(made.zero) == 1:
+            source = made.inputs[1 - next(iter(made.zero))]
+        else:
+            return None
+        below = closed.nodes[source]
+        if (below.shape, below.dtype) != (made.shape, made.dtype):
+            return None
+        made = below
+    child = ends[made.index]
+    places = [place for place, node in call.arguments.items() if child.given == (node,)]
+    return SkipPath(child.module, Given(places[0]), relu) if places else None
 
 
 def _same_call(recording: Recording, call: Call, other: Recording) -> Call | None:

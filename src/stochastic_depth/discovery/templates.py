@@ -38,6 +38,21 @@ class Given:
 
 
 @dataclass(frozen=True, slots=True)
+class SkipPath:
+    """What a dropped block comes to that has a module on its skip path: that, and perhaps a ReLU.
+
+    Attributes:
+        module: Its name.
+        argument: The argument of the block that it is called with.
+        relu: Whether a ReLU follows.
+    """
+
+    module: str
+    argument: Given
+    relu: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Made:
     """A tensor that the call makes."""
 

@@ -133,6 +133,10 @@ class Watcher(TorchDispatchMode):
             self._writes[_memory(tensor)] = self._values[id(tensor)][1]
         return out
 
+    def _nodes(self, value: Any) -> tuple[int | None, ...]:
+        leaves = tree_leaves(value)
+        return tuple(self.value(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves)
+
     def hook_into(self, name: str, module: nn.Module) -> Any:
         """Have the module report its calls; returns what takes the hooks out again."""
 
@@ -157,9 +161,10 @@ class Watcher(TorchDispatchMode):
         given = dict([*enumerate(args), *kwargs.items()])
         # Before the call opens, so that its arguments count as made outside of it.
         arguments = {p: self.value(a) for p, a in given.items() if isinstance(a, Tensor)}
+        leaves = self._nodes((args, kwargs))
         kind = getattr(type(module), "gated_from", type(module))
         call = Call(len(calls), name, kind, parent, len(self.recording.nodes))
-        call.arguments = arguments
+        call.arguments, call.given = arguments, leaves
         calls.append(call)
         if parent is not None:
             self.recording.children.setdefault(parent, []).append(call)
@@ -174,7 +179,7 @@ class Watcher(TorchDispatchMode):
             # its own shows on which side of the addition such a module stands.
             output = torch.ops.aten.alias.default(output)
         leaves = tree_leaves(output)
-        call.outputs = tuple(self.value(x) if isinstance(x, Tensor) else None for x in leaves)
+        call.outputs = self._nodes(output)
         call.end = len(self.recording.nodes)
         call.template = describe(output, args, kwargs)
         call.signature, call.form = signature(args, kwargs), form(args, kwargs)

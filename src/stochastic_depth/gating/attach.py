@@ -11,20 +11,25 @@ from stochastic_depth.discovery.blocks import Discovery
 from stochastic_depth.discovery.branches import member_calls, unread_outputs
 from stochastic_depth.discovery.grouping import Group
 from stochastic_depth.discovery.recording import Call, Recording
-from stochastic_depth.discovery.templates import Template
+from stochastic_depth.discovery.templates import SkipPath, Template
 from stochastic_depth.gating.gate import Gate, Role
 from stochastic_depth.gating.swap import gate_of, swap_in, swap_out
 from stochastic_depth.plan import Plan
 
 
-def attach(model: nn.Module, found: Discovery, plan: Plan, whole: Mapping[str, Template]) -> None:
+def attach(
+    model: nn.Module,
+    found: Discovery,
+    plan: Plan,
+    whole: Mapping[str, Template | SkipPath],
+) -> None:
     """Gate the plan's blocks.
 
     Args:
         model: The model that was watched.
         found: What was found in it.
         plan: The blocks to gate.
-        whole: What the blocks return that can be skipped as a whole, by name.
+        whole: What the blocks come to whose forward need not run when they are dropped, by name.
     """
     gates: dict[str, Gate] = {}
     containers: dict[str, list[int]] = {}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth import distributed
-from stochastic_depth.discovery.templates import Template, form
+from stochastic_depth.discovery.templates import SkipPath, Template, form
 from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.gating.recomputation import note, recall, remembered
 from stochastic_depth.gating.stand_in import stand_in
@@ -45,7 +45,7 @@ class Gate:
     plan: Plan
     name: str
     blocks: tuple[int, ...] = ()  # a container's: the blocks that its call decides about
-    whole: Template | None = None  # a container's: what it returns when all of it is dropped
+    whole: Template | SkipPath | None = None  # a container's: what it comes to when dropped
     forms: frozenset[object] = frozenset()  # a container's: the calls that `whole` holds for
     positional: tuple[str, ...] = ()  # a container's: names of its forward's parameters
     expected: int = 0  # a container's: how many calls of its members one call of it makes
@@ -104,7 +104,7 @@ def _call_container(
     # hand its input on: then it runs, with its branches closed.
     all_closed = not any(passage.decisions[gate.blocks[0]].kept)
     if all_closed and gate.whole is not None and form(args, kwargs) in gate.forms:
-        return gate.whole.build(args, kwargs, positional=gate.positional)
+        return _dropped(gate, gate.whole, module, args, kwargs)
     _running.passages.append(passage)
     try:
         output = original(module, *args, **kwargs)
@@ -115,6 +115,17 @@ def _call_container(
         fused = not passage.visits and not module.training
         raise _changed(gate, f"{made}, perhaps by a fused inference path" if fused else made)
     return output
+
+
+def _dropped(
+    gate: Gate, whole: Template | SkipPath, module: nn.Module, args: Any, kwargs: Any
+) -> Any:
+    """What a container comes to without its branches; its forward does not run."""
+    if isinstance(whole, Template):
+        return whole.build(args, kwargs, positional=gate.positional)
+    skip = module.get_submodule(whole.module.removeprefix(f"{gate.name}."))
+    value = skip(whole.argument.find(args, kwargs, gate.positional))
+    return value.relu() if whole.relu else value
 
 
 def _decide(gate: Gate, *, training: bool) -> Passage:
