@@ -30,10 +30,16 @@ def with_zeroed_branches(
     """
     model = copy.deepcopy(plain)
     for name in dropped:
-        block, _, number = name.partition(":")
-        for end in _ends_in(model.get_submodule(block), specimen)[int(number)]:
-            model.get_submodule(f"{block}.{end}").register_forward_hook(_zeroed)
+        for end in branch_ends(model, specimen, name):
+            end.register_forward_hook(_zeroed)
     return model
+
+
+def branch_ends(model: nn.Module, specimen: Specimen, branch: str) -> list[nn.Module]:
+    """The modules that end a branch ("block:number"), by the zoo."""
+    name, _, number = branch.partition(":")
+    block = model.get_submodule(name)
+    return [block.get_submodule(end) for end in _ends_in(block, specimen)[int(number)]]
 
 
 def _ends_in(block: nn.Module, specimen: Specimen) -> list[list[str]]:

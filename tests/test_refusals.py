@@ -8,14 +8,12 @@ import ast
 import copy
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import stochastic_depth as sd
@@ -163,6 +161,11 @@ OPTIONS = [
     option({"unit": "blok"}, "unit= got 'blok'", '"block" or "branch"', 'did you mean "block"'),
     option({"mode": "batches"}, "mode= got 'batches'", '"batch" or "sample"'),
     option({"scale": "trian"}, "scale= got 'trian'", 'did you mean "train"'),
+    option(
+        {"mode": "sample", "draw": sd.Draw(sampling="balanced")},
+        'mode="sample" with Draw(sampling="balanced")',
+        'mode="batch"',
+    ),
     option({"draw": 3}, "draw is 3", "sd.Draw(seed=1)"),
     option({"schedule": 3}, "schedule is 3", "linear_warmup"),
     option(
@@ -205,33 +208,6 @@ OPTIONS = [
 ]
 
 NOT_YET = [
-    not_yet("sample", lambda m: gate(m, mode="sample"), 'mode="sample"', "leave mode out"),
-    *(
-        not_yet(f"{name} {value}", lambda m, o={name: value}: gate(m, draw=sd.Draw(**o)), says)  # type: ignore[misc]
-        for name, value, says in [
-            ("across_ranks", "different", "Draw(across_ranks='different')"),
-            ("sampling", "balanced", "Draw(sampling='balanced')"),
-            ("rows", "random", "Draw(rows='random')"),
-        ]
-    ),
-    not_yet(
-        "drop path",
-        lambda m: sd.apply_drop_path(m, 0.1, example_inputs=X),
-        "apply_drop_path",
-        'unit="branch", scale="train"',
-    ),
-    not_yet(
-        "layer drop",
-        lambda m: sd.apply_layer_drop(m, 0.1, example_inputs=X),
-        "apply_layer_drop",
-        'scale="none"',
-    ),
-    not_yet(
-        "progressive layer dropping",
-        lambda m: sd.apply_progressive_layer_dropping(m, example_inputs=X),
-        "apply_progressive_layer_dropping",
-        "schedule=",
-    ),
     not_yet("compile", lambda m: gate(m).compile(), "depth.compile", "train it eagerly"),
 ]
 
@@ -476,7 +452,7 @@ ACTIVE: list[tuple[str, Model, Any, str, str]] = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:fold")
+@pytest.mark.filterwarnings("ignore:fold", "ignore:dropout is active")
 @pytest.mark.parametrize(("name", "model", "example", "says", "preset"), ACTIVE)
 def test_an_active_drop_path_is_refused_until_what_the_error_names_is_0(
     name: str, model: Model, example: Any, says: str, preset: str
@@ -515,6 +491,7 @@ def t5() -> nn.Module:
     )
 
 
+@pytest.mark.filterwarnings("ignore:dropout is active")
 @pytest.mark.parametrize(
     ("blocks", "refused", "left"),
     [
@@ -656,88 +633,28 @@ def test_few_blocks_with_a_high_rate_warn(blocks: int, rate: float, warns: bool)
     assert len(caught) == warns
     for warning in caught:
         assert warning.category is sd.StochasticDepthWarning
-        assert f"{blocks} blocks with a drop rate of {rate}" in str(warning.message)
+        number = "1 block" if blocks == 1 else f"{blocks} blocks"
+        assert f"{number} with a drop rate of {rate}" in str(warning.message)
+        assert warning.filename == __file__  # the user's own line
         assert "at most 0.2" in str(warning.message)
+
+
+@oldest
+def test_dropout_inside_of_the_gated_blocks_is_named_once() -> None:
+    model = nn.Sequential(*(nn.Sequential(Residual(), nn.Dropout(0.5)) for _ in range(6)))
+    gate(model)  # behind the blocks: no word
+    for stage in model:
+        stage[0].norm = nn.Sequential(nn.LayerNorm(WIDTH), nn.Dropout(0.1))
+    with pytest.warns(sd.StochasticDepthWarning, match="several regularisers") as caught:
+        gate(sd.get_stochastic_depth(model).remove())
+    assert len(caught) == 1
+    assert "0.0.norm.1 p=0.1, 1.0.norm.1 p=0.1 and 4 more" in str(caught[0].message)
 
 
 @oldest
 def test_few_blocks_are_those_that_are_gated_and_their_highest_rate_counts() -> None:
     with pytest.warns(sd.StochasticDepthWarning, match="2 blocks with a drop rate of 0.4"):
         gate(stack(), [0.0, 0.4], blocks=["0", "1"])
-
-
-# Several processes are for a later version.
-
-
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(  # type: ignore[attr-defined]
-            str(tmp_path / "store"), 1
-        ),
-        rank=0,
-        world_size=1,
-    )
-    yield
-    dist.destroy_process_group()
-
-
-def refuses_to_train(model: nn.Module, example: Tensor, wrapper: str, block: str) -> None:
-    with pytest.raises(sd.NotYetSupportedError) as caught:
-        model.train()(example)
-    for part in (f'block "{block}" is trained under {wrapper}', "not yet supported", "one process"):
-        assert part in str(caught.value)
-
-
-@oldest
-@pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("wrap_first", [True, False])
-def test_training_under_ddp_is_refused(wrap_first: bool) -> None:
-    model, x = make("resnet")
-    if wrap_first:
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        depth = gate(wrapped, example_inputs=x)
-    else:
-        depth = gate(model, example_inputs=x)
-        wrapped = nn.parallel.DistributedDataParallel(model)
-    assert depth.model is model
-    refuses_to_train(wrapped, x, "DistributedDataParallel", "stages.0.0")
-    assert depth.last_gates == {}
-    assert torch.equal(wrapped.eval()(x), model(x))
-    model.train()(x)  # the model alone is on one process
-    assert depth.last_gates
-
-
-@pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("shard", ["layers and root", "root"])
-def test_training_under_fully_shard_is_refused(shard: str) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (1,))
-    model, x = make("pre-norm")
-    depth = gate(model, example_inputs=x)
-    for layer in model.layers if shard == "layers and root" else ():
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    refuses_to_train(model, x, "fully_shard", "layers.0")
-    assert depth.last_gates == {}
-
-
-@pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("shard", ["layers and root", "root"])
-def test_a_model_that_is_sharded_already_is_refused_as_such(shard: str) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (1,))
-    model, x = make("pre-norm")
-    for layer in model.layers if shard == "layers and root" else ():
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    with pytest.raises(sd.NotYetSupportedError, match="fully_shard"):
-        gate(model, example_inputs=x).model.train()(x)
 
 
 # What blocks= can choose.

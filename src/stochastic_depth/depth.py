@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from torch import nn
 
-from stochastic_depth.discovery import Discovery, ResidualBlock, plain_model, watch
-from stochastic_depth.discovery.example import Example
+from stochastic_depth.discovery import ResidualBlock, plain_model, watch
+from stochastic_depth.discovery.batch import watch_more_rows
 from stochastic_depth.discovery.existing import refuse_active_drop_path
-from stochastic_depth.discovery.proofs import branch_not_closed, skip_path, skip_value
-from stochastic_depth.discovery.templates import SkipPath, Template
-from stochastic_depth.discovery.watch import record
 from stochastic_depth.distributed import refuse_sharded
 from stochastic_depth.distributions import Distribution, DropRate, resolve_rates
 from stochastic_depth.draw import Draw, check_choice
-from stochastic_depth.errors import (
-    NotYetSupportedError,
-    OptionError,
-    StochasticDepthWarning,
-)
-from stochastic_depth.gating.attach import attach, detach, gated_modules
+from stochastic_depth.errors import OptionError, warn
+from stochastic_depth.gating.attach import attach, gated_modules
 from stochastic_depth.handle import StochasticDepth
-from stochastic_depth.plan import Plan, Unit
+from stochastic_depth.plan import Mode, Plan, Scale, Unit
+from stochastic_depth.proving import prove
 from stochastic_depth.schedules import ScheduleFunction, resolve_schedule
-from stochastic_depth.selection import Selector, refusal, refuse, select
+from stochastic_depth.selection import Selector, select
 
 _FEW_BLOCKS, _HIGH_RATE = 6, 0.2
+_SCALES: dict[Mode, Scale] = {"batch": "eval", "sample": "train"}
 
 
 def apply_stochastic_depth(
@@ -40,7 +34,7 @@ def apply_stochastic_depth(
     example_kwargs: Mapping[str, Any] | None = None,
     blocks: Selector | Sequence[Selector] | None = None,
     unit: Unit = "block",
-    mode: Literal["batch", "sample"] = "batch",
+    mode: Mode = "batch",
     scale: Literal["auto", "eval", "train", "none"] = "auto",
     schedule: ScheduleFunction | Mapping[str, ScheduleFunction] | None = None,
     draw: Draw = Draw(),  # noqa: B008  (frozen)
@@ -67,9 +61,12 @@ def apply_stochastic_depth(
         blocks: Which blocks to gate: found blocks, names, globs ("!layer1.*" leaves out), classes
             or a predicate. None: all that are found.
         unit: "block" draws once for a block; "branch" for each of its branches.
-        mode: "batch" draws once for the whole batch. "sample" is not yet supported.
+        mode: "batch" draws once for the whole batch. "sample" for each example (drop path): a
+            branch runs on the rows of the batch that are kept, one of two neighbouring numbers of
+            them; BatchNorm sees these rows alone.
         scale: "eval" multiplies each branch by `1 - p` in inference (Huang et al. 2016, equation
-            5); "train" by `1 / (1 - p)` in training; "none" never. "auto" is "eval".
+            5); "train" by `1 / (1 - p)` in training; "none" never. "auto" is "eval" in mode
+            "batch", "train" in mode "sample".
         schedule: A function of the optimizer step that returns a factor in [0, 1] on the rates;
             or `{name or glob: schedule}`, of blocks or branches. Needs `depth.follow(optimizer)`.
         draw: How it is drawn: the seed, and when to draw anew.
@@ -104,19 +101,18 @@ def apply_stochastic_depth(
     check_choice("unit=", unit, ("block", "branch"))
     check_choice("mode=", mode, ("batch", "sample"))
     check_choice("scale=", scale, ("auto", "eval", "train", "none"))
-    if mode == "sample":
-        raise NotYetSupportedError(
-            'mode="sample" is not yet supported',
-            expected='mode="batch" in this version',
-            instead="leave mode out",
-        )
     if not isinstance(draw, Draw):
         raise OptionError(
             f"draw is {draw!r}",
             expected="an sd.Draw",
             instead="pass sd.Draw(seed=1), say",
         )
-    draw.check_supported()
+    if mode == "sample" and draw.sampling == "balanced":
+        raise OptionError(
+            'mode="sample" with Draw(sampling="balanced")',
+            expected='mode="batch": the number of rows that are kept hardly varies anyway',
+            instead='leave sampling out, or pass mode="batch"',
+        )
     if not isinstance(model, nn.Module):
         raise OptionError(
             f"model is a {type(model).__name__}",
@@ -133,15 +129,18 @@ def apply_stochastic_depth(
         blocks=chosen,
         rates=resolve_rates(drop_rate, drop_distribution, [block.name for block in chosen]),
         unit=unit,
-        scale="eval" if scale == "auto" else scale,
+        mode=mode,
+        scale=_SCALES[mode] if scale == "auto" else scale,
         schedule=resolve_schedule(None, []),
         draw=draw,
     )
     units = [name for number in range(len(chosen)) for name in plan.units(number)]
     plan.schedule = resolve_schedule(schedule, units)
-    whole = _proven(model, found, plan, example)
-    _warn(plan)  # before anything is changed: a warning may be an error
-    attach(model, found, plan, whole)
+    plan.lone_rows = tuple(not _has_batch_norm(model, block) for block in chosen)
+    batches = watch_more_rows(model, found.recording, example) if mode == "sample" else None
+    whole = prove(model, found, plan, example, batches)
+    _warn(model, plan)  # before anything is changed: a warning may be an error
+    attach(model, found, plan, whole, batches)
     return StochasticDepth(model, plan)
 
 
@@ -159,87 +158,54 @@ def _refuse_gated(model: nn.Module, chosen: Sequence[ResidualBlock]) -> None:
             )
 
 
-def _proven(
-    model: nn.Module, found: Discovery, plan: Plan, example: Example
-) -> dict[str, Template | SkipPath]:
-    """What the blocks return that can be skipped whole; raises where a block is not exact.
-
-    Every branch is gated for a while and the model watched with all of them closed.
-    """
-    reasons = {
-        block.name: why
-        for block in plan.blocks
-        if (why := refusal(block, unit=plan.unit, scale=plan.scale))
-    }
-    whole: dict[str, Template | SkipPath] = {}
-    if not reasons:
-        attach(model, found, plan, {})
-        try:
-            whole, reasons = _prove(model, found, plan, example)
-        finally:
-            detach(model, plan)
-    if reasons:
-        raise refuse(reasons, plan.blocks, found=found)
-    return whole
+def _has_batch_norm(model: nn.Module, block: ResidualBlock) -> bool:
+    """Whether a branch takes means over the rows, which a single row may not have."""
+    parts = (
+        part
+        for branch in block.branches
+        for name in branch.modules
+        for part in model.get_submodule(name).modules()
+    )
+    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in parts)
 
 
-def _prove(
-    model: nn.Module, found: Discovery, plan: Plan, example: Example
-) -> tuple[dict[str, Template | SkipPath], dict[str, str]]:
-    """Which blocks return their input when dropped, and which are not exact when dropped."""
-    whole: dict[str, Template | SkipPath] = {}
-    reasons: dict[str, str] = {}
-    for level in sorted({block.nesting for block in plan.blocks}):
-        level_blocks = [block for block in plan.blocks if block.nesting == level]
-        units = [
-            unit
-            for number, block in enumerate(plan.blocks)
-            if block.nesting == level
-            for unit in plan.units(number)
-        ]
-        plan.forced = dict.fromkeys(units, False)
-        try:
-            closed = record(
-                model, *example, keep=frozenset(block.container for block in level_blocks)
-            )
-        except Exception as error:
-            names = level_blocks[0].name if len(level_blocks) == 1 else "its blocks"
-            reasons[level_blocks[0].name] = f"with {names} dropped the forward fails: {error}"
-            break
-        finally:
-            plan.forced = None
-        for block in level_blocks:
-            stuck = branch_not_closed(found, block, closed)
-            if stuck is not None:
-                reasons[block.name] = f"{stuck} is not zero when its modules are dropped"
-            elif value := skip_value(found, block, closed) or skip_path(found, block, closed):
-                whole[block.name] = value
-    return whole, reasons
-
-
-def _warn(plan: Plan) -> None:
+def _warn(model: nn.Module, plan: Plan) -> None:
     """Say at once what would only be felt after the training."""
-    few = len(plan.blocks) < _FEW_BLOCKS
-    if few and max(plan.rates) > _HIGH_RATE:
-        warnings.warn(
-            f"{len(plan.blocks)} blocks with a drop rate of {max(plan.rates):g}: shallow networks "
-            f"bear little stochastic depth; use at most {_HIGH_RATE}, or none",
-            StochasticDepthWarning,
-            stacklevel=3,
+    few, rate = len(plan.blocks) < _FEW_BLOCKS, max(plan.rates)
+    if few and rate > _HIGH_RATE:
+        blocks = "1 block" if len(plan.blocks) == 1 else f"{len(plan.blocks)} blocks"
+        warn(
+            f"{blocks} with a drop rate of {rate:g}: shallow networks bear little stochastic "
+            f"depth; use at most {_HIGH_RATE}, or none"
         )
-    if plan.scale != "eval":
-        return
+    dropouts = _active_dropouts(model, plan) if rate else []
+    if dropouts:
+        more = f" and {len(dropouts) - 2} more" if len(dropouts) > 2 else ""
+        warn(
+            f"dropout is active beside stochastic depth ({', '.join(dropouts[:2])}{more}): "
+            "several regularisers at once can give diminishing returns; set one to 0 or lower it"
+        )
     stuck = [
         branch
-        for block, rate in zip(plan.blocks, plan.rates, strict=True)
+        for block, block_rate in zip(plan.blocks, plan.rates, strict=True)
         for branch in block.branches
-        if rate and branch.fold.obstacle
+        if block_rate and branch.fold.obstacle
     ]
-    if stuck:
-        warnings.warn(
+    if stuck and plan.scale == "eval":
+        warn(
             f"fold() will not be able to put the inference scale of {len(stuck)} branches into the "
             f'weights ("{stuck[0].name}": {stuck[0].fold.obstacle}); with scale="train" there is '
-            "none to fold",
-            StochasticDepthWarning,
-            stacklevel=3,
+            "none to fold"
         )
+
+
+def _active_dropouts(model: nn.Module, plan: Plan) -> list[str]:
+    """The dropout modules inside of the gated blocks."""
+    containers = tuple(f"{block.container}." for block in plan.blocks if block.container)
+    return [
+        f"{name} p={module.p:g}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.dropout._DropoutNd)
+        and module.p > 0
+        and name.startswith(containers)
+    ]

@@ -6,11 +6,13 @@ generators of torch, NumPy and Python are never touched.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import blake2b, shake_128
 from typing import Any, Literal, get_args
 
-from stochastic_depth.errors import NotYetSupportedError, OptionError, nearest
+from stochastic_depth.errors import OptionError, nearest
 
 Sampling = Literal["independent", "balanced"]
 AcrossRanks = Literal["auto", "same", "different"]
@@ -24,15 +26,20 @@ class Draw:
 
     Args:
         seed: Another seed, another sequence of draws.
-        sampling: "independent": each block on its own (Huang et al. 2016, section 3). "balanced"
-            is not yet supported.
-        across_ranks: "same": every rank drops the same blocks; "different" is not yet supported;
-            "auto" is "same".
+        sampling: "independent": each block on its own (Huang et al. 2016, section 3). "balanced":
+            at the same rates, but nearly the same number of blocks in every forward (one of two
+            neighbouring integers), and with `across_ranks="different"` on every rank, so that
+            none waits for another; for mode="batch" only.
+        across_ranks: "same": every rank drops the same blocks, which saves most time;
+            "different": each its own, which is more various. "auto": the same in mode "batch",
+            different ones in mode "sample".
         redraw: "forward": each training forward has draws of its own (each microbatch under
             gradient accumulation); "step": one draw for all forwards of an optimizer step, which
             needs `depth.follow(optimizer)` or `depth.step()`.
-        rows: For the sample mode, which is not yet supported.
-        process_group: For draws that differ across ranks, which are not yet supported.
+        rows: For mode="sample": "contiguous" keeps a window of the batch from a random row on,
+            wrapping around, which is fastest; "random" keeps any rows.
+        process_group: The ranks among which draws differ: those that train on different data.
+            None: all. Copies share it; pickling leaves it out.
 
     Raises:
         OptionError: An option has a value that it cannot take.
@@ -73,19 +80,11 @@ class Draw:
             f"{group})"
         )
 
-    def check_supported(self) -> None:
-        """Raises where a later version has to come first."""
-        for option, value, ready in (
-            ("sampling", self.sampling, "independent"),
-            ("across_ranks", self.across_ranks, "same"),
-            ("rows", self.rows, "contiguous"),
-        ):
-            if value not in (ready, "auto"):
-                raise NotYetSupportedError(
-                    f"Draw({option}={value!r}) is not yet supported",
-                    expected=f"{option}={ready!r} in this version",
-                    instead=f"leave {option} out",
-                )
+    def __deepcopy__(self, memo: dict[int, Any]) -> Draw:
+        return self  # frozen, and a process group cannot be copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "process_group": None}
 
 
 def check_choice(option: str, value: object, known: tuple[str, ...]) -> None:
@@ -98,8 +97,10 @@ def check_choice(option: str, value: object, known: tuple[str, ...]) -> None:
         )
 
 
-def uniform(seed: int, step: int, call: tuple[int, ...], name: str) -> float:
-    """A number in [0, 1), independent for every other seed, step, call or name.
+def uniform(
+    seed: int, step: int, call: tuple[int, ...], name: object, rank: int | None = None
+) -> float:
+    """A number in [0, 1), independent for every other seed, step, call, name or rank.
 
     Args:
         seed: `Draw.seed`.
@@ -107,6 +108,7 @@ def uniform(seed: int, step: int, call: tuple[int, ...], name: str) -> float:
         call: How often the gate was called before in this step; inside of another gate that
             gate's number comes first. Empty where all calls of a step share one draw.
         name: What is drawn for: a block ("layer3.2") or a branch ("blocks.3:0").
+        rank: Of the process, where each has draws of its own.
 
     Example:
         >>> uniform(0, 0, (0,), "layer3.2") == uniform(0, 0, (0,), "layer3.2")
@@ -114,6 +116,76 @@ def uniform(seed: int, step: int, call: tuple[int, ...], name: str) -> float:
         >>> round(uniform(0, 0, (0,), "layer3.2"), 4), round(uniform(0, 0, (1,), "layer3.2"), 4)
         (0.3633, 0.5914)
     """
-    key = repr((seed, step, call, name)).encode()
+    place = () if rank is None else (rank,)
+    key = repr((seed, step, call, name, *place)).encode()
     bits = int.from_bytes(blake2b(key, digest_size=8).digest(), "big")
     return (bits >> 11) * 2.0**-53  # the 53 bits that a float holds
+
+
+def balanced(
+    seed: int, step: int, call: tuple[int, ...], rates: Mapping[str, float], share: float = 0.0
+) -> dict[str, bool]:
+    """Which of all blocks are kept, so that the number of drops is nearly constant.
+
+    Systematic sampling in a random order: with `C_i` the running sum of the rates and `u` uniform
+    in [0, 1), block i is dropped where `floor(C_i + u) > floor(C_(i-1) + u)`. Every block is
+    dropped at exactly its rate, and the number of drops is one of the two integers around the sum
+    of the rates.
+
+    Args:
+        seed: `Draw.seed`.
+        step: The optimizer step.
+        call: Which forward of that step.
+        rates: Of all that gets a draw, by name.
+        share: `rank / ranks` where each rank has draws of its own: it shifts `u`, so that the
+            ranks' numbers of drops differ by at most one, and each block is dropped on its share
+            of them.
+
+    Example:
+        >>> rates = {"a": 0.5, "b": 0.25, "c": 0.25}
+        >>> [name for name, kept in balanced(0, 0, (0,), rates).items() if not kept]
+        ['b']
+    """
+    order = sorted(rates, key=lambda name: uniform(seed, step, call, ("order", name)))
+    total = (uniform(seed, step, call, ("offset",)) + share) % 1.0
+    kept = {}
+    for name in order:
+        before, total = math.floor(total), total + rates[name]
+        kept[name] = math.floor(total) == before
+    return kept
+
+
+def kept_count(u: float, batch: int, rate: float, *, lone: bool) -> int:
+    """How many rows of a batch are kept: one of the two allowed numbers around `batch * (1 - p)`.
+
+    They are taken with the chances that make it `batch * (1 - p)` on average, so that a row that
+    stands anywhere in the batch is kept with exactly `1 - p`. (A fixed number, as in DINOv2's
+    subset, is biased by its rounding.)
+
+    Args:
+        u: A number in [0, 1).
+        batch: The number of rows.
+        rate: The drop rate p.
+        lone: Whether a single row is allowed; where BatchNorm has to make a mean of it, not.
+
+    Example:
+        >>> kept_count(0.5, 16, 0.4, lone=True), kept_count(0.7, 16, 0.4, lone=True)
+        (10, 9)
+        >>> kept_count(0.5, 4, 0.6, lone=False), kept_count(0.9, 4, 0.6, lone=False)
+        (2, 0)
+    """
+    wanted = batch * (1.0 - rate)
+    below = math.floor(wanted)
+    above = below if below == wanted else below + 1
+    if not lone and batch > 1:
+        below, above = (0 if below == 1 else below), (2 if above == 1 else above)
+    return above if below == above or u < (wanted - below) / (above - below) else below
+
+
+def order_of_rows(
+    seed: int, step: int, call: tuple[int, ...], name: str, batch: int, rank: int | None = None
+) -> list[int]:
+    """The rows of a batch in a random order, for `rows="random"`."""
+    key = repr((seed, step, call, ("rows", name), rank)).encode()
+    digits = shake_128(key).digest(8 * batch)
+    return sorted(range(batch), key=lambda row: digits[8 * row : 8 * row + 8])

@@ -6,9 +6,14 @@ Every error says three things: what arrived, what was expected, and what to do i
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+_PACKAGE = str(Path(__file__).parent)
 
 
 class StochasticDepthError(ValueError):
@@ -81,12 +86,24 @@ class StateMismatchError(StochasticDepthError):
     """A saved state belongs to other blocks, rates or draws."""
 
 
+class SetupError(StochasticDepthError):
+    """The way in which the model is trained cannot be served exactly."""
+
+
 class NotYetSupportedError(StochasticDepthError):
     """An option that a later version brings."""
 
 
 class StochasticDepthWarning(UserWarning):
     """Something that works, though hardly as it was meant."""
+
+
+def warn(message: str) -> None:
+    """Warn at the line outside of this package that is to blame."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, StochasticDepthWarning, stacklevel=level - 1)
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,12 +18,13 @@ from stochastic_depth.errors import (
     NotYetSupportedError,
     OptionError,
     SelectionError,
-    StochasticDepthWarning,
     nearest,
+    warn,
 )
 from stochastic_depth.gating.attach import detach, gated_modules
 from stochastic_depth.gating.swap import gate_of
 from stochastic_depth.plan import Plan
+from stochastic_depth.rows import rows_of
 from stochastic_depth.table import table
 
 
@@ -89,9 +89,15 @@ class StochasticDepth:
         return tuple(found)
 
     @property
-    def last_gates(self) -> dict[str, bool]:
-        """Whether each gate was open in its last training call, by name of block or branch."""
-        return dict(self._plan.last_gates)
+    def last_gates(self) -> dict[str, Any]:
+        """Whether each gate was open in its last training call, by name of block or branch.
+
+        In mode "sample" the numbers of the rows that were kept, in rising order.
+        """
+        return {
+            name: gate if isinstance(gate, bool) else rows_of(gate)
+            for name, gate in self._plan.last_gates.items()
+        }
 
     def follow(self, optimizer: Optimizer) -> Following:
         """Advance at every `optimizer.step()`.
@@ -122,11 +128,7 @@ class StochasticDepth:
             )
         own = {id(parameter) for parameter in self._model.parameters()}
         if own.isdisjoint(id(p) for group in optimizer.param_groups for p in group["params"]):
-            warnings.warn(
-                "the optimizer that is followed holds no parameter of the model",
-                StochasticDepthWarning,
-                stacklevel=2,
-            )
+            warn("the optimizer that is followed holds no parameter of the model")
         plan, handle = self._plan, weakref.ref(self)
 
         def advance(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

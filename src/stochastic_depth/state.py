@@ -44,7 +44,7 @@ def _identity(plan: Plan) -> dict[str, Any]:
     return {
         "seed": plan.draw.seed,
         "sampling": plan.draw.sampling,
-        "across_ranks": plan.draw.across_ranks,
+        "across_ranks": "different" if plan.ranks_differ else "same",
         "redraw": plan.draw.redraw,
         "unit": plan.unit,
         "scale": plan.scale,

@@ -13,7 +13,9 @@ _current_graph_task_id          "is a backward running?"              import fai
 _top/_push/_pop_saved_          the checkpoint frame of a forward     2.6 has no _top: found on the
 tensors_default_hooks,          and of its recomputation              Python stack instead
 _CheckpointFrame
-_active_ddp_module              "is this DistributedDataParallel?"    looked for by class only
+queue_callback                  None instead of zeros for what no     import fails: no support
+                                rank ran, after the reduction
+_active_ddp_module              "is this DistributedDataParallel?"    training under it hangs
 ==============================  ====================================  ============================
 
 `tests/test_private_torch_names.py` fails loudly where one of them changed its meaning.
@@ -23,7 +25,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
@@ -31,6 +33,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.checkpoint import _CheckpointFrame
@@ -41,7 +44,9 @@ _HOOKS_CAN_BE_READ = _TOP_HOOKS is not None
 __all__ = [
     "TorchDispatchMode",
     "TreeSpec",
+    "after_backward",
     "backward_is_running",
+    "backward_task",
     "checkpoint_frames",
     "fake_mode",
     "inside_ddp",
@@ -70,9 +75,14 @@ def fake_mode() -> Any:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
+def backward_task() -> int:
+    """The number of the backward pass that autograd runs in this thread just now; -1: none."""
+    return int(torch._C._current_graph_task_id())
+
+
 def backward_is_running() -> bool:
     """Whether autograd runs a backward pass in this thread just now."""
-    return bool(torch._C._current_graph_task_id() != -1)
+    return backward_task() != -1
 
 
 Recomputed = tuple[Any, dict[Any, int]]
@@ -142,11 +152,14 @@ def _lifted(hooks: tuple[Any, Any]) -> Iterator[None]:
         torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
 
 
-def inside_ddp() -> bool:
-    """Whether the forward of a DistributedDataParallel runs just now."""
-    from torch.nn.parallel import DistributedDataParallel
+def inside_ddp() -> DistributedDataParallel | None:
+    """The DistributedDataParallel whose forward runs just now."""
+    return getattr(DistributedDataParallel, "_active_ddp_module", None)
 
-    return getattr(DistributedDataParallel, "_active_ddp_module", None) is not None
+
+def after_backward(call: Callable[[], None]) -> None:
+    """Call this at the end of the backward that runs just now, behind what is queued already."""
+    torch.autograd.Variable._execution_engine.queue_callback(call)
 
 
 def inside_fsdp(module: nn.Module) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
+from stochastic_depth.discovery.batch import Batches, rows_of_members
 from stochastic_depth.discovery.blocks import Discovery
 from stochastic_depth.discovery.branches import member_calls, unread_outputs
 from stochastic_depth.discovery.grouping import Group
@@ -15,6 +16,7 @@ from stochastic_depth.discovery.templates import SkipPath, Template
 from stochastic_depth.gating.gate import Gate, Role
 from stochastic_depth.gating.swap import gate_of, swap_in, swap_out
 from stochastic_depth.plan import Plan
+from stochastic_depth.rows import Dims
 
 
 def attach(
@@ -22,6 +24,7 @@ def attach(
     found: Discovery,
     plan: Plan,
     whole: Mapping[str, Template | SkipPath],
+    batches: Batches | None = None,
 ) -> None:
     """Gate the plan's blocks.
 
@@ -30,6 +33,7 @@ def attach(
         found: What was found in it.
         plan: The blocks to gate.
         whole: What the blocks come to whose forward need not run when they are dropped, by name.
+        batches: For mode "sample": where each value holds the batch.
     """
     gates: dict[str, Gate] = {}
     containers: dict[str, list[int]] = {}
@@ -41,8 +45,15 @@ def attach(
         gate.whole = whole.get(plan.blocks[numbers[0]].name)
         gate.forms = frozenset(call.form for call in found.recording.calls_of[container])
         gate.positional = _positional(model.get_submodule(container))
+        if batches is not None:
+            template = gate.whole if isinstance(gate.whole, Template) else None
+            for call in found.recording.calls_of[container]:
+                gate.batch[call.form] = (
+                    batches.of_arguments(call),
+                    batches.places(call, template) if template else {},
+                )
         groups = [found.groups[plan.blocks[number].name][0] for number in numbers]
-        roles = _roles(found.recording, plan, dict(zip(numbers, groups, strict=True)))
+        roles = _roles(found.recording, plan, dict(zip(numbers, groups, strict=True)), batches)
         gate.expected = sum(map(len, roles.values()))
         for name, found_roles in roles.items():
             gates.setdefault(name, Gate(plan, name)).roles[container] = found_roles
@@ -72,7 +83,7 @@ def _positional(module: nn.Module) -> tuple[str, ...]:
 
 
 def _roles(
-    recording: Recording, plan: Plan, groups: Mapping[int, Group]
+    recording: Recording, plan: Plan, groups: Mapping[int, Group], batches: Batches | None
 ) -> dict[str, tuple[Role | None, ...]]:
     """For each module to gate in a container: what its first, second, ... call in it is.
 
@@ -84,10 +95,15 @@ def _roles(
         for position, branch in enumerate(block.branches):
             scaled = dict(branch.scaled)
             calls = member_calls(recording, group.additions[position], group.container)
+            rows: Sequence[tuple[Dims, Dims]] = [({}, {})] * len(calls)
+            if batches is not None:
+                rows = rows_of_members(batches, group.additions[position], calls, scaled)
             for place, call in enumerate(calls):
                 unread = unread_outputs(recording, call, calls)
                 ends = scaled.get(place, frozenset())
-                wanted[call.index] = Role(number, position, ends, unread)
+                takes, gives = rows[place]
+                ends_at = {leaf: dim for leaf, dim in gives.items() if leaf in ends}
+                wanted[call.index] = Role(number, position, ends, unread, takes, gives, ends_at)
     names = {recording.calls[index].module for index in wanted}
     roles: dict[str, list[Role | None]] = {}
 

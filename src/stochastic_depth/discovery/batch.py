@@ -1,0 +1,173 @@
+"""Which dimension of each value holds the batch: a second watch, with more rows, tells.
+
+In mode "sample" a branch runs on some rows of the batch. Its first modules take these rows of
+whatever comes from outside of the branch, its last ones put them back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stochastic_depth.discovery.additions import Addition
+from stochastic_depth.discovery.example import Example
+from stochastic_depth.discovery.recording import Call, Recording
+from stochastic_depth.discovery.templates import Given, Template
+from stochastic_depth.discovery.watch import record
+from stochastic_depth.errors import ExampleInputsError
+from stochastic_depth.rows import Dims, Places
+from stochastic_depth.torch_private import tree_flatten, tree_unflatten
+
+_MORE = 3  # rows: enough for a window of two that wraps around the end
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """Two recordings of one model, the second with more rows in the batch."""
+
+    few: Recording
+    many: Recording
+    rows: tuple[int, int]
+
+    def of_arguments(self, call: Call) -> Dims:
+        """Of the leaves of a call's `(args, kwargs)`."""
+        return self._dims(call.signature, self.many.calls[call.index].signature)
+
+    def of_output(self, call: Call) -> Dims:
+        """Of the leaves of its output."""
+        dims = {n: self.of_value(node) for n, node in enumerate(call.outputs) if node is not None}
+        return {number: dim for number, dim in dims.items() if dim is not None}
+
+    def places(self, call: Call, whole: Template) -> Places:
+        """Of the leaves of its output that a dropped row comes to its arguments in."""
+        dims, found = self.of_output(call), {}
+        for number, leaf in enumerate(whole.leaves):
+            if isinstance(leaf, Given) and number in dims:
+                found[number] = (dims[number], call.given.index(call.arguments[leaf.place]))
+        return found
+
+    def of_value(self, node: int) -> int | None:
+        """Of one value; None where it does not hold the batch."""
+        return self._dim(self.few.nodes[node].shape, self.many.nodes[node].shape)
+
+    def _dims(self, few: tuple[object, ...], many: tuple[object, ...]) -> Dims:
+        found = {}
+        for number, (one, other) in enumerate(zip(few, many, strict=True)):
+            if isinstance(one, tuple) and isinstance(other, tuple) and one:
+                dim = self._dim(one[0], other[0])
+                if dim is not None:
+                    found[number] = dim
+        return found
+
+    def _dim(self, few: Any, many: Any) -> int | None:
+        if not isinstance(few, torch.Size) or not isinstance(many, torch.Size):
+            return None
+        if len(few) != len(many):
+            return None
+        differ = [d for d, (a, b) in enumerate(zip(few, many, strict=True)) if a != b]
+        if len(differ) != 1 or few[differ[0]] * self.rows[1] != many[differ[0]] * self.rows[0]:
+            return None
+        return differ[0]
+
+
+def watch_more_rows(model: nn.Module, recording: Recording, example: Example) -> Batches:
+    """Watch the model once more, with more rows.
+
+    Raises:
+        ExampleInputsError: It does not run on them, or runs in another way.
+    """
+    more, rows = with_more_rows(example)
+    try:
+        many = record(model, *more)
+    except Exception as error:
+        raise _cannot_tell(
+            model, f"fails on {rows[1]} rows instead of {rows[0]}: {error}"
+        ) from error
+    if [node.op for node in many.nodes] != [node.op for node in recording.nodes]:
+        raise _cannot_tell(model, f"takes another way for {rows[1]} rows than for {rows[0]}")
+    return Batches(recording, many, rows)
+
+
+def with_more_rows(example: Example) -> tuple[Example, tuple[int, int]]:
+    """An example of more rows, and how many it had and has.
+
+    A tensor whose first dimension is as long as that of the first one holds the batch.
+    """
+    leaves, spec = tree_flatten(example)
+    sizes = [len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
+    few = sizes[0] if sizes else 0
+
+    def longer(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.ndim or len(leaf) != few:
+            return leaf
+        # Rows unlike the first, so that a mix-up of rows shows.
+        new = [leaf[:1].roll(step, -1) if leaf.ndim > 1 else leaf[:1] for step in range(_MORE)]
+        return torch.cat([leaf, *new])
+
+    args, kwargs = tree_unflatten([longer(leaf) for leaf in leaves], spec)
+    return (args, kwargs), (few, few + _MORE)
+
+
+def rows_of_members(
+    batches: Batches, addition: Addition, members: Sequence[Call], ends: dict[int, frozenset[int]]
+) -> list[tuple[Dims, Dims]]:
+    """For each module of a branch, where it takes the kept rows and where it puts them back.
+
+    Args:
+        batches: The two watches.
+        addition: The branch's sum.
+        members: Its modules' calls, in order.
+        ends: Which leaves of which member (by position) make up the branch's value.
+    """
+    recording = batches.few
+    kept_rows: set[int] = set()  # values that hold the kept rows alone
+    found = []
+    position = addition.root
+    for place, call in enumerate(members):
+        _follow_in_line(recording, kept_rows, range(position, call.start), members)
+        position = call.end
+        takes = {
+            number: dim
+            for number, dim in batches.of_arguments(call).items()
+            if call.given[number] not in kept_rows
+        }
+        gives = {
+            number: dim
+            for number, dim in batches.of_output(call).items()
+            if number in ends.get(place, ()) or _only_handed_out(recording, call, number)
+        }
+        kept_rows |= {
+            node for n, node in enumerate(call.outputs) if node is not None and n not in gives
+        }
+        found.append((takes, gives))
+    return found
+
+
+def _follow_in_line(
+    recording: Recording, kept_rows: set[int], nodes: range, members: Sequence[Call]
+) -> None:
+    """What is computed in line from the kept rows holds them alone, too."""
+    for index in nodes:
+        node = recording.nodes[index]
+        if not kept_rows.isdisjoint(node.inputs) and not any(m.holds(index) for m in members):
+            kept_rows.add(index)
+
+
+def _only_handed_out(recording: Recording, call: Call, number: int) -> bool:
+    """Whether a leaf leaves the block as an output, and nobody computes with it."""
+    node = call.outputs[number]
+    assert node is not None
+    outer = {index for around in recording.enclosing(call.parent) for index in around.outputs}
+    return node in outer and not recording.consumers[node]
+
+
+def _cannot_tell(model: nn.Module, why: str) -> ExampleInputsError:
+    return ExampleInputsError(
+        f'mode="sample" looks for the batch dimension, but {type(model).__name__} {why}',
+        expected="example inputs whose first dimension is the batch, of a size unlike the others",
+        instead="pass example_inputs with another batch size",
+    )

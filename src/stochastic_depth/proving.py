@@ -1,0 +1,148 @@
+"""What is tried on the gated model before it is handed over: is every block exact when dropped?
+
+With all branches closed, each must be zero at its sum. In mode "sample" each must come to the same
+on some rows of the batch alone as on all rows with the others masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stochastic_depth.discovery import Discovery
+from stochastic_depth.discovery.batch import Batches, with_more_rows
+from stochastic_depth.discovery.example import Example
+from stochastic_depth.discovery.proofs import branch_not_closed, skip_path, skip_value
+from stochastic_depth.discovery.templates import SkipPath, Template
+from stochastic_depth.discovery.undisturbed import undisturbed
+from stochastic_depth.discovery.watch import record
+from stochastic_depth.gating.attach import attach, detach
+from stochastic_depth.plan import Plan, Probe
+from stochastic_depth.selection import refusal, refuse
+from stochastic_depth.torch_private import tree_leaves
+
+
+def prove(
+    model: nn.Module, found: Discovery, plan: Plan, example: Example, batches: Batches | None
+) -> dict[str, Template | SkipPath]:
+    """What the blocks come to when dropped whose forward need not run then, by name.
+
+    Args:
+        model: The model that was watched.
+        found: What was found in it.
+        plan: The blocks to gate.
+        example: What it was watched with.
+        batches: For mode "sample": where each value holds the batch.
+
+    Raises:
+        RefusedBlockError: A block cannot be skipped exactly.
+    """
+    reasons = {
+        block.name: why
+        for block in plan.blocks
+        if (why := refusal(block, unit=plan.unit, scale=plan.scale))
+    }
+    whole: dict[str, Template | SkipPath] = {}
+    if not reasons:
+        attach(model, found, plan, {})
+        try:
+            whole, reasons = _drop_all(model, found, plan, example)
+        finally:
+            detach(model, plan)
+    if batches is not None and not reasons:
+        attach(model, found, plan, whole, batches)
+        try:
+            reasons = _run_on_rows(model, plan, example)
+        finally:
+            detach(model, plan)
+    if reasons:
+        raise refuse(reasons, plan.blocks, found=found)
+    return whole
+
+
+def _drop_all(
+    model: nn.Module, found: Discovery, plan: Plan, example: Example
+) -> tuple[dict[str, Template | SkipPath], dict[str, str]]:
+    """Which blocks return their input when dropped, and which are not exact when dropped."""
+    whole: dict[str, Template | SkipPath] = {}
+    reasons: dict[str, str] = {}
+    for level in sorted({block.nesting for block in plan.blocks}):
+        level_blocks = [block for block in plan.blocks if block.nesting == level]
+        units = [
+            unit
+            for number, block in enumerate(plan.blocks)
+            if block.nesting == level
+            for unit in plan.units(number)
+        ]
+        plan.forced = dict.fromkeys(units, False)
+        try:
+            closed = record(
+                model, *example, keep=frozenset(block.container for block in level_blocks)
+            )
+        except Exception as error:
+            names = level_blocks[0].name if len(level_blocks) == 1 else "its blocks"
+            reasons[level_blocks[0].name] = f"with {names} dropped the forward fails: {error}"
+            break
+        finally:
+            plan.forced = None
+        for block in level_blocks:
+            stuck = branch_not_closed(found, block, closed)
+            if stuck is not None:
+                reasons[block.name] = f"{stuck} is not zero when its modules are dropped"
+            elif value := skip_value(found, block, closed) or skip_path(found, block, closed):
+                whole[block.name] = value
+    return whole, reasons
+
+
+def _run_on_rows(model: nn.Module, plan: Plan, example: Example) -> dict[str, str]:
+    """Which blocks do not come to the same on some rows of the batch alone."""
+    (args, kwargs), _ = with_more_rows(example)
+    reasons: dict[str, str] = {}
+    for level in sorted({block.nesting for block in plan.blocks}):
+        blocks = [n for n, block in enumerate(plan.blocks) if block.nesting == level]
+        if _differs(model, plan, blocks, args, kwargs) is None:
+            continue
+        for number in blocks:
+            why = _differs(model, plan, [number], args, kwargs)
+            if why is not None:
+                reasons[plan.blocks[number].name] = f'mode="sample": {why}'
+    return reasons
+
+
+def _differs(
+    model: nn.Module, plan: Plan, blocks: Sequence[int], args: Any, kwargs: Any
+) -> str | None:
+    """How the blocks on some rows alone differ from all rows with the others masked."""
+    runs: list[list[Tensor]] = []
+    for masked in (False, True):
+        plan.probe = Probe(frozenset(blocks), masked)
+        try:
+            with undisturbed(model), torch.no_grad():
+                output = model(*args, **kwargs)
+        except Exception as error:
+            return f"it fails on some rows of the batch alone: {error}"
+        finally:
+            values, plan.probe = plan.probe.values, None
+        runs.append([*values, *(x for x in tree_leaves(output) if isinstance(x, Tensor))])
+    on_rows, masked_rows = runs
+    if len(on_rows) != len(masked_rows):
+        return "it runs otherwise on some rows of the batch alone"
+    if not all(map(_close, on_rows, masked_rows)):
+        return (
+            "it computes something else on some rows of the batch alone: its rows depend on "
+            "each other, or something that holds the batch reaches it unseen"
+        )
+    return None
+
+
+def _close(ours: Tensor, theirs: Tensor) -> bool:
+    if ours.shape != theirs.shape:
+        return False
+    if not ours.is_floating_point():
+        return torch.equal(ours, theirs)
+    # Other batch sizes take other kernels; a mix-up of rows is as large as the values themselves.
+    bound = 1e-3 if ours.dtype.itemsize >= 4 else 5e-2
+    return bool((ours - theirs).norm() <= bound * theirs.norm())

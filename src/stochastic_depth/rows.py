@@ -1,0 +1,152 @@
+"""The kept rows of a batch: taking them out of a tensor, and putting what was made of them back.
+
+A tensor may hold several rows for each example (an image cut into windows), example by example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stochastic_depth.torch_private import tree_flatten, tree_unflatten
+
+Dims = dict[int, int]  # the number of a leaf of arguments or an output -> its batch dimension
+Places = dict[int, tuple[int, int]]  # of an output's leaf -> its dimension, the argument it is of
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Which rows of a batch are kept.
+
+    Attributes:
+        batch: The number of rows.
+        start: The first kept row; the others follow it, from the end on to the beginning.
+        count: How many are kept: more than none, fewer than all.
+        chosen: The kept rows instead, where they are no window: their numbers on the device.
+    """
+
+    batch: int
+    start: int
+    count: int
+    chosen: Tensor | None = None
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The numbers of the kept rows, in rising order."""
+        if self.chosen is not None:
+            return tuple(self.chosen.tolist())
+        return tuple(sorted((self.start + i) % self.batch for i in range(self.count)))
+
+    def cut(self, full: Tensor, dim: int) -> tuple[Tensor, Any]:
+        """The kept rows alone, and what `join` needs to put them back."""
+        if self.chosen is not None:
+            return full.index_select(dim, self._chosen(full, dim)), full
+        # One split for both, so that the gradient is put together in one piece, too.
+        parts = full.split(self._lengths(full, dim), dim)
+        if self._wraps():
+            return torch.cat([parts[0], parts[2]], dim), parts
+        return parts[1], parts
+
+    def join(self, kept: Tensor, dim: int, rest: Any) -> Tensor:
+        """The tensor that was cut, with these rows in the places of the kept ones."""
+        if self.chosen is not None:
+            full = rest.to(torch.promote_types(rest.dtype, kept.dtype))
+            return full.index_copy(dim, self._chosen(rest, dim), kept.to(full.dtype))
+        first, middle, last = rest
+        if not self._wraps():
+            return torch.cat([first, kept, last], dim)
+        head, tail = kept.split([first.shape[dim], last.shape[dim]], dim)
+        return torch.cat([head, middle, tail], dim)
+
+    def spread(self, kept: Tensor, dim: int) -> Tensor:
+        """Zeros with the kept rows in their places."""
+        each = kept.shape[dim] // self.count
+        shape = list(kept.shape)
+        if self.chosen is not None:
+            shape[dim] = each * self.batch
+            return self.join(kept, dim, kept.new_zeros(shape))
+        shape[dim] = each * (self.batch - self.count)
+        gap = kept.new_zeros(shape)
+        if self._wraps():
+            end = (self.start + self.count - self.batch) * each
+            head, tail = kept.split([end, kept.shape[dim] - end], dim)
+            return torch.cat([head, gap, tail], dim)
+        before, behind = gap.split([each * self.start, shape[dim] - each * self.start], dim)
+        return torch.cat([before, kept, behind], dim)
+
+    def masked(self, full: Tensor, dim: int) -> Tensor:
+        """`full` with zeros in the rows that are not kept."""
+        each = full.shape[dim] // self.batch
+        mask = torch.zeros(self.batch, dtype=full.dtype, device=full.device)
+        mask[self.chosen if self.chosen is not None else list(self.numbers)] = 1.0
+        shape = [1] * full.ndim
+        shape[dim] = -1
+        return full * mask.repeat_interleave(each).view(shape)
+
+    def _wraps(self) -> bool:
+        return self.start + self.count > self.batch
+
+    def _lengths(self, full: Tensor, dim: int) -> list[int]:
+        """Of the three parts that the window cuts a tensor into; it is the middle, or the ends."""
+        each = full.shape[dim] // self.batch
+        stop = self.start + self.count
+        cuts = (stop - self.batch, self.start) if self._wraps() else (self.start, stop)
+        return [each * cuts[0], each * (cuts[1] - cuts[0]), each * (self.batch - cuts[1])]
+
+    def _chosen(self, full: Tensor, dim: int) -> Tensor:
+        assert self.chosen is not None
+        each = full.shape[dim] // self.batch
+        if each == 1:
+            return self.chosen
+        steps = torch.arange(each, device=self.chosen.device)
+        return (self.chosen[:, None] * each + steps).flatten()
+
+
+def rows_of(kept: Rows | range) -> tuple[int, ...]:
+    """The numbers of the kept rows, in rising order."""
+    return kept.numbers if isinstance(kept, Rows) else tuple(kept)
+
+
+def take(arguments: Any, dims: Dims, rows: Rows) -> tuple[Any, dict[int, Any]]:
+    """The arguments for the kept rows, and for each leaf what puts them back.
+
+    A leaf of a single row holds for all rows.
+    """
+    leaves, spec = tree_flatten(arguments)
+    rests = {}
+    for number, dim in dims.items():
+        if leaves[number].shape[dim] != 1:
+            leaves[number], rests[number] = rows.cut(leaves[number], dim)
+    return tree_unflatten(leaves, spec), rests
+
+
+def put_back(output: Any, places: Places, rests: dict[int, Any], rows: Rows) -> Any:
+    """The output for the kept rows, with the arguments that dropped ones come to between."""
+    leaves, spec = tree_flatten(output)
+    for number, (dim, argument) in places.items():
+        if argument in rests:
+            leaves[number] = rows.join(leaves[number], dim, rests[argument])
+    return tree_unflatten(leaves, spec)
+
+
+def spread(output: Any, dims: Dims, rows: Rows) -> Any:
+    """The output for the kept rows, with zeros between."""
+    return _each(output, dims, rows.spread)
+
+
+def masked(output: Any, dims: Dims, rows: Rows) -> Any:
+    """The output for all rows, with zeros where they are dropped."""
+    return _each(output, dims, rows.masked)
+
+
+def _each(output: Any, dims: Dims, change: Callable[[Tensor, int], Tensor]) -> Any:
+    if isinstance(output, Tensor) and 0 in dims:
+        return change(output, dims[0])
+    leaves, spec = tree_flatten(output)
+    for number, dim in dims.items():
+        leaves[number] = change(leaves[number], dim)
+    return tree_unflatten(leaves, spec)

@@ -1,0 +1,56 @@
+"""Real processes: launch a script of the tests on several ranks, and read what each case gave."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch.distributed as dist
+
+TESTS = Path(__file__).parent
+
+
+def launch(script: str, ranks: int, folder: Path, *, seconds: int = 400) -> dict[str, str]:
+    """What each case of the script gave on the first rank that it failed on: "" for nothing.
+
+    Args:
+        script: A file of the tests that ends in `report(cases)`.
+        ranks: How many processes; they talk over gloo.
+        folder: Where they leave their results.
+        seconds: After that it counts as hung.
+    """
+    source = TESTS.parent / "src"
+    paths = [str(source), str(TESTS), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(ranks), str(TESTS / script), str(folder)]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=seconds, check=False
+    )
+    if done.returncode:
+        raise AssertionError(done.stdout[-2000:] + done.stderr[-4000:])
+    found: dict[str, str] = {}
+    for rank in range(ranks):
+        for case, wrong in json.loads((folder / f"{rank}.json").read_text()).items():
+            found[case] = found.get(case, "") or (wrong and f"rank {rank}: {wrong}")
+    return found
+
+
+def report(cases: Mapping[str, Callable[[], None]]) -> None:
+    """Run the cases on this rank, all of them, and write down which raised what."""
+    dist.init_process_group("gloo")
+    results = {}
+    for name, case in cases.items():
+        try:
+            case()
+            results[name] = ""
+        except Exception:
+            results[name] = traceback.format_exc()[-1500:]
+        dist.barrier()
+    Path(sys.argv[1], f"{dist.get_rank()}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
