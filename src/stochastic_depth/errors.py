@@ -103,7 +103,7 @@ def warn(message: str) -> None:
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, StochasticDepthWarning, stacklevel=level - 1)
+    warnings.warn(message, StochasticDepthWarning, stacklevel=level)
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

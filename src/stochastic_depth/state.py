@@ -47,6 +47,8 @@ def _identity(plan: Plan) -> dict[str, Any]:
         "across_ranks": "different" if plan.ranks_differ else "same",
         "redraw": plan.draw.redraw,
         "unit": plan.unit,
+        "mode": plan.mode,
+        "rows": plan.draw.rows,
         "scale": plan.scale,
         "drop_rates": {
             block.name: rate for block, rate in zip(plan.blocks, plan.rates, strict=True)

@@ -1,0 +1,283 @@
+"""Promise: in mode "sample" every row of the batch really is dropped, at exactly its rate."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import stochastic_depth as sd
+from networks import WIDTH, Residual, make, settled
+from stochastic_depth.draw import kept_count, order_of_rows
+
+pytestmark = pytest.mark.oldest
+DRAWS = 3000
+
+
+def stack(blocks: int = 6) -> Any:
+    return settled(lambda: nn.Sequential(*(Residual() for _ in range(blocks))))
+
+
+def gate(model: nn.Module, rate: float = 0.4, **options: Any) -> sd.StochasticDepth:
+    """The same rate in every block."""
+    options = {"example_inputs": torch.randn(2, WIDTH), "mode": "sample", **options}
+    return sd.apply_stochastic_depth(model, rate, "uniform", **options)
+
+
+@given(st.integers(1, 64), st.floats(0, 0.999), st.booleans())
+def test_the_number_of_kept_rows_is_right_on_average(batch: int, rate: float, lone: bool) -> None:
+    steps = 2000
+    counts = [kept_count((i + 0.5) / steps, batch, rate, lone=lone) for i in range(steps)]
+    wanted = batch * (1 - rate)
+    # The grid of u misses the place where the two numbers meet by a step at most.
+    assert abs(sum(counts) / steps - wanted) <= 2 / steps
+    assert max(counts) - min(counts) <= (1 if lone or batch == 1 else 2)
+    assert all(0 <= count <= batch for count in counts)
+    if not lone and batch > 1:
+        assert 1 not in counts
+
+
+def test_a_fixed_number_of_rows_would_be_biased() -> None:
+    """What DINOv2's code asks for at 0.4 of 16 rows, and what it drops."""
+    assert 1 - int(16 * (1 - 0.4)) / 16 == 0.4375
+    counts = [kept_count((i + 0.5) / 1000, 16, 0.4, lone=True) for i in range(1000)]
+    assert 1 - sum(counts) / 16_000 == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("rows", ["contiguous", "random"])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_every_row_is_dropped_at_its_rate(rows: Any, batch: int) -> None:
+    model = stack()
+    depth = gate(model, 0.4, draw=sd.Draw(seed=4, rows=rows))
+    x = torch.randn(batch, WIDTH)
+    kept = torch.zeros(len(depth.blocks), batch)
+    with torch.no_grad():
+        for _ in range(DRAWS):
+            model(x)
+            for number, gates in enumerate(depth.last_gates.values()):
+                kept[number, list(gates)] += 1
+    # Five standard deviations; there are 36 frequencies.
+    bound = 5 * math.sqrt(0.4 * 0.6 / DRAWS)
+    assert float((kept / DRAWS - 0.6).abs().max()) < bound
+
+
+def test_rows_of_different_blocks_steps_and_seeds_are_independent() -> None:
+    model = stack(8)
+    depth = gate(model, 0.5, draw=sd.Draw(seed=1))
+    other = copy.deepcopy(stack(8))
+    other_depth = gate(other, 0.5, draw=sd.Draw(seed=2))
+    x = torch.randn(4, WIDTH)
+    found = []
+    with torch.no_grad():
+        for _ in range(DRAWS):
+            model(x)
+            other(x)
+            both = [*depth.last_gates.values(), *other_depth.last_gates.values()]
+            found.append([float(0 in gates) for gates in both])
+    kept = torch.tensor(found)
+    together = torch.cat([kept[1:], kept[:-1]], 1)  # beside those of the step before
+    correlation = torch.corrcoef(together.T) - torch.eye(together.shape[1])
+    assert float(correlation.abs().max()) < 5 / math.sqrt(DRAWS)
+
+
+def test_the_order_of_rows_is_a_permutation_that_every_key_changes() -> None:
+    orders = [
+        order_of_rows(seed, step, (call,), name, 9, rank)
+        for seed in (0, 1)
+        for step in (0, 1)
+        for call in (0, 1)
+        for name in ("a", "b")
+        for rank in (None, 0, 1)
+    ]
+    assert all(sorted(order) == list(range(9)) for order in orders)
+    assert len({tuple(order) for order in orders}) == len(orders)
+
+
+def test_a_block_shares_its_rows_and_branches_draw_their_own() -> None:
+    model, x = make("pre-norm")
+    x = torch.randn(8, *x.shape[1:])
+    depth = gate(model, 0.5, example_inputs=x)
+    model.train()(x)
+    assert list(depth.last_gates) == [block.name for block in depth.blocks]
+    depth.remove()
+    depth = gate(model, 0.5, example_inputs=x, unit="branch")
+    model(x)
+    gates = depth.last_gates
+    assert list(gates) == [branch.name for block in depth.blocks for branch in block.branches]
+    assert gates["layers.0:0"] != gates["layers.0:1"]
+
+
+def test_only_the_kept_rows_are_computed() -> None:
+    model = stack(1)
+    with pytest.warns(sd.StochasticDepthWarning, match="1 block"):
+        depth = gate(model, 0.5)
+    x = torch.randn(8, WIDTH, requires_grad=True)
+
+    def flops() -> int:
+        with FlopCounterMode(display=False) as counter:
+            model(x).sum().backward()
+        return counter.get_total_flops()
+
+    with depth.disabled():
+        everything = flops()
+    assert flops() * 2 == everything
+    assert len(depth.last_gates["0"]) == 4
+
+
+def test_without_a_kept_row_the_branch_is_skipped() -> None:
+    model = stack()
+    depth = gate(model, 0.5)
+    x = torch.randn(1, WIDTH, requires_grad=True)
+    seen = set()
+    for _ in range(20):
+        model.zero_grad()
+        model(x).sum().backward()
+        for name, rows in depth.last_gates.items():
+            seen.add(rows)
+            gradients = [p.grad for p in model.get_submodule(name).parameters()]
+            assert all((gradient is None) == (rows == ()) for gradient in gradients)
+    assert seen == {(), (0,)}
+
+
+def test_batch_norm_sees_the_kept_rows_alone_and_never_one() -> None:
+    model, x = make("resnet")
+    x = torch.randn(4, *x.shape[1:])
+    depth = gate(model, 0.6, example_inputs=x)
+    block = model.stages[0][0]
+    counts = set()
+    inputs: list[Tensor] = []
+    block.conv1.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    for _ in range(30):
+        before = nn.BatchNorm2d(WIDTH)
+        before.load_state_dict(block.bn1.state_dict())
+        inputs.clear()
+        model.train()(x)
+        counts.add(len(depth.last_gates["stages.0.0"]))
+        if inputs:
+            before(F.conv2d(inputs[0], block.conv1.weight, padding=1))
+        assert torch.equal(block.bn1.running_mean, before.running_mean)
+        assert block.bn1.num_batches_tracked == before.num_batches_tracked
+    assert counts == {0, 2}
+
+
+def test_resumed_and_copied_networks_draw_the_same_rows() -> None:
+    model = stack()
+    x = torch.randn(5, WIDTH)
+    depth = gate(model, 0.5, draw=sd.Draw(seed=9, rows="random"))
+    model(x)
+    file = io.BytesIO()
+    torch.save(depth.state_dict(), file)
+    twin = copy.deepcopy(model)
+    file.seek(0)
+    other = stack()
+    resumed = gate(other, 0.5, draw=sd.Draw(seed=9, rows="random"))
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    outputs = [net(x) for net in (model, twin, other)]
+    assert all(torch.equal(outputs[0], output) for output in outputs[1:])
+    assert depth.last_gates == resumed.last_gates
+    with pytest.raises(sd.StateMismatchError, match="rows"):
+        gate(stack(), 0.5, draw=sd.Draw(seed=9)).load_state_dict(depth.state_dict())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputation_sees_the_rows_of_its_forward(reentrant: bool) -> None:
+    plain = stack()
+    models = [plain, copy.deepcopy(plain)]
+    x = torch.randn(6, WIDTH, requires_grad=True)
+    for model in models:
+        gate(model, 0.5)
+    models[0](x).square().sum().backward()
+    y = x
+    for block in models[1]:
+        y = checkpoint(block, y, use_reentrant=reentrant)
+    y.square().sum().backward()
+    for mine, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(mine.grad, other.grad)
+
+
+class Mixing(nn.Module):
+    """A residual block whose rows depend on each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(F.gelu(x - x.mean(0)))
+
+
+class Masked(nn.Module):
+    """A residual block that may be given a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = self.linear(F.gelu(x))
+        return x + (y if mask is None else y * mask)
+
+
+class Holder(nn.Module):
+    """Six blocks, and what they are called with."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(kind() for _ in range(6))
+
+    def forward(self, x: Tensor, *more: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, *more)
+        return x
+
+
+def test_rows_that_depend_on_each_other_are_refused_by_name() -> None:
+    model = Holder(Mixing)
+    with pytest.raises(sd.RefusedBlockError, match=r'"blocks\.0".*rows depend on each other'):
+        gate(model)
+    assert type(model.blocks[0]) is Mixing
+
+
+def test_arguments_that_the_example_lacked_are_refused() -> None:
+    model = Holder(Masked)
+    depth = gate(model)
+    x, mask = torch.randn(4, WIDTH), torch.ones(4, 1)
+    model(x)
+    with pytest.raises(sd.ChangedModelError, match="pass example_inputs as in the training"):
+        model(x, mask)
+    depth.remove()
+    gate(model, example_inputs=(x, mask))
+    model(x, mask)
+
+
+def test_a_mask_of_one_row_holds_for_all() -> None:
+    model = Holder(Masked)
+    gate(model, 0.5, example_inputs=(torch.randn(2, WIDTH), torch.ones(2, 1)))
+    model(torch.randn(8, WIDTH), torch.rand(1, WIDTH))
+
+
+def test_an_example_that_cannot_be_enlarged_is_refused() -> None:
+    class Square(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Residual() for _ in range(6))
+
+        def forward(self, x: Tensor, mixing: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(mixing @ x)
+            return x
+
+    x, mixing = torch.randn(2, 4, WIDTH), torch.randn(4, 4)
+    gate(Square(), example_inputs=(x, mixing))
+    with pytest.raises(sd.ExampleInputsError, match="another batch size"):
+        gate(Square(), example_inputs=(torch.randn(4, 4, WIDTH), mixing))
