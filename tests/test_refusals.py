@@ -641,9 +641,10 @@ def test_few_blocks_with_a_high_rate_warn(blocks: int, rate: float, warns: bool)
 
 @oldest
 def test_dropout_inside_of_the_gated_blocks_is_named_once() -> None:
-    model = nn.Sequential(*(nn.Sequential(Residual(), nn.Dropout(0.5)) for _ in range(6)))
+    stages = [nn.Sequential(Residual(), nn.Dropout(0.5)) for _ in range(6)]
+    model = nn.Sequential(*stages)
     gate(model)  # behind the blocks: no word
-    for stage in model:
+    for stage in stages:
         stage[0].norm = nn.Sequential(nn.LayerNorm(WIDTH), nn.Dropout(0.1))
     with pytest.warns(sd.StochasticDepthWarning, match="several regularisers") as caught:
         gate(sd.get_stochastic_depth(model).remove())

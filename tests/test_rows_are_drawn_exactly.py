@@ -158,7 +158,7 @@ def test_batch_norm_sees_the_kept_rows_alone_and_never_one() -> None:
     inputs: list[Tensor] = []
     block.conv1.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     for _ in range(30):
-        before = nn.BatchNorm2d(WIDTH)
+        before: Any = nn.BatchNorm2d(WIDTH)
         before.load_state_dict(block.bn1.state_dict())
         inputs.clear()
         model.train()(x)

@@ -29,26 +29,31 @@ def table(model: nn.Module, plan: Plan, whole: frozenset[str]) -> str:
         rates = [plan.rate(number, unit) for unit in plan.units(number)]
         shown = ", ".join(dict.fromkeys(f"{rate:.4g}" for rate in rates))
         rows.append((block.name, block.kind, shown, f"{size:,}", _how(plan, number, whole)))
+    mode = 'mode="sample", ' if plan.mode == "sample" else ""
     head = (
         f"Stochastic depth on {type(model).__name__}: {len(plan.blocks)} blocks, "
-        f'unit="{plan.unit}", scale="{plan.scale}", step {plan.clock.step}'
+        f'{mode}unit="{plan.unit}", scale="{plan.scale}", step {plan.clock.step}'
     )
     expected = sum(
         plan.rate(number, unit) / len(plan.units(number))
         for number in range(len(plan.blocks))
         for unit in plan.units(number)
     )
-    foot = (
-        f"{total:,} parameters in gated branches; "
-        f"{len(plan.blocks) - expected:.4g} of {len(plan.blocks)} blocks run on average"
-    )
+    run = f"{len(plan.blocks) - expected:.4g} of {len(plan.blocks)} blocks run on average"
+    if plan.mode == "sample":
+        run = f"on average a row goes through {len(plan.blocks) - expected:.4g} blocks"
+    foot = f"{total:,} parameters in gated branches; {run}"
     return "\n".join([head, *_aligned(rows), foot])
 
 
 def _how(plan: Plan, number: int, whole: frozenset[str]) -> str:
     block = plan.blocks[number]
     notes = []
-    if block.name in whole:
+    if plan.mode == "sample":
+        how = "its branch runs on the kept rows"
+        if block.name in whole and (plan.unit == "block" or len(block.branches) == 1):
+            how = "runs on the kept rows; dropped ones are handed on"
+    elif block.name in whole:
         how = "skipped whole: returns its input"
         if plan.unit == "branch" and len(block.branches) > 1:
             how = "each branch skipped; whole where all are dropped"

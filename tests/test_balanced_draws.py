@@ -1,0 +1,128 @@
+"""Promise: `sampling="balanced"` keeps every rate exact and the number of drops nearly constant.
+
+How draws hang together then: of L blocks of one rate, two are dropped together with a correlation
+of -1 / (L - 1) where the number of drops is constant; and of W ranks that draw differently, two
+drop the same block with a correlation of -1 / (W - 1) where `W * rate` is an integer.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import stochastic_depth as sd
+from networks import WIDTH, Residual, make, settled
+from stochastic_depth.draw import balanced
+
+pytestmark = pytest.mark.oldest
+DRAWS = 4000
+SIGMAS = 5.0
+
+
+def dropped(rates: list[float], *, share: float = 0.0, seed: int = 0) -> Tensor:
+    """A row for each draw, a column for each block: 1 where it is dropped."""
+    names = {str(number): rate for number, rate in enumerate(rates)}
+    draws = [balanced(seed, step, (0,), names, share) for step in range(DRAWS)]
+    return torch.tensor([[not draw[name] for name in names] for draw in draws]).double()
+
+
+@pytest.mark.parametrize("rates", [[0.5] * 6, [0.1, 0.2, 0.3, 0.4, 0.5], [0.0, 0.9, 0.05, 0.33]])
+def test_every_block_is_dropped_at_exactly_its_rate(rates: list[float]) -> None:
+    frequencies = dropped(rates).mean(0)
+    for rate, frequency in zip(rates, frequencies.tolist(), strict=True):
+        assert abs(frequency - rate) <= SIGMAS * math.sqrt(rate * (1 - rate) / DRAWS)
+
+
+@given(st.lists(st.floats(0, 0.99), min_size=1, max_size=12), st.integers(0, 1000))
+def test_the_number_of_drops_is_one_of_two_neighbours(rates: list[float], step: int) -> None:
+    names = {str(number): rate for number, rate in enumerate(rates)}
+    kept = balanced(0, step, (0,), names)
+    drops = [not kept[name] for name in names]
+    total = sum(rates)
+    assert math.floor(total - 1e-9) <= sum(drops) <= math.ceil(total + 1e-9)
+    assert not any(drop and not rate for drop, rate in zip(drops, rates, strict=True))
+
+
+def test_the_correlation_of_two_blocks_is_as_stated() -> None:
+    drops = dropped([0.3] * 10)
+    assert set(drops.sum(1).tolist()) == {3.0}
+    correlations = torch.corrcoef(drops.T)[~torch.eye(10, dtype=torch.bool)]
+    assert float((correlations + 1 / 9).abs().max()) < SIGMAS / math.sqrt(DRAWS)
+
+
+def test_draws_of_different_steps_are_independent() -> None:
+    drops = dropped([0.3] * 10)
+    both = torch.corrcoef(torch.cat([drops[1:], drops[:-1]], 1).T)[:10, 10:]
+    assert float(both.abs().max()) < SIGMAS / math.sqrt(DRAWS)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_ranks_share_the_drops_of_a_block(ranks: int) -> None:
+    rates = [0.5, 0.25, 0.5, 0.5, 0.3, 0.2]
+    drops = torch.stack([dropped(rates, share=rank / ranks) for rank in range(ranks)])
+    counts = drops.sum(2)  # of each rank, in each draw
+    assert int((counts.max(0).values - counts.min(0).values).max()) <= 1
+    share = drops.sum(0)  # of each block, over the ranks
+    for number, rate in enumerate(rates):
+        assert set(share[:, number].tolist()) <= {
+            float(math.floor(rate * ranks)),
+            float(math.ceil(rate * ranks)),
+        }
+        frequency = drops[0, :, number].mean()
+        assert abs(float(frequency) - rate) <= SIGMAS * math.sqrt(rate * (1 - rate) / DRAWS)
+    correlation = torch.corrcoef(torch.stack([drops[0, :, 0], drops[1, :, 0]]))[0, 1]
+    if ranks == 2:
+        assert float(correlation) == pytest.approx(-1.0)
+
+
+def test_a_model_draws_its_blocks_together_and_resumes() -> None:
+    def build() -> tuple[Any, sd.StochasticDepth]:
+        model = settled(lambda: nn.Sequential(*(Residual() for _ in range(8))))
+        draw = sd.Draw(seed=5, sampling="balanced")
+        x = torch.randn(2, WIDTH)
+        return model, sd.apply_stochastic_depth(model, 0.5, "uniform", example_inputs=x, draw=draw)
+
+    (model, depth), (other, resumed) = build(), build()
+    x = torch.randn(3, WIDTH)
+    patterns = set()
+    for _ in range(20):
+        model(x)
+        assert sum(depth.last_gates.values()) == 4
+        patterns.add(tuple(depth.last_gates.values()))
+    assert len(patterns) > 10
+    resumed.load_state_dict(depth.state_dict())
+    assert torch.equal(model(x), other(x))
+    assert depth.last_gates == resumed.last_gates
+
+
+def test_branches_are_drawn_together_where_they_are_the_units() -> None:
+    model, x = make("pre-norm")
+    depth = sd.apply_stochastic_depth(
+        model, 0.25, "uniform", example_inputs=x, unit="branch", draw=sd.Draw(sampling="balanced")
+    )
+    for _ in range(10):
+        model.train()(x)
+        assert sum(depth.last_gates.values()) == 9  # of 12
+
+
+def test_what_lies_inside_of_a_dropped_block_is_not_made_up_for() -> None:
+    model, x = make("nested")
+    depth = sd.apply_stochastic_depth(
+        model, 0.5, "uniform", example_inputs=x, draw=sd.Draw(sampling="balanced")
+    )
+    blocks = len(depth.blocks)
+    counts = set()
+    for _ in range(30):
+        model.train()(x)
+        depth._plan.last_gates.clear()
+        model(x)
+        counts.add(len(depth.last_gates))
+        kept = sum(depth.last_gates.values())
+        assert kept <= math.ceil(blocks / 2)
+    assert len(counts) > 1  # some blocks were never asked
