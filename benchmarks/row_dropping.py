@@ -31,7 +31,7 @@ def drop_rows(model: nn.Module, depth: sd.StochasticDepth, way: str) -> None:
 
 
 def _with_timm(block: Any, rate: float) -> None:
-    from timm.layers import DropPath
+    from timm.layers.drop import DropPath
 
     for name in ("drop_path", "drop_path1", "drop_path2"):
         if hasattr(block, name):

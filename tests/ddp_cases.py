@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
 from networks import PostNormLayer, PreNormLayer, ResNet, Transformer, settled
-from ranks import report
+from processes import report
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "resnet": (ResNet, (4, 3, 8, 8)),

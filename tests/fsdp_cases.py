@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 import stochastic_depth as sd
 from ddp_cases import NETWORKS, averaged, containers, same
 from networks import settled
-from ranks import report
+from processes import report
 
 
 def shard(model: nn.Module) -> None:

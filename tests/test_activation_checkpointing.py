@@ -18,6 +18,7 @@ pytestmark = [
     pytest.mark.oldest,
     # torch's own, for a reentrant checkpoint within another one
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True"),
+    pytest.mark.filterwarnings("ignore:dropout is active"),
 ]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ddp_cases import cases
-from ranks import launch
+from processes import launch
 
 pytestmark = [pytest.mark.oldest]
 

@@ -275,6 +275,7 @@ class Parallel(nn.Module):
 
 
 @oldest
+@pytest.mark.filterwarnings("ignore:dropout is active")
 @pytest.mark.parametrize("unit", ["block", "branch"])
 @pytest.mark.parametrize("kind", [TwiceTheSame, LayerScale, BehindMoves, Parallel, TwoBranches])
 def test_branches_of_many_structures_fold(kind: type[nn.Module], unit: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fsdp_cases import cases
-from ranks import launch
+from processes import launch
 
 
 @pytest.fixture(scope="module")

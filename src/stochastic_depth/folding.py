@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stochastic_depth.deciding import settled
 from stochastic_depth.errors import RefusedBlockError
 from stochastic_depth.plan import Plan
 
@@ -23,7 +24,7 @@ def fold_factors(plan: Plan) -> dict[str, float]:
     """
     factors: dict[str, float] = {}
     for number, block in enumerate(plan.blocks):
-        decision = plan.settled(number, training=False, forced={})
+        decision = settled(plan, number, training=False, forced={})
         own: dict[str, float] = {}  # a layer that ends several branches takes their factor once
         for branch, factor in zip(block.branches, decision.factors, strict=True):
             obstacle = branch.fold.obstacle if factor != 1.0 else None

@@ -13,7 +13,7 @@ from stochastic_depth.discovery.branches import member_calls, unread_outputs
 from stochastic_depth.discovery.grouping import Group
 from stochastic_depth.discovery.recording import Call, Recording
 from stochastic_depth.discovery.templates import SkipPath, Template
-from stochastic_depth.gating.gate import Gate, Role
+from stochastic_depth.gating.passage import Gate, Role
 from stochastic_depth.gating.swap import gate_of, swap_in, swap_out
 from stochastic_depth.plan import Plan
 from stochastic_depth.rows import Dims

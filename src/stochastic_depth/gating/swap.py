@@ -12,7 +12,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from stochastic_depth.gating.gate import Gate, call
+from stochastic_depth.gating.gate import call
+from stochastic_depth.gating.passage import Gate
 
 _KEY = "_stochastic_depth"  # where a gated module keeps its gate
 
