@@ -14,12 +14,13 @@ DEMO := .venv/.examples-$(KEY)
 TEST := .venv/.examples,test-$(KEY)
 LINT := .venv/.examples,test,dev-$(KEY)
 OLDEST := .venv-oldest/.oldest-$(KEY)
+COMPOSER := .venv-oldest/.oldest,composer-test-$(KEY)
 
-.PHONY: test demo check lint oldest wheel clean
+.PHONY: test demo check lint oldest test-composer wheel clean
 .NOTPARALLEL:
 
 test: $(TEST)
-	$(PYTHON) -m pytest -n $(WORKERS)
+	$(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup
 
 demo: $(DEMO)
 	$(PYTHON) examples/images.py
@@ -36,6 +37,10 @@ lint: $(LINT)
 oldest: $(OLDEST)
 	.venv-oldest/bin/python -m pytest -m oldest $$(grep -l 'mark\.oldest' tests/test_*.py)
 
+# The adapter to Composer, which needs a torch older than 2.7.1.
+test-composer: $(COMPOSER)
+	.venv-oldest/bin/python -m pytest -n $(WORKERS) --dist loadgroup tests/with_composer
+
 # What a user gets who has nothing but pip: the wheel, and the torch that it asks for.
 wheel:
 	@echo "Preparing .venv-wheel: some minutes the first time"
@@ -46,8 +51,8 @@ wheel:
 	.venv-wheel/bin/python $(PIP) install dist/*.whl
 	.venv-wheel/bin/python -I -W "ignore:Failed to initialize NumPy" .ci/wheel.py
 
-$(DEMO) $(TEST) $(LINT) $(OLDEST): EXTRAS = $(@F:.%-$(KEY)=%)
-$(DEMO) $(TEST) $(LINT) $(OLDEST):
+$(DEMO) $(TEST) $(LINT) $(OLDEST) $(COMPOSER): EXTRAS = $(@F:.%-$(KEY)=%)
+$(DEMO) $(TEST) $(LINT) $(OLDEST) $(COMPOSER):
 	@echo "Preparing $(@D) [$(EXTRAS)]: some minutes the first time"
 	@$(PYTHON3) -m venv $(@D)
 	@$(@D)/bin/python $(PIP) install --editable '.[$(EXTRAS)]'

@@ -3,6 +3,7 @@
     python examples/images.py                              # ResNet-110 on digits: some minutes
     python examples/images.py --model resnet20 --data CIFAR --batch-size 128 --drop-warmup 0.1dur
     python examples/images.py --model torchvision:resnet50 --data PHOTOS --image-size 96
+    torchrun --nproc-per-node 2 examples/images.py --across-ranks different --sampling balanced
 
 At the end: a table of what it saved and what it did to the error; and in the output folder
 `metrics.json`, `steps.csv`, `error.png` and `plain.pt`, the weights of the network with stochastic
@@ -17,20 +18,21 @@ from pathlib import Path
 import torch
 from lightning.fabric import Fabric
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 import stochastic_depth as sd
 from imagelib import InputError
 from imagelib.batches import Batches, metered
 from imagelib.checkpoints import Checkpoints, replacing
-from imagelib.contender import Contender, count_wrong
+from imagelib.contender import Contender, count_wrong_together
 from imagelib.flops import count_step_cost
 from imagelib.image_data import read_image_data
 from imagelib.models import build_model
 from imagelib.options import Options, parse
 from imagelib.progress import Interruption, progress_bar
+from imagelib.ranks import Ranks, fabric_on, together
 from imagelib.recipe import learning_rate, sgd
-from imagelib.records import Records
+from imagelib.records import Records, over_ranks
 from imagelib.report import WRITTEN, print_epoch, print_report, write_report
 from imagelib.results import gather
 from imagelib.shortened import can_be_taken_out
@@ -40,33 +42,31 @@ INTERRUPTED = 130  # the exit code that shells expect after Ctrl-C
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        return run(parse(arguments))
-    except (InputError, sd.StochasticDepthError, OSError) as error:
-        print("images.py:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    with together() as ranks:
+        try:
+            return run(parse(arguments), ranks)
+        except (InputError, sd.StochasticDepthError, OSError) as error:
+            ranks.complain(f"images.py: {' '.join(str(error).split())}")
+            return 2
+        except KeyboardInterrupt:
+            return INTERRUPTED
 
 
-def run(options: Options) -> int:
-    refuse_used_folder(options.out, resume=options.resume)
-    fabric = Fabric(
-        accelerator=options.device.type,
-        devices=[options.device.index or 0] if options.device.type == "cuda" else 1,
-        precision=options.precision,
-    )
+def run(options: Options, ranks: Ranks) -> int:
+    fabric = fabric_on(options.device, options.precision, ranks)
+    ranks.connect(options.device, options.timeout)
+    ranks.from_first(lambda: refuse_used_folder(options.out, resume=options.resume))
     fabric.launch()
     data = read_image_data(options.data, options.image_size)
-    batches = Batches(data, options.batch_size, options.seed, fabric.device)
+    batches = Batches(data, options.batch_size, options.seed, fabric.device, ranks)
     networks = set_up(options, fabric, batches)
     records = Records()
-    checkpoints = Checkpoints(options.out, options.configuration(data.fingerprint))
+    checkpoints = Checkpoints(options.out, options.configuration(data.fingerprint, ranks.number))
     if options.resume:
-        state = checkpoints.load()
+        state = ranks.from_first(checkpoints.load)
         networks.load_state_dict(state["networks"])
         records.load_state_dict(state["records"])
-    options.out.mkdir(parents=True, exist_ok=True)
+    ranks.from_first(lambda: options.out.mkdir(parents=True, exist_ok=True))
     console = Console()
     blocks, images = len(networks.depth.blocks), f"{len(data.train):,} + {len(data.test):,} images"
     console.print(f"{options.model}, {blocks} residual blocks; {options.data}, {images}")
@@ -75,11 +75,13 @@ def run(options: Options) -> int:
     try:
         plain = take_home(options, networks.depth, batches)
         if finished:
-            wrong = count_wrong(fabric.setup_module(plain), batches.for_testing())
+            wrong = count_wrong_together(fabric, plain.to(fabric.device), batches)
     except sd.RefusedBlockError as error:  # of which sd.apply_stochastic_depth has warned
         console.print(f"There is no plain.pt: {error}", highlight=False)
     results = gather(records, networks.cost, batches, wrong, finished=finished)
-    write_report(options.out, results, checkpoints.configuration, records, batches)
+    ranks.from_first(
+        lambda: write_report(options.out, results, checkpoints.configuration, records, batches)
+    )
     print_report(results, console)
     console.print(f"All of it is in {options.out}", highlight=False)
     return 0 if finished else INTERRUPTED
@@ -100,26 +102,30 @@ def set_up(options: Options, fabric: Fabric, batches: Batches) -> SideBySide:
     model = build_model(options.model, len(batches.data.class_names), example.cpu())
     model = model.to(memory_format=torch.channels_last).to(fabric.device)
     plain, shortened = copy.deepcopy(model), copy.deepcopy(model)
-    rate, distribution, draw = options.drop_rate, options.drop_distribution, sd.Draw(options.seed)
+    rate, distribution, mode = options.drop_rate, options.drop_distribution, options.mode
+    draw = sd.Draw(options.seed, options.sampling, options.across_ranks)
     warmup = sd.linear_warmup(options.drop_warmup.steps(options.epochs, batches.steps_per_epoch))
 
     # What stochastic depth adds to a training script is this call ...
     depth = sd.apply_stochastic_depth(
-        model, rate, distribution, example_inputs=example, schedule=warmup, draw=draw
+        model, rate, distribution, example_inputs=example, mode=mode, schedule=warmup, draw=draw
     )
     optimizer = sgd(model, options.lr)
     depth.follow(optimizer)  # ... and this one. All the rest would be here without it.
 
     def beside(network: nn.Module) -> Contender:
-        return Contender(fabric, network, sgd(network, options.lr), options.label_smoothing)
+        optimizer = sgd(network, options.lr)
+        return Contender(fabric, network, optimizer, options.label_smoothing, batches.ranks)
 
-    comparable = options.baseline and can_be_taken_out(shortened, model, depth, example)
+    comparable = options.baseline and mode == "batch"  # else blocks run, on a part of the batch
+    comparable = comparable and can_be_taken_out(shortened, model, depth, example)
     return SideBySide(
         depth,
         count_step_cost(model, batches.example(options.batch_size)),
-        Contender(fabric, model, optimizer, options.label_smoothing),
+        Contender(fabric, model, optimizer, options.label_smoothing, batches.ranks),
         plain=beside(plain) if options.baseline else None,
         shortened=beside(shortened) if comparable else None,
+        ranks=batches.ranks,
     )
 
 
@@ -132,33 +138,44 @@ def train(
     console: Console,
 ) -> bool:
     """From the last checkpoint to the end (True), or until Ctrl-C (False)."""
-    per_epoch, done = batches.steps_per_epoch, len(records.epochs)
+    per_epoch, done, ranks = batches.steps_per_epoch, len(records.epochs), batches.ranks
     total = options.epochs * per_epoch
     networks.plan_measurements(total, options.seed)
+
+    def save() -> None:
+        checkpoints.save({"networks": networks.state_dict(), "records": records.state_dict()})
+
     with progress_bar(console) as progress, Interruption() as interruption:
         task = progress.add_task("Training", total=total, completed=done * per_epoch)
         for epoch in range(done, options.epochs):
             waited_for = metered(batches.for_training(epoch))
             for step, (seconds, batch) in enumerate(waited_for, epoch * per_epoch):
                 rate = learning_rate(options.lr, step, total)
-                records.steps.append(networks.step(step, epoch, batch, seconds, rate))
+                taken = networks.step(step, epoch, batch, seconds, rate)
+                records.steps.append(over_ranks(taken, ranks))
                 progress.advance(task)
-                if interruption.asked:
+                if ranks.any(asked=interruption.asked):
                     return False
             records.epochs.append(networks.count_wrong(epoch, batches))
-            checkpoints.save({"networks": networks.state_dict(), "records": records.state_dict()})
+            ranks.from_first(save)
             print_epoch(records, batches, console)
     return True
 
 
 def take_home(options: Options, depth: sd.StochasticDepth, batches: Batches) -> nn.Module:
     """The plain network, which knows nothing of stochastic depth, out of its file `plain.pt`."""
-    file = options.out / "plain.pt"
-    with replacing(file) as content:
-        torch.save({name: v.cpu() for name, v in depth.folded_state_dict().items()}, content)
+    folded = {name: value.cpu() for name, value in depth.folded_state_dict().items()}
     plain = build_model(options.model, len(batches.data.class_names), batches.example(2).cpu())
-    plain.load_state_dict(torch.load(file, weights_only=True))
+    plain.load_state_dict(batches.ranks.from_first(lambda: there_and_back(folded, options.out)))
     return plain
+
+
+def there_and_back(weights: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    file = folder / "plain.pt"
+    with replacing(file) as content:
+        torch.save(weights, content)
+    read: dict[str, Tensor] = torch.load(file, weights_only=True)
+    return read
 
 
 if __name__ == "__main__":

@@ -255,15 +255,19 @@ def a_group_of_its_own() -> None:
     assert gathered[0] != gathered[1]
 
 
-def cases() -> dict[str, Callable[[], None]]:
-    found: dict[str, Callable[[], None]] = {
-        f"{network}, {draw}, {setup}": partial(train, network, SETUPS[setup], DRAWS[draw])
-        for network, draw, setup in itertools.product(NETWORKS, DRAWS, SETUPS)
-    }
-    for network, draw, setup in itertools.product(NETWORKS, SAMPLE_DRAWS, SETUPS):
-        found[f"{network}, {draw}, {setup}"] = partial(
-            train, network, SETUPS[setup], SAMPLE_DRAWS[draw], mode="sample"
-        )
+def cases(ranks: int) -> dict[str, Callable[[], None]]:
+    """By name: every set-up with the usual draws, and every kind of draw with some set-ups."""
+    few = ("plain", "find unused, accumulated")
+    found: dict[str, Callable[[], None]] = {}
+    for name, draw in {**DRAWS, **SAMPLE_DRAWS}.items():
+        mode: Literal["batch", "sample"] = "sample" if name in SAMPLE_DRAWS else "batch"
+        usual = ranks == 2 and name in ("same", "different", "rows")
+        for network, setup in itertools.product(NETWORKS, SETUPS if usual else few):
+            found[f"{network}, {name}, {setup}"] = partial(
+                train, network, SETUPS[setup], draw, mode=mode
+            )
+    if ranks > 2:
+        found = {name: case for name, case in found.items() if name.startswith("resnet")}
     for network in NETWORKS:
         found[f"{network}, forced alike"] = partial(forced_alike, network)
         found[f"{network}, forced otherwise"] = partial(forced_otherwise, network)
@@ -279,4 +283,4 @@ def cases() -> dict[str, Callable[[], None]]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    report(cases())
+    report(lambda: cases(dist.get_world_size()))

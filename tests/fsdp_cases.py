@@ -80,4 +80,4 @@ def cases() -> dict[str, Callable[[], None]]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    report(cases())
+    report(cases)

@@ -5,6 +5,7 @@ Plain DistributedDataParallel, without `find_unused_parameters`; real processes 
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,26 @@ import pytest
 from ddp_cases import cases
 from processes import launch
 
-pytestmark = [pytest.mark.oldest]
+
+@functools.cache
+def results(ranks: int, folder: Path) -> dict[str, str]:
+    """All cases in one launch."""
+    return launch("ddp_cases.py", ranks, folder)
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids="{} ranks".format)
-def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> object:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    return launch("ddp_cases.py", request.param, folder)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
 
 
-@pytest.mark.parametrize("case", cases())
-def test_on_real_processes(results: dict[str, str], case: str) -> None:
-    assert not results[case], results[case]
+@pytest.mark.oldest
+@pytest.mark.xdist_group("two ranks")
+@pytest.mark.parametrize("case", cases(2))
+def test_on_two_ranks(case: str, folder: Path) -> None:
+    assert not results(2, folder)[case], results(2, folder)[case]
+
+
+@pytest.mark.xdist_group("four ranks")
+@pytest.mark.parametrize("case", cases(4))
+def test_on_four_ranks(case: str, folder: Path) -> None:
+    assert not results(4, folder)[case], results(4, folder)[case]

@@ -1,7 +1,8 @@
 """From images in memory to batches: order, augmentation, and how long the training waited for them.
 
 Order and augmentation are pure functions of (seed, epoch, step), so a resumed run sees the same
-batches, and so do two networks that train side by side.
+batches, and so do two networks that train side by side. Several ranks share each step's images:
+together they see what one process would with batches as large as theirs together.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from imagelib import InputError
 from imagelib.image_data import ImageData, Images
+from imagelib.ranks import Ranks
 
 
 class Batch(NamedTuple):
@@ -26,31 +28,42 @@ class Batches:
     """The batches of a data set: augmented ones to train on, plain ones to test on."""
 
     def __init__(
-        self, data: ImageData, batch_size: int, seed: int, device: torch.device | str = "cpu"
+        self,
+        data: ImageData,
+        batch_size: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        ranks: Ranks = Ranks(),  # noqa: B008  (frozen)
     ) -> None:
+        """`batch_size`: of each rank."""
         self.data = data
         self.batch_size = batch_size
         self.seed = seed
         self.device = torch.device(device)
+        self.ranks = ranks
+        self.images_per_step = batch_size * ranks.number
         # The last batch, which is not full, is left out.
-        self.steps_per_epoch = len(data.train) // batch_size
+        self.steps_per_epoch = len(data.train) // self.images_per_step
         if not self.steps_per_epoch:
-            raise InputError(f"--batch-size: there are only {len(data.train)} images to train on")
+            shared = f", for {ranks.number} ranks" if ranks.number > 1 else ""
+            images = f"{len(data.train)} images to train on{shared}"
+            raise InputError(f"--batch-size: there are only {images}")
         mean, deviation = _mean_and_deviation(data.train)
         self._mean, self._deviation = mean.to(self.device), deviation.to(self.device)
 
     def for_training(self, epoch: int) -> Iterator[Batch]:
         """One epoch: every image once, in a new order, cropped and (where it may be) mirrored."""
         order = torch.randperm(len(self.data.train), generator=_generator(self.seed, epoch))
-        for step in range(self.steps_per_epoch):
-            chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
-            batch = self._batch(self.data.train, chosen)
+        for step, chosen in enumerate(order.split(self.images_per_step)[: self.steps_per_epoch]):
+            batch = self._batch(self.data.train, self.ranks.part(chosen))
             generator = _generator(self.seed, epoch, step)
-            yield batch._replace(images=augment(batch.images, generator, flip=self.data.flip))
+            images = augment(batch.images, generator, flip=self.data.flip, ranks=self.ranks)
+            yield batch._replace(images=images)
 
     def for_testing(self) -> Iterator[Batch]:
-        """The test images in their order, all of them."""
-        for chosen in torch.arange(len(self.data.test)).split(2 * self.batch_size):
+        """The test images in their order, all of them; of several ranks, each has its own."""
+        everything = torch.arange(len(self.data.test)).split(2 * self.batch_size)
+        for chosen in everything[self.ranks.rank :: self.ranks.number]:
             yield self._batch(self.data.test, chosen)
 
     def example(self, number: int) -> Tensor:
@@ -63,17 +76,24 @@ class Batches:
         return Batch(standardised, images.labels[chosen].to(self.device))
 
 
-def augment(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor:
+def augment(
+    images: Tensor,
+    generator: torch.Generator,
+    *,
+    flip: bool,
+    ranks: Ranks = Ranks(),  # noqa: B008  (frozen)
+) -> Tensor:
     """Crops each image at random out of itself with a border of zeros; mirrors half of them.
 
-    The border is an eighth of the image: 4 pixels at CIFAR's 32.
+    The border is an eighth of the image: 4 pixels at CIFAR's 32. It is drawn for the images of all
+    ranks, on each of them.
     """
     number, _, size, _ = images.shape
-    border = size // 8
+    border, drawn = size // 8, (number * ranks.number, 1)
     # Drawn on the CPU, so that every device sees the same crops.
-    down = torch.randint(2 * border + 1, (number, 1), generator=generator)
-    right = torch.randint(2 * border + 1, (number, 1), generator=generator)
-    mirrored = torch.rand(number, 1, generator=generator) < (0.5 if flip else 0.0)
+    down = ranks.part(torch.randint(2 * border + 1, drawn, generator=generator))
+    right = ranks.part(torch.randint(2 * border + 1, drawn, generator=generator))
+    mirrored = ranks.part(torch.rand(drawn, generator=generator)) < (0.5 if flip else 0.0)
     rows = down + torch.arange(size)
     columns = right + torch.where(mirrored, torch.arange(size).flip(0), torch.arange(size))
     padded = F.pad(images, (border,) * 4).permute(0, 2, 3, 1)

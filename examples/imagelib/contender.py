@@ -10,7 +10,8 @@ from lightning.fabric import Fabric
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from imagelib.batches import Batch
+from imagelib.batches import Batch, Batches
+from imagelib.ranks import Ranks
 from imagelib.records import NOT_MEASURED
 
 
@@ -31,33 +32,43 @@ class Contender:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         label_smoothing: float = 0.0,
+        ranks: Ranks = Ranks(),  # noqa: B008  (frozen)
     ) -> None:
         self.model, self.optimizer = model, optimizer
-        self._fabric = fabric
+        self._fabric, self._ranks = fabric, ranks
         self._wrapped_model, self._wrapped_optimizer = fabric.setup(model, optimizer)
         self._label_smoothing = label_smoothing
 
-    def take_turn(self, batch: Batch, learning_rate: float, seed: int) -> Turn:
-        """One step of training."""
+    def take_turn(
+        self, batch: Batch, learning_rate: float, seed: int, absent: Iterable[nn.Parameter] = ()
+    ) -> Turn:
+        """One step of training; the `absent` parameters end it without a gradient."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         torch.manual_seed(seed)  # dropout, where a network has any, then needs no checkpoint
+        self._ranks.meet()  # nobody's clock shows how long another prepared
         start = self._now()
         logits = self._wrapped_model(batch.images)
         loss = F.cross_entropy(logits, batch.labels, label_smoothing=self._label_smoothing)
         self._wrapped_optimizer.zero_grad()
         self._fabric.backward(loss)
+        for parameter in absent:
+            parameter.grad = None
         self._wrapped_optimizer.step()
         return Turn(self._now() - start, loss.item())
 
-    def take_counted_turn(self, batch: Batch, learning_rate: float, seed: int) -> Turn:
+    def take_counted_turn(
+        self, batch: Batch, learning_rate: float, seed: int, absent: Iterable[nn.Parameter] = ()
+    ) -> Turn:
         """The same, while torch counts the FLOPs of every operation, which takes long."""
         with FlopCounterMode(display=False) as counter:
-            turn = self.take_turn(batch, learning_rate, seed)
+            turn = self.take_turn(batch, learning_rate, seed, absent)
         return turn._replace(flops=counter.get_total_flops())
 
-    def count_wrong(self, batches: Iterable[Batch]) -> int:
-        return count_wrong(self._wrapped_model, batches)
+    def count_wrong(self, batches: Batches) -> int:
+        # As under DistributedDataParallel in training, the first rank's BatchNorm statistics hold.
+        self._ranks.copy_from_first(self.model.buffers())
+        return count_wrong_together(self._fabric, self.model, batches)
 
     def state_dict(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -79,3 +90,13 @@ def count_wrong(model: nn.Module, batches: Iterable[Batch]) -> int:
         wrong = [(model(b.images).argmax(1) != b.labels).sum() for b in batches]
     model.train()
     return int(sum(wrong))
+
+
+def count_wrong_together(fabric: Fabric, model: nn.Module, batches: Batches) -> int:
+    """The same, of all ranks. Each counts its own images, which need not be equally many.
+
+    Hence the network itself, without DistributedDataParallel, which would wait for the others.
+    """
+    with fabric.autocast():
+        wrong = count_wrong(model, batches.for_testing())
+    return int(batches.ranks.sum([wrong])[0])

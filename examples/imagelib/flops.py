@@ -18,9 +18,10 @@ class StepCost:
     everything: int
     saved_by: dict[str, int]
 
-    def with_gates(self, gates: Mapping[str, bool]) -> int:
-        closed = (name for name, is_open in gates.items() if not is_open)
-        return self.everything - sum(self.saved_by[name] for name in closed)
+    def with_gates(self, gates: Mapping[str, float]) -> int:
+        """`gates`: whether each block is open, or the share of the batch that it runs on."""
+        saved = sum(self.saved_by[name] * (1 - share) for name, share in gates.items())
+        return self.everything - round(saved)
 
 
 def count_step_cost(model: nn.Module, example: Tensor) -> StepCost:

@@ -5,6 +5,8 @@ import io
 import math
 from typing import Any, NamedTuple
 
+from imagelib.ranks import Ranks
+
 NOT_MEASURED = math.nan
 
 
@@ -19,11 +21,28 @@ class Step(NamedTuple):
     plain_loss: float
     seconds: float  # of the network with stochastic depth, like all that follows
     loss: float
-    blocks_run: int
-    flops: int
+    blocks_run: float  # where several ranks train together: on average, as is the loss
+    flops: int  # where several ranks train together: their sum
     shortened_seconds: float = NOT_MEASURED  # the same draw with its closed blocks taken out
     counted_flops: float = NOT_MEASURED
     counted_shortened_flops: float = NOT_MEASURED
+
+
+def over_ranks(step: Step, ranks: Ranks) -> Step:
+    """FLOPs of all ranks, their mean loss and number of blocks; the times stay this rank's."""
+    if ranks.number == 1:
+        return step
+    averaged = ranks.sum([step.plain_loss, step.loss, step.blocks_run])
+    plain_loss, loss, blocks_run = (total / ranks.number for total in averaged)
+    flops = ranks.sum([step.flops, step.counted_flops, step.counted_shortened_flops])
+    return step._replace(
+        plain_loss=plain_loss,
+        loss=loss,
+        blocks_run=blocks_run,
+        flops=int(flops[0]),
+        counted_flops=flops[1],
+        counted_shortened_flops=flops[2],
+    )
 
 
 class Epoch(NamedTuple):

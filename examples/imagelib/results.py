@@ -66,11 +66,12 @@ def gather(
 ) -> Results:
     """`folded_wrong`: test images that the folded plain network gets wrong, once there is one."""
     per_epoch, test_images = batches.steps_per_epoch, len(batches.data.test)
+    everything = cost.everything * batches.ranks.number
     steps, last = records.steps, records.epochs[-1] if records.epochs else None
     wrong = folded_wrong if folded_wrong is not None else last and last.wrong
     ours = Network(
         test_error=None if wrong is None else wrong / test_images,
-        speed=speed_of(steps, "seconds", batches.batch_size, per_epoch),
+        speed=speed_of(steps, "seconds", batches.images_per_step, per_epoch),
         flops_per_step=float(np.mean(column(steps, "flops"))) if steps else math.nan,
         blocks_per_step=float(np.mean(column(steps, "blocks_run"))) if steps else math.nan,
     )
@@ -78,8 +79,8 @@ def gather(
     if any(not math.isnan(step.plain_seconds) for step in steps):
         plain = Network(
             test_error=last and last.plain_wrong / test_images,
-            speed=speed_of(steps, "plain_seconds", batches.batch_size, per_epoch),
-            flops_per_step=cost.everything,
+            speed=speed_of(steps, "plain_seconds", batches.images_per_step, per_epoch),
+            flops_per_step=everything,
             blocks_per_step=len(cost.saved_by),
         )
     counted = _counted_steps(records)
@@ -91,9 +92,9 @@ def gather(
         plain=plain,
         stochastic_depth=ours,
         saving=saving,
-        flops_saved=1 - ours.flops_per_step / cost.everything,
+        flops_saved=1 - ours.flops_per_step / everything,
         counted_steps=counted,
-        remarks=_remarks(ours, plain, saving, counted),
+        remarks=_remarks(ours, plain, saving, counted) + _of_ranks(batches.ranks.number, saving),
     )
 
 
@@ -126,6 +127,19 @@ def _remarks(
     if any(step.disagrees() for step in counted):
         remarks.append("FLOPs as counted and as expected differ: see counted_steps, metrics.json.")
     return remarks
+
+
+def _of_ranks(number: int, saving: Saving | None) -> list[str]:
+    if number == 1:
+        return []
+    remark = (
+        f"Trained on {number} ranks: images per second and FLOPs of all together, blocks on "
+        "average, times by the first one's clock."
+    )
+    exchange = (
+        "The network without the closed blocks exchanged their gradients all the same, as zeros."
+    )
+    return [remark, exchange] if saving else [remark]
 
 
 def _without_infinities(value: Any) -> Any:

@@ -4,12 +4,14 @@ Turns, so that a machine that becomes slower or faster meanwhile does so for bot
 third network joins in, the physically shortened one: it shows how much time could have been saved.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import stochastic_depth as sd
 from imagelib.batches import Batch, Batches
 from imagelib.contender import Contender, Turn
 from imagelib.flops import StepCost
+from imagelib.ranks import Ranks
 from imagelib.records import NOT_MEASURED, Epoch, Step
 from imagelib.shortened import taken_out
 
@@ -26,8 +28,9 @@ class SideBySide:
         dropping: Contender,
         plain: Contender | None,
         shortened: Contender | None,
+        ranks: Ranks = Ranks(),  # noqa: B008  (frozen)
     ) -> None:
-        self.depth, self.cost = depth, cost
+        self.depth, self.cost, self.ranks = depth, cost, ranks
         self.dropping, self.plain, self.shortened = dropping, plain, shortened
 
     def plan_measurements(self, total_steps: int, seed: int) -> None:
@@ -42,17 +45,19 @@ class SideBySide:
     ) -> Step:
         """One step of training of each network."""
         counted, self._untimed = number in self._counted, self._untimed - 1
-        turn = (batch, learning_rate, self._seed + number)
+        own_seed = self._seed + number * self.ranks.number + self.ranks.rank
+        turn = (batch, learning_rate, own_seed)
         plain = self.plain.take_turn(*turn) if self.plain and number % 2 == 0 else _NO_TURN
         take = self.dropping.take_counted_turn if counted else self.dropping.take_turn
         dropping = take(*turn)
-        gates = self.depth.last_gates
+        gates = _shares(self.depth.last_gates, len(batch.labels))
         shortened = _NO_TURN
         if self.shortened and (counted or number % self._compare_every == 0):
             take = self.shortened.take_counted_turn if counted else self.shortened.take_turn
             closed = [name for name, is_open in gates.items() if not is_open]
-            with taken_out(self.shortened.model, closed):
-                shortened = take(*turn)
+            several = self.ranks.number > 1
+            with taken_out(self.shortened.model, closed, exchanged=several) as absent:
+                shortened = take(*turn, absent)
         if self.plain and number % 2 == 1:
             plain = self.plain.take_turn(*turn)
         return Step(
@@ -64,7 +69,7 @@ class SideBySide:
             plain_loss=plain.loss,
             seconds=dropping.seconds,
             loss=dropping.loss,
-            blocks_run=sum(map(bool, gates.values())),
+            blocks_run=sum(gates.values()),
             flops=self.cost.with_gates(gates),
             shortened_seconds=shortened.seconds,
             counted_flops=dropping.flops,
@@ -73,8 +78,8 @@ class SideBySide:
 
     def count_wrong(self, epoch: int, batches: Batches) -> Epoch:
         """Both networks on the test images, as they are used in inference."""
-        plain = self.plain.count_wrong(batches.for_testing()) if self.plain else NOT_MEASURED
-        return Epoch(epoch, plain, self.dropping.count_wrong(batches.for_testing()))
+        plain = self.plain.count_wrong(batches) if self.plain else NOT_MEASURED
+        return Epoch(epoch, plain, self.dropping.count_wrong(batches))
 
     def state_dict(self) -> dict[str, Any]:
         """Without the shortened network, whose weights do not matter."""
@@ -89,3 +94,11 @@ class SideBySide:
             self.plain.load_state_dict(state["plain"])
         self.dropping.load_state_dict(state["dropping"])
         self.depth.load_state_dict(state["depth"])
+
+
+def _shares(gates: Mapping[str, Any], batch_size: int) -> dict[str, float]:
+    """Open (1) or closed (0); example-wise, the share of the batch that each block ran on."""
+    return {
+        name: int(gate) if isinstance(gate, bool) else len(gate) / batch_size
+        for name, gate in gates.items()
+    }
