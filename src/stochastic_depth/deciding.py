@@ -1,0 +1,171 @@
+"""What one call of a block does: drawn in training, settled where nothing is drawn.
+
+Pure functions of the plan's numbers, its clock and the call; only `last_gates` is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from stochastic_depth.distributed import place
+from stochastic_depth.draw import balanced, kept_count, order_of_rows, uniform
+from stochastic_depth.plan import Plan
+from stochastic_depth.rows import Rows
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one call of a block does, branch by branch.
+
+    Attributes:
+        kept: Whether each branch runs.
+        factors: What each branch that runs is multiplied by.
+        rows: The rows of the batch that it runs on; None: all.
+        masked: Whether it runs on all rows and is masked, instead.
+    """
+
+    kept: tuple[bool, ...]
+    factors: tuple[float, ...]
+    rows: tuple[Rows | None, ...]
+    masked: bool = False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The batch of a call in mode "sample"."""
+
+    size: int
+    device: torch.device
+
+
+def drawn(plan: Plan, block: int, call: tuple[int, ...], batch: Batch | None) -> Decision:
+    """The decision of a training call; `batch` is that of mode "sample"."""
+    units = plan.units(block)
+    rates = [plan.rate(block, unit) for unit in units]
+    number = () if plan.draw.redraw == "step" else call
+    factors = _factors(plan, rates, training=True)
+    if batch is not None:
+        rows = [
+            _rows(plan, unit, number, batch, rate, lone=plan.lone_rows[block])
+            for unit, rate in zip(units, rates, strict=True)
+        ]
+        shown = [range(found) if isinstance(found, int) else found for found in rows]
+        plan.last_gates.update(zip(units, shown, strict=True))
+        kept = [found != 0 for found in rows]
+        some = [found if isinstance(found, Rows) else None for found in rows]
+        return _spread(plan, block, kept, factors, some)
+    if plan.draw.sampling == "balanced":
+        all_kept = _balanced(plan, number)
+        kept = [all_kept[unit] for unit in units]
+    else:
+        kept = [
+            rate == 0.0 or _uniform(plan, number, unit) >= rate
+            for unit, rate in zip(units, rates, strict=True)
+        ]
+    plan.last_gates.update(zip(units, kept, strict=True))
+    return _spread(plan, block, kept, factors)
+
+
+def _uniform(plan: Plan, call: tuple[int, ...], name: object) -> float:
+    rank = place(plan.draw.process_group)[0] if plan.ranks_differ else None
+    return uniform(plan.draw.seed, plan.clock.step, call, name, rank)
+
+
+def _rows(
+    plan: Plan, unit: str, call: tuple[int, ...], batch: Batch, rate: float, *, lone: bool
+) -> Rows | int:
+    """The rows that a unit runs on; where that is none or all of them, their number."""
+    if rate == 0.0:
+        return batch.size
+    count = kept_count(_uniform(plan, call, ("count", unit)), batch.size, rate, lone=lone)
+    if count in (0, batch.size):
+        return count
+    if plan.draw.rows == "random":
+        return Rows(batch.size, 0, count, _chosen(plan, unit, call, batch, count))
+    start = int(_uniform(plan, call, ("start", unit)) * batch.size)
+    return Rows(batch.size, start, count)
+
+
+def _chosen(plan: Plan, unit: str, call: tuple[int, ...], batch: Batch, count: int) -> Tensor:
+    """The numbers of a unit's rows; those of all units go to the device in one copy."""
+    key = (plan.clock.step, _forward_of(call), batch)
+    if plan.together[0] != key:
+        units = [name for block in range(len(plan.blocks)) for name in plan.units(block)]
+        rank = place(plan.draw.process_group)[0] if plan.ranks_differ else None
+        orders = torch.tensor(
+            [order_of_rows(plan.draw.seed, *key[:2], u, batch.size, rank) for u in units]
+        )
+        if batch.device.type == "cuda":
+            orders = orders.pin_memory()
+        orders = orders.to(batch.device, non_blocking=True)
+        plan.together = (key, dict(zip(units, orders.unbind(), strict=True)))
+    order: Tensor = plan.together[1][unit]
+    return order[:count].sort().values
+
+
+def _balanced(plan: Plan, call: tuple[int, ...]) -> dict[str, bool]:
+    """The draw of all blocks together, made by the first that asks."""
+    key = (plan.clock.step, _forward_of(call))
+    if plan.together[0] != key:
+        rates = {
+            unit: plan.rate(block, unit)
+            for block in range(len(plan.blocks))
+            for unit in plan.units(block)
+        }
+        rank, ranks = place(plan.draw.process_group) if plan.ranks_differ else (0, 1)
+        draws = balanced(plan.draw.seed, *key, rates, rank / ranks)
+        plan.together = (key, draws)
+    return plan.together[1]
+
+
+def settled(
+    plan: Plan, block: int, *, training: bool, forced: Mapping[str, bool] | None
+) -> Decision:
+    """The decision where nothing is drawn: in eval mode, `disabled` or `fixed`."""
+    units = plan.units(block)
+    rates = [plan.rate(block, unit) for unit in units]
+    kept = [(forced or {}).get(unit, True) for unit in units]
+    as_trained = training and not plan.disabled
+    return _spread(plan, block, kept, _factors(plan, rates, training=as_trained))
+
+
+def probed(plan: Plan, block: int, batch: int) -> Decision:
+    """The decision where it is tried out whether the block can run on some rows alone."""
+    assert plan.probe is not None
+    units = plan.units(block)
+    rows = Rows(batch, batch - 1, 2) if block in plan.probe.blocks else None
+    decided = _spread(plan, block, [True] * len(units), [1.0] * len(units), [rows] * len(units))
+    return replace(decided, masked=plan.probe.masked)
+
+
+def _factors(plan: Plan, rates: list[float], *, training: bool) -> list[float]:
+    if plan.scale == "train" and training:
+        return [1.0 / (1.0 - rate) for rate in rates]
+    if plan.scale == "eval" and not training:
+        return [1.0 - rate for rate in rates]
+    return [1.0] * len(rates)
+
+
+def _spread(
+    plan: Plan,
+    block: int,
+    kept: list[bool],
+    factors: list[float],
+    rows: Sequence[Rows | None] | None = None,
+) -> Decision:
+    """One value for each branch, also where the branches share one."""
+    branches = len(plan.blocks[block].branches)
+    share = branches if plan.unit == "block" else 1
+    rows = rows or [None] * len(kept)
+    return Decision(tuple(kept * share), tuple(factors * share), tuple([*rows] * share))
+
+
+def _forward_of(call: tuple[int, ...]) -> tuple[int, ...]:
+    """The call whose draws are made together: a first one inside of another belongs to that."""
+    while len(call) > 1 and not call[-1]:
+        call = call[:-1]
+    return call

@@ -1,0 +1,144 @@
+"""A container's call: what is decided about its blocks, and what it comes to.
+
+Where the whole block is dropped its forward does not run. Otherwise it runs, on all rows of the
+batch or on some, and its members look up what was decided.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from stochastic_depth import distributed
+from stochastic_depth.deciding import Batch, Decision, drawn, probed, settled
+from stochastic_depth.discovery.templates import SkipPath, Template, form
+from stochastic_depth.errors import ChangedModelError
+from stochastic_depth.gating.passage import Gate, Original, Passage, changed, running
+from stochastic_depth.gating.recomputation import remembered
+from stochastic_depth.rows import Rows, put_back, take
+from stochastic_depth.torch_private import backward_is_running, tree_leaves
+
+
+def call_container(
+    gate: Gate, module: nn.Module, original: Original, args: Any, kwargs: Any
+) -> Any:
+    """Call a module as a container, where it is one."""
+    if not gate.blocks:
+        return original(module, *args, **kwargs)
+    if module.training:
+        gate.plan.expect_steps(gate.name, module.parameters())
+    passage = _decide(gate, module, args, kwargs)
+    decision = passage.decisions[gate.blocks[0]]
+    # Called in another way than it was watched (with a mask, say), the forward may do more than
+    # hand its input on: then it runs, with its branches closed.
+    as_watched = gate.whole is not None and form(args, kwargs) in gate.forms
+    if isinstance(gate.whole, SkipPath) and distributed.sharding(module):
+        as_watched = False  # the container's own call gathers the skip path's weights
+    if as_watched and not any(decision.kept):
+        output = _dropped(gate, module, args, kwargs)
+        if passage.wrapper is not None:
+            output = gate.plan.reduction.skip(output, module.parameters())
+    elif as_watched and isinstance(gate.whole, Template) and _same_rows(decision):
+        output = _run_on_rows(passage, decision.rows[0], module, original, args, kwargs)
+    else:
+        output = _run(passage, module, original, args, kwargs)
+    if passage.wrapper is not None and not backward_is_running():
+        # Where a reentrant checkpoint runs the forward without gradients, only the input has any.
+        differ = gate.plan.ranks_differ or gate.plan.forced is not None
+        gate.plan.reduction.expect(passage.wrapper, (output, args, kwargs), differ=differ)
+    return output
+
+
+def _run(passage: Passage, module: nn.Module, original: Original, args: Any, kwargs: Any) -> Any:
+    """The container's own forward, in which its members look up what was decided."""
+    running.passages.append(passage)
+    try:
+        output = original(module, *args, **kwargs)
+    finally:
+        running.passages.pop()
+    if passage.visits != passage.gate.expected:
+        made = f"{passage.visits} calls of gated modules were made in its forward"
+        fused = not passage.visits and not module.training
+        why = f"{made}, perhaps by a fused inference path" if fused else made
+        raise changed(passage.gate, why)
+    return output
+
+
+def _dropped(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """What a container comes to without its branches; its forward does not run."""
+    whole = gate.whole
+    if isinstance(whole, Template):
+        return whole.build(args, kwargs, positional=gate.positional)
+    assert whole is not None
+    skip = module.get_submodule(whole.module.removeprefix(f"{gate.name}."))
+    value = skip(whole.argument.find(args, kwargs, gate.positional))
+    return value.relu() if whole.relu else value
+
+
+def _same_rows(decision: Decision) -> bool:
+    """Whether all branches run on the same rows of the batch, and those are not all."""
+    first = decision.rows[0]
+    return first is not None and not decision.masked and all(r is first for r in decision.rows)
+
+
+def _run_on_rows(
+    passage: Passage,
+    rows: Rows | None,
+    module: nn.Module,
+    original: Original,
+    args: Any,
+    kwargs: Any,
+) -> Any:
+    """The forward for the kept rows; dropped ones come to what they are in a dropped block."""
+    assert rows is not None
+    takes, places = passage.gate.batch[form(args, kwargs)]
+    (args, kwargs), rests = take((args, kwargs), takes, rows)
+    passage.on_rows = True
+    output = _run(passage, module, original, args, kwargs)
+    return put_back(output, places, rests, rows)
+
+
+def _decide(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> Passage:
+    """A new passage: drawn, settled without a draw, or that of the forward recomputed."""
+    plan, training = gate.plan, module.training
+
+    def make() -> tuple[dict[int, Decision], tuple[int, ...], Any]:
+        alike = plan.mode == "batch" and not plan.ranks_differ
+        wrapper = distributed.wrapper_of(module, gate.name, alike=alike) if training else None
+        if plan.probe is not None:
+            size = _batch(gate, args, kwargs).size
+            return {block: probed(plan, block, size) for block in gate.blocks}, (), None
+        if not training or plan.disabled or plan.forced is not None:
+            forced = None if plan.disabled else plan.forced
+            return (
+                {
+                    block: settled(plan, block, training=training, forced=forced)
+                    for block in gate.blocks
+                },
+                (),
+                wrapper,
+            )
+        around = next((p for p in reversed(running.passages) if p.gate.plan is plan), None)
+        number = plan.next_call(gate.name, around.calls if around and around.path else None)
+        path = (*(around.path if around else ()), number)
+        batch = _batch(gate, args, kwargs) if plan.mode == "sample" else None
+        return {block: drawn(plan, block, path, batch) for block in gate.blocks}, path, wrapper
+
+    decisions, path, wrapper = remembered(gate, make, may_recompute=training)
+    return Passage(gate, decisions, training, path, wrapper=wrapper)
+
+
+def _batch(gate: Gate, args: Any, kwargs: Any) -> Batch:
+    """The batch that a container is called with."""
+    known = gate.batch.get(form(args, kwargs))
+    if known is None:
+        raise ChangedModelError(
+            f'"{gate.name}" is called with other arguments than in the example, so it cannot be '
+            "told which of their dimensions hold the batch",
+            expected="the arguments that it was watched with: " + " or ".join(map(str, gate.batch)),
+            instead='pass example_inputs as in the training (with the mask, say), or mode="batch"',
+        )
+    leaves = tree_leaves((args, kwargs))
+    size, number = max((leaves[number].shape[dim], number) for number, dim in known[0].items())
+    return Batch(size, leaves[number].device)

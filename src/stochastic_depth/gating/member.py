@@ -1,0 +1,146 @@
+"""A member's call: it runs, runs and is multiplied, or a stand-in is handed out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stochastic_depth.errors import ChangedModelError
+from stochastic_depth.gating.container import call_container
+from stochastic_depth.gating.passage import Gate, Original, Passage, Role, changed, running
+from stochastic_depth.gating.recomputation import note, recall
+from stochastic_depth.gating.stand_in import stand_in
+from stochastic_depth.rows import masked, spread, take
+from stochastic_depth.torch_private import tree_flatten, tree_leaves, tree_unflatten
+
+
+def role_in(gate: Gate) -> tuple[Passage, Role] | None:
+    """What this call of a member is; None where it has nothing to do with a gate."""
+    for passage in reversed(running.passages):
+        roles = gate.roles.get(passage.gate.name)
+        if roles is None or passage.gate.plan is not gate.plan:
+            continue
+        if passage.inside_member:
+            return None
+        position = passage.counts.get(gate.name, 0)
+        if position >= len(roles):
+            raise changed(passage.gate, f'"{gate.name}" is called {position + 1} times in it')
+        passage.counts[gate.name] = position + 1
+        passage.visits += 1
+        role = roles[position]
+        if role is None:
+            return None
+        noted = (passage.decisions, role, passage.wrapper, passage.on_rows)
+        note(gate, noted, may_recompute=passage.training)
+        return passage, role
+    recalled = recall(gate)
+    if recalled is not None:
+        decisions, role, wrapper, on_rows = recalled
+        return Passage(gate, decisions, training=True, wrapper=wrapper, on_rows=on_rows), role
+    if gate.used_elsewhere:
+        return None
+    container = next(iter(gate.roles))
+    raise ChangedModelError(
+        f'"{gate.name}" is called outside of a call of "{container}", whose branch it belongs to',
+        expected=f'"{container}" to be called as a module: {container}(x), not .forward(x)',
+        instead="call the block itself; or, to use its parts, call depth.remove() or depth.fold()",
+    )
+
+
+def call_member(
+    gate: Gate,
+    passage: Passage,
+    role: Role,
+    module: nn.Module,
+    original: Original,
+    args: Any,
+    kwargs: Any,
+) -> Any:
+    """Call a module as a member of a branch, in this role."""
+    decision = passage.decisions[role.block]
+    recomputed = passage not in running.passages
+    if not decision.kept[role.branch]:
+        with _all_open():
+            out = stand_in(gate, module, args, kwargs, zeros=role.scaled, unread=role.unread)
+        if passage.wrapper is not None:
+            return gate.plan.reduction.stand_in(out, role.scaled, module)
+        if recomputed and torch.is_grad_enabled():
+            # A reentrant checkpoint around nothing but the branch insists on a gradient.
+            _require_gradients(out, role.scaled)
+        return out
+    rows = decision.rows[role.branch]
+    if rows is not None and not passage.on_rows and not decision.masked:
+        (args, kwargs), _ = take((args, kwargs), role.takes, rows)
+    was_inside, passage.inside_member = passage.inside_member, True
+    if recomputed:
+        running.passages.append(passage)
+    try:
+        if gate.blocks:  # a member that is a container itself
+            output = call_container(gate, module, original, args, kwargs)
+        else:
+            output = original(module, *args, **kwargs)
+    finally:
+        passage.inside_member = was_inside
+        if recomputed:
+            running.passages.pop()
+    return _finished(passage, role, gate, output)
+
+
+def _finished(passage: Passage, role: Role, gate: Gate, output: Any) -> Any:
+    """A member's output, multiplied and with its rows put back where it ends the branch."""
+    decision = passage.decisions[role.block]
+    factor, rows = decision.factors[role.branch], decision.rows[role.branch]
+    if role.scaled and factor != 1.0:
+        output = _multiplied(output, role.scaled, factor)
+    if rows is None:
+        return output
+    if decision.masked:
+        output = masked(output, role.ends, rows)
+    elif not passage.on_rows:
+        output = spread(output, role.gives, rows)
+    if gate.plan.probe is not None:
+        _note_value(gate, role, spread(output, role.ends, rows) if passage.on_rows else output)
+    return output
+
+
+def _note_value(gate: Gate, role: Role, output: Any) -> None:
+    """Keep what a branch ends in while it is probed."""
+    assert gate.plan.probe is not None
+    if role.scaled != role.ends.keys():
+        raise ChangedModelError(
+            f'the output of "{gate.name}" does not hold the batch in one dimension',
+            expected="a row, or several, for each example",
+            instead='leave the block out with blocks=, or use mode="batch"',
+        )
+    leaves = tree_leaves(output)
+    # In-line code may change them in place.
+    gate.plan.probe.values.extend(leaves[number].clone() for number in role.ends)
+
+
+@contextmanager
+def _all_open() -> Iterator[None]:
+    """Gated modules run as plain ones: nothing is drawn or counted."""
+    running.open_all = True
+    try:
+        yield
+    finally:
+        running.open_all = False
+
+
+def _require_gradients(output: Any, numbers: frozenset[int]) -> None:
+    leaves = tree_leaves(output)
+    for number in numbers:
+        leaves[number].requires_grad_()
+
+
+def _multiplied(output: Any, numbers: frozenset[int], factor: float) -> Any:
+    if isinstance(output, Tensor):
+        return output * factor
+    leaves, spec = tree_flatten(output)
+    for number in numbers:
+        leaves[number] = leaves[number] * factor
+    return tree_unflatten(leaves, spec)

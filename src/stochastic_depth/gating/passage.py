@@ -1,0 +1,91 @@
+"""What gates know, and the calls that are under way.
+
+A *container* is the module whose call decides about a block; a *member* is a module of one of its
+branches. The decision belongs to the call (a `Passage`), not to the module: threads do not disturb
+each other.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from stochastic_depth.deciding import Decision
+from stochastic_depth.discovery.templates import SkipPath, Template
+from stochastic_depth.errors import ChangedModelError
+from stochastic_depth.plan import Plan
+from stochastic_depth.rows import Dims, Places
+
+Original = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What one call of a member is in its container: a part of which branch."""
+
+    block: int
+    branch: int
+    scaled: frozenset[int]  # the leaves of its output to multiply, the branch's value
+    unread: frozenset[int]  # the leaves that only other modules of the branch read
+    takes: Dims = field(default_factory=dict)  # the leaves of its arguments to take rows of
+    gives: Dims = field(default_factory=dict)  # the leaves of its output to put back
+    ends: Dims = field(default_factory=dict)  # the leaves to mask instead
+
+
+@dataclass(eq=False)
+class Gate:
+    """What is known about one gated module. It may be a container, a member, or both."""
+
+    plan: Plan
+    name: str
+    blocks: tuple[int, ...] = ()  # a container's: the blocks that its call decides about
+    whole: Template | SkipPath | None = None  # a container's: what it comes to when dropped
+    forms: frozenset[object] = frozenset()  # a container's: the calls that `whole` holds for
+    batch: dict[tuple[object, ...], tuple[Dims, Places]] = field(default_factory=dict)
+    """A container's in mode "sample": where its arguments and output hold the batch, by form."""
+    positional: tuple[str, ...] = ()  # a container's: names of its forward's parameters
+    expected: int = 0  # a container's: how many calls of its members one call of it makes
+    roles: dict[str, tuple[Role | None, ...]] = field(default_factory=dict)
+    """A member's: for each container, what its first, second, ... call in it is."""
+    templates: dict[tuple[object, ...], Template] = field(default_factory=dict)
+    used_elsewhere: bool = False  # a member's: is called outside of its containers, too
+
+
+@dataclass(slots=True, eq=False)
+class Passage:
+    """One call of a container."""
+
+    gate: Gate
+    decisions: dict[int, Decision]
+    training: bool
+    path: tuple[int, ...] = ()  # its call number, behind those of the calls around it
+    counts: dict[str, int] = field(default_factory=dict)  # calls of each member so far
+    calls: dict[str, int] = field(default_factory=dict)  # calls of the containers inside
+    wrapper: Any = None  # the DistributedDataParallel around it
+    on_rows: bool = False  # its forward is given the kept rows alone
+    visits: int = 0
+    inside_member: bool = False
+
+
+class Stack(threading.local):
+    """The passages that are under way in this thread, outermost first."""
+
+    def __init__(self) -> None:
+        self.passages: list[Passage] = []
+        self.open_all = False  # while the shapes of an output are looked up
+
+
+running = Stack()
+
+
+def changed(gate: Gate, what: str) -> ChangedModelError:
+    """The error for a container that does not run as it was watched."""
+    return ChangedModelError(
+        f'"{gate.name}" does not run as it did when it was watched: {what}',
+        expected=f"{gate.expected} calls, as in the watched forward",
+        instead="change the model first (convert_sync_batchnorm, quantisation, new heads) and "
+        "apply stochastic depth afterwards; or depth.remove(), change, apply again. In inference: "
+        "depth.fold(), or torch.backends.mha.set_fastpath_enabled(False)",
+    )
