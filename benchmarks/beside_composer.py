@@ -26,7 +26,7 @@ from interleaved import Step, ratio, sharing, take_turns, write
 from saving import CASES, training_step
 from stochastic_depth.draw import uniform
 
-PROCESSES, STEPS = 6, 50
+PROCESSES, STEPS = 5, 40
 
 
 def seconds_of_steps(name: str, process: int) -> dict[str, NDArray[np.float64]]:

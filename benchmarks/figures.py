@@ -99,6 +99,48 @@ def composer() -> str:
     )
 
 
+def sample() -> str:
+    """What mode "sample" saves, beside the ways that others have."""
+    content = _read("sample.json")
+    lines = [
+        "| network | way | time, of the plain network's | share of the possible saving | memory |",
+        "|---|---|---|---|---|",
+    ]
+    for name, case in content["results"].items():
+        memory = case["peak_mebibytes"]
+        for way, found in case["ways"].items():
+            share = found["share_of_possible"]
+            lines.append(
+                f"| {name} | {way} | {_ratio(found['to_plain'])} | {share['value']:.0%} "
+                f"({share['low']:.0%} to {share['high']:.0%}) "
+                f"| {memory[way] / memory['plain']:.2f} |"
+            )
+    return "\n".join(lines) + f"\n\n(`python benchmarks/sample.py`; {_machine(content)})\n"
+
+
+def ranks() -> str:
+    """How long the slowest rank takes, simulated and measured."""
+    content = _read("ranks.json")
+    results = content["results"]
+    lines = [
+        "| network, drop rate | drawn | slowest rank over mean, 1,024 ranks (simulated) "
+        "| 2 processes (measured) | images per second there |",
+        "|---|---|---|---|---|",
+    ]
+    for name, case in results["simulated"].items():
+        for way in ("same", "different", "different, balanced"):
+            there = results["measured"][name][way]
+            lines.append(
+                f"| {name} | {way} | {case['slowest_over_mean'][way][-1]['value']:.3f} "
+                f"| {there['slowest_over_mean']['value']:.3f} | {there['images_per_second']:.1f} |"
+            )
+    return (
+        "\n".join(lines)
+        + f"\n\n(`python benchmarks/ranks.py`; {_machine(content)})\n\n"
+        + "![the slowest rank over the mean, by number of ranks](docs/ranks.png)\n"
+    )
+
+
 def _networks(runs: list[dict[str, Any]]) -> str:
     rows: list[tuple[str, Callable[[dict[str, Any]], float], str]] = [
         ("test error", lambda n: n["test_error"], ".2%"),
@@ -148,6 +190,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "saving": saving,
     "composer": composer,
+    "sample": sample,
+    "ranks": ranks,
     "cifar": cifar,
 }
 

@@ -7,9 +7,19 @@ input, so that a dropped block need not run at all.
 from __future__ import annotations
 
 from stochastic_depth.discovery.blocks import Discovery, ResidualBlock
-from stochastic_depth.discovery.operations import ADDITIONS, MAX_POOLS, MOVES, RELUS, VIEWS
+from stochastic_depth.discovery.operations import (
+    ADDITIONS,
+    BATCH_NORMS,
+    MAX_POOLS,
+    MOVES,
+    RELUS,
+    VIEWS,
+)
 from stochastic_depth.discovery.recording import Call, Recording
 from stochastic_depth.discovery.templates import Constant, Given, SkipPath, Template
+
+_CONVOLUTIONS = frozenset(["convolution", "_convolution", "mkldnn_convolution"])
+"""Like a BatchNorm, they do not need their output for the backward."""
 
 
 def branch_not_closed(found: Discovery, block: ResidualBlock, closed: Recording) -> str | None:
@@ -72,7 +82,10 @@ def _skip_path(closed: Recording, call: Call) -> SkipPath | None:
         made = below
     child = ends[made.index]
     places = [place for place, node in call.arguments.items() if child.given == (node,)]
-    return SkipPath(child.module, Given(places[0]), relu) if places else None
+    if not places:
+        return None
+    in_place = made.op in BATCH_NORMS | _CONVOLUTIONS
+    return SkipPath(child.module, Given(places[0]), relu, in_place)
 
 
 def _same_call(recording: Recording, call: Call, other: Recording) -> Call | None:

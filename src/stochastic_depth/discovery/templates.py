@@ -45,11 +45,13 @@ class SkipPath:
         module: Its name.
         argument: The argument of the block that it is called with.
         relu: Whether a ReLU follows.
+        in_place: Whether that may change what the module returns: nobody needs it any more.
     """
 
     module: str
     argument: Given
     relu: bool
+    in_place: bool
 
 
 @dataclass(frozen=True, slots=True)

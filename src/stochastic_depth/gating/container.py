@@ -73,7 +73,9 @@ def _dropped(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> Any:
     assert whole is not None
     skip = module.get_submodule(whole.module.removeprefix(f"{gate.name}."))
     value = skip(whole.argument.find(args, kwargs, gate.positional))
-    return value.relu() if whole.relu else value
+    if not whole.relu:
+        return value
+    return value.relu_() if whole.in_place else value.relu()
 
 
 def _same_rows(decision: Decision) -> bool:
