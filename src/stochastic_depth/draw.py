@@ -122,9 +122,7 @@ def uniform(
     return (bits >> 11) * 2.0**-53  # the 53 bits that a float holds
 
 
-def balancing_order(
-    seed: int, step: int, call: tuple[int, ...], names: Iterable[str]
-) -> list[str]:
+def balancing_order(seed: int, step: int, call: tuple[int, ...], names: Iterable[str]) -> list[str]:
     """The random order in which `balanced` goes through the names, those of a stage together."""
 
     def place(name: str) -> tuple[float, float]:

@@ -1,0 +1,69 @@
+"""Which network of a ComposerModel is watched, and with which example: there is no data at INIT."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from composer.models import ComposerClassifier, ComposerModel, HuggingFaceModel
+from torch import nn
+
+from stochastic_depth.discovery import plain_model
+
+_PIXELS = 64  # of an image that most networks take
+# Where libraries keep an example, or what it takes to make one (`discovery.example` reads them).
+_EXAMPLES = ("pretrained_cfg", "default_cfg", "dummy_inputs")
+
+
+def network_of(model: nn.Module) -> tuple[nn.Module, str]:
+    """The network to watch, and the prefix of its modules' names in the model.
+
+    A ComposerClassifier and a HuggingFaceModel hold a network that is called as any other. Another
+    ComposerModel is watched as a whole: it takes a batch.
+    """
+    model = plain_model(model)
+    if isinstance(model, ComposerClassifier):
+        return model.module, "module."
+    if isinstance(model, HuggingFaceModel):
+        return model.model, "model."
+    return model, ""
+
+
+def example_for(network: nn.Module, given: Any) -> Any:
+    """What to pass as `example_inputs`; None where the network carries an example itself."""
+    if given is None:
+        given = _sentences(network)
+    if given is None:
+        if any(getattr(network, name, None) for name in _EXAMPLES):
+            return None
+        given = _images(network)
+        if given is not None and isinstance(network, ComposerModel):
+            given = (given, torch.zeros(len(given), dtype=torch.long, device=given.device))
+    # A ComposerModel takes one argument, the batch, also where that is a tuple or a dict.
+    return (given,) if given is not None and isinstance(network, ComposerModel) else given
+
+
+def _sentences(network: nn.Module) -> dict[str, Any] | None:
+    """The example of a transformers model that reads tokens, with padding, as batches have it."""
+    own = getattr(network, "dummy_inputs", None)
+    if not isinstance(own, Mapping) or "input_ids" not in own or "attention_mask" in own:
+        return None
+    if "attention_mask" not in inspect.signature(network.forward).parameters:
+        return None
+    device = next(network.parameters()).device
+    example = {name: value.to(device) for name, value in own.items()}
+    mask = torch.ones_like(example["input_ids"])
+    mask[-1, -1] = 0
+    return {**example, "attention_mask": mask}
+
+
+def _images(network: nn.Module) -> torch.Tensor | None:
+    """Two images that fit the first convolution, constant: private noise takes their place."""
+    first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is None:
+        return None
+    size = getattr(network, "image_size", _PIXELS)
+    size = size if isinstance(size, int) else _PIXELS
+    return first.weight.new_zeros(2, first.in_channels, size, size)
