@@ -20,7 +20,7 @@ COMPOSER := .venv-oldest/.oldest,composer-test-$(KEY)
 .NOTPARALLEL:
 
 test: $(TEST)
-	$(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup
+	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile
 
 demo: $(DEMO)
 	$(PYTHON) examples/images.py
@@ -39,7 +39,7 @@ oldest: $(OLDEST)
 
 # The adapter to Composer, which needs a torch older than 2.7.1.
 test-composer: $(COMPOSER)
-	.venv-oldest/bin/python -m pytest -n $(WORKERS) --dist loadgroup tests/with_composer
+	.venv-oldest/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/with_composer
 
 # What a user gets who has nothing but pip: the wheel, and the torch that it asks for.
 wheel:

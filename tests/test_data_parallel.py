@@ -26,13 +26,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.oldest
-@pytest.mark.xdist_group("two ranks")
 @pytest.mark.parametrize("case", cases(2))
 def test_on_two_ranks(case: str, folder: Path) -> None:
     assert not results(2, folder)[case], results(2, folder)[case]
 
 
-@pytest.mark.xdist_group("four ranks")
 @pytest.mark.parametrize("case", cases(4))
 def test_on_four_ranks(case: str, folder: Path) -> None:
     assert not results(4, folder)[case], results(4, folder)[case]

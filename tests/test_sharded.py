@@ -19,7 +19,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> object:
     return launch("fsdp_cases.py", 2, folder)
 
 
-@pytest.mark.xdist_group("sharded")
 @pytest.mark.parametrize("case", cases())
 def test_on_two_ranks(results: dict[str, str], case: str) -> None:
     assert not results[case], results[case]

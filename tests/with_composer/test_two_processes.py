@@ -12,6 +12,7 @@ import pytest
 
 from with_composer import rank_cases
 
+
 TESTS = Path(__file__).parents[1]
 
 
