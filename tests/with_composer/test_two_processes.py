@@ -12,7 +12,6 @@ import pytest
 
 from with_composer import rank_cases
 
-
 TESTS = Path(__file__).parents[1]
 
 
