@@ -42,7 +42,7 @@ class Variant:
     blocks_per_step: float
     seconds_per_step: Spread | None
     time_to_plain: Estimate | None
-    beats_trigram: bool
+    beats_trigram: bool  # at equal steps and at equal FLOPs
     curve: list[HeldOut]
 
 
@@ -137,6 +137,7 @@ def _variant(
 ) -> Variant:
     steps = contender.steps
     flops_per_step = contender.flops / max(1, len(steps))
+    ends = [entrant.held_out[-1].loss for entrant in (contender, at_equal_flops) if entrant]
     return Variant(
         equal_steps=Outcome.at(*contender.held_out[-1]),
         equal_flops=Outcome.at(*at_equal_flops.held_out[-1]) if at_equal_flops else None,
@@ -146,7 +147,7 @@ def _variant(
         blocks_per_step=sum(step.blocks_run for step in steps) / max(1, len(steps)),
         seconds_per_step=seconds_per_step(steps),
         time_to_plain=None if contender is plain else time_to_plain(steps, plain.steps),
-        beats_trigram=contender.held_out[-1].loss < trigram_loss,
+        beats_trigram=max(ends) < trigram_loss,
         curve=contender.held_out,
     )
 

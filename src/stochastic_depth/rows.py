@@ -68,9 +68,9 @@ class Rows:
         shape = list(kept.shape)
         if self.chosen is not None:
             shape[dim] = each * self.batch
-            return self.join(kept, dim, kept.new_zeros(shape))
+            return self.join(kept, dim, _zeros(kept, shape))
         shape[dim] = each * (self.batch - self.count)
-        gap = kept.new_zeros(shape)
+        gap = _zeros(kept, shape)
         if self._wraps():
             end = (self.start + self.count - self.batch) * each
             head, tail = kept.split([end, kept.shape[dim] - end], dim)
@@ -104,6 +104,14 @@ class Rows:
             return self.chosen
         steps = torch.arange(each, device=self.chosen.device)
         return (self.chosen[:, None] * each + steps).flatten()
+
+
+def _zeros(like: Tensor, shape: list[int]) -> Tensor:
+    """Zeros in the memory format of another tensor: what follows would be slow in another one."""
+    zeros = like.new_zeros(shape)
+    if like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
+        return zeros.contiguous(memory_format=torch.channels_last)
+    return zeros
 
 
 def rows_of(kept: Rows | range) -> tuple[int, ...]:
