@@ -1,6 +1,6 @@
 """Does dropping layers help a language model? `examples/text.py` on Tiny Shakespeare, three seeds.
 
-    PYTHONPATH=examples python benchmarks/language.py              # some fifteen minutes
+    PYTHONPATH=examples python benchmarks/language.py              # some twenty minutes
     PYTHONPATH=examples python benchmarks/language.py --steps=50   # text.py's options: only printed
 
 Writes `results/text.json`, and for each seed `metrics.json` and `loss.png` in a folder of its own.

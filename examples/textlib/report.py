@@ -94,7 +94,7 @@ def remarks(results: Results) -> list[str]:
             f"Equal FLOPs: the {results.equal_flops / 1e12:.3g} TFLOPs that {results.cheapest} "
             "spent. Trained for them: anew, from the same weights, for as many steps as they buy, "
             "with the learning rate down to 0 at the end. On the way: interpolated in the training "
-            "above, where the learning rate of the others was not down yet."
+            "above, whose learning rate comes down later."
         )
     wrong = sum(step.executed != step.expected for step in results.counted_steps)
     saved = (f"{name} {variant.flops_saved:.1%}" for name, variant in variants.items())
