@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import stochastic_depth as sd
 from zoo import Specimen
 
 
@@ -110,3 +111,8 @@ class CountOperations(TorchDispatchMode):
         if not name.startswith(self.FREE):
             self.counts[name] = self.counts.get(name, 0) + 1
         return func(*args, **(kwargs or {}))
+
+
+def rates(depth: sd.StochasticDepth) -> dict[str, float]:
+    """The drop rate of each gated block, by name."""
+    return {block.name: block.drop_rate for block in depth.blocks}

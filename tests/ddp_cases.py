@@ -50,11 +50,13 @@ class Setup:
     microbatches: int = 1
     find_unused: bool = False
     bucket_view: bool = False
+    wrapped_first: bool = False  # before stochastic depth is applied, to the wrapper
     reentrant: bool | None = None  # of a checkpoint around each block; None: no checkpoint
 
 
 SETUPS = {
     "plain": Setup(),
+    "wrapped first": Setup(wrapped_first=True),
     "accumulated": Setup(microbatches=3),
     "bucket view": Setup(bucket_view=True),
     "bucket view, accumulated": Setup(bucket_view=True, microbatches=2),
@@ -89,6 +91,15 @@ def build(network: str, setup: Setup) -> tuple[nn.Module, tuple[int, ...]]:
             for number, block in enumerate(stage):
                 stage[number] = Checkpointed(block, reentrant=setup.reentrant)
     return model, shape
+
+
+def wrap(model: nn.Module, setup: Setup) -> DistributedDataParallel:
+    return DistributedDataParallel(
+        model,
+        find_unused_parameters=setup.find_unused,
+        gradient_as_bucket_view=setup.bucket_view,
+        bucket_cap_mb=0.005,  # several buckets
+    )
 
 
 def averaged(model: nn.Module) -> dict[str, Tensor | None]:
@@ -126,20 +137,16 @@ def train(
 ) -> None:
     """Some steps; after each the gradients are as by hand, and weights the same on all ranks."""
     model, shape = build(network, setup)
+    wrapped = wrap(model, setup) if setup.wrapped_first else None
     depth = sd.apply_stochastic_depth(
-        model,
+        model if wrapped is None else wrapped,
         [0.3, 0.5, 0.6, 0.7, 0.8, 0.9],
         example_inputs=torch.randn(shape),
         mode=mode,
         draw=draw,
     )
     alone = copy.deepcopy(model)
-    wrapped = DistributedDataParallel(
-        model,
-        find_unused_parameters=setup.find_unused,
-        gradient_as_bucket_view=setup.bucket_view,
-        bucket_cap_mb=0.005,  # several buckets
-    )
+    wrapped = wrapped or wrap(model, setup)
     optimizers = [
         torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
         for net in (model, alone)

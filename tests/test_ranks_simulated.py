@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-import ranks as benchmark
+import ranks_simulated as benchmark
 from stochastic_depth.distributions import linear
 from stochastic_depth.draw import balanced, uniform
 

@@ -28,6 +28,7 @@ from networks import (
     settled,
     vectors,
 )
+from zoo import wav2vec2
 
 oldest = pytest.mark.oldest
 Model = Callable[[], nn.Module]
@@ -407,24 +408,6 @@ def bart(**layerdrop: float) -> Model:
         return transformers.BartModel(transformers.BartConfig(**sizes, **layerdrop))
 
     return build
-
-
-def wav2vec2() -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    return transformers.Wav2Vec2Model(
-        transformers.Wav2Vec2Config(
-            hidden_size=32,
-            num_hidden_layers=6,
-            num_attention_heads=2,
-            intermediate_size=32,
-            conv_dim=(8, 8),
-            conv_stride=(2, 2),
-            conv_kernel=(3, 3),
-            num_feat_extract_layers=2,
-            num_conv_pos_embeddings=8,
-            num_conv_pos_embedding_groups=2,
-        )
-    )
 
 
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

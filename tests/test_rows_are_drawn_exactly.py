@@ -262,8 +262,11 @@ def test_arguments_that_the_example_lacked_are_refused() -> None:
 
 def test_a_mask_of_one_row_holds_for_all() -> None:
     model = Holder(Masked)
-    gate(model, 0.5, example_inputs=(torch.randn(2, WIDTH), torch.ones(2, 1)))
-    model(torch.randn(8, WIDTH), torch.rand(1, WIDTH))
+    depth = gate(model, 0.5, example_inputs=(torch.randn(2, WIDTH), torch.ones(2, 1)))
+    twin = copy.deepcopy(model)
+    x, mask = torch.randn(8, WIDTH), torch.rand(1, WIDTH)
+    assert torch.equal(model(x, mask), twin(x, mask.expand(8, WIDTH)))
+    assert any(0 < len(rows) < 8 for rows in depth.last_gates.values())
 
 
 def test_an_example_that_cannot_be_enlarged_is_refused() -> None:

@@ -231,3 +231,22 @@ SPECIMENS = [
         (("attention", "mlp"),),
     ),
 ]
+
+
+def wav2vec2(**options: Any) -> Any:
+    """A small Wav2Vec2, for what only it has: layerdrop, and a position encoding with a skip."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Wav2Vec2Config(
+        hidden_size=32,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        intermediate_size=32,
+        conv_dim=(8, 8),
+        conv_stride=(2, 2),
+        conv_kernel=(3, 3),
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=2,
+        **{"apply_spec_augment": False, **options},
+    )
+    return transformers.Wav2Vec2Model(config)

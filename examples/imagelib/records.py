@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from imagelib.ranks import Ranks
@@ -68,14 +69,21 @@ class Records:
         self.epochs = [Epoch(*values) for values in state["epochs"]]
 
     def as_csv(self) -> str:
-        """One line for each step; empty is what was not measured."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(Step._fields)
-        for step in self.steps:
-            writer.writerow("" if math.isnan(value) else _short(value) for value in step)
-        return text.getvalue()
+        """One line for each step."""
+        return as_csv(Step._fields, self.steps)
+
+
+def as_csv(header: Sequence[str], rows: Iterable[Sequence[str | float]]) -> str:
+    """A header and lines; empty is what was not measured."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    for row in rows:
+        writer.writerow(x if isinstance(x, str) else _short(x) for x in row)
+    return text.getvalue()
 
 
 def _short(value: float) -> str:
+    if math.isnan(value):
+        return ""
     return str(int(value)) if float(value).is_integer() else f"{value:.6g}"

@@ -1,10 +1,10 @@
 """What is written down during training: each `Step`, and each look at the held-out part."""
 
-import csv
-import io
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
+
+from imagelib.records import as_csv
 
 NOT_COUNTED = math.nan
 
@@ -30,16 +30,7 @@ class HeldOut(NamedTuple):
     loss: float  # nats per token
 
 
-def as_csv(rows: Iterable[tuple[str, str, Step]]) -> str:
-    """One line for each step of (comparison, variant); empty is what was not counted."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("comparison", "variant", *Step._fields))
-    for comparison, variant, step in rows:
-        values = ("" if math.isnan(value) else _short(value) for value in step)
-        writer.writerow((comparison, variant, *values))
-    return text.getvalue()
-
-
-def _short(value: float) -> str:
-    return str(int(value)) if float(value).is_integer() else f"{value:.6g}"
+def steps_as_csv(steps: Iterable[tuple[str, str, Step]]) -> str:
+    """One line for each step of (comparison, variant)."""
+    rows = ((comparison, variant, *step) for comparison, variant, step in steps)
+    return as_csv(("comparison", "variant", *Step._fields), rows)

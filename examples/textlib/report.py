@@ -10,7 +10,7 @@ from rich.table import Table
 
 from imagelib.checkpoints import replacing
 from textlib.contender import Contender
-from textlib.records import as_csv
+from textlib.records import steps_as_csv
 from textlib.results import Outcome, Results, Variant
 
 # What a run writes; where one of these is, there was a run.
@@ -36,7 +36,7 @@ def write_report(
     rows += [("FLOPs", c.name, step) for c in equal_flops for step in c.steps]
     for name, content in (
         ("metrics.json", results.as_json(configuration, remarks(results)).encode()),
-        ("steps.csv", as_csv(rows).encode()),
+        ("steps.csv", steps_as_csv(rows).encode()),
         ("loss.png", draw_picture(results)),
     ):
         with replacing(folder / name) as file:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from torch import nn
@@ -14,7 +15,6 @@ from stochastic_depth.depth import apply_stochastic_depth
 from stochastic_depth.discovery import plain_model, watch
 from stochastic_depth.discovery.existing import active_drops, switched_off
 from stochastic_depth.discovery.takeover import rates_taken_over
-from stochastic_depth.distributions import Distribution
 from stochastic_depth.draw import Draw
 from stochastic_depth.errors import OptionError
 from stochastic_depth.handle import StochasticDepth
@@ -49,9 +49,7 @@ def apply_drop_path(
             mode "row" and of its mode "batch" alike) and of transformers' layerdrop, block by
             block. They are set to 0 in the model (and in its configuration), so that nothing is
             dropped twice; where an error is raised they stay as they were.
-        example_inputs: What to call the model with once, to watch it: a tensor, a tuple
-            (positional) or a dict (keywords). None: the example that timm's and transformers'
-            models carry.
+        example_inputs: What to call the model with once, as in `apply_stochastic_depth`.
         example_kwargs: More keyword arguments for that call.
         blocks: Which blocks to gate: found blocks, names, globs ("!layer1.*" leaves out), classes
             or a predicate. None: all that are found. With "model", what the model drops elsewhere
@@ -85,10 +83,9 @@ def apply_drop_path(
         >>> [round(block.drop_rate, 2) for block in depth.blocks]
         [0.0, 0.05, 0.1, 0.15, 0.2]
     """
-    return _applied(
+    preset = partial(
+        apply_stochastic_depth,
         model,
-        drop_rate,
-        "linear_from_zero",
         example_inputs=example_inputs,
         example_kwargs=example_kwargs,
         blocks=blocks,
@@ -98,6 +95,7 @@ def apply_drop_path(
         schedule=schedule,
         draw=draw,
     )
+    return _at(drop_rate, "linear_from_zero", preset)
 
 
 def apply_layer_drop(
@@ -126,9 +124,7 @@ def apply_layer_drop(
             DropPath and of torchvision's StochasticDepth, block by block. They are set to 0 in
             the model (and in its configuration), so that nothing is dropped twice; where an error
             is raised they stay as they were.
-        example_inputs: What to call the model with once, to watch it: a tensor, a tuple
-            (positional) or a dict (keywords). None: the example that timm's and transformers'
-            models carry.
+        example_inputs: What to call the model with once, as in `apply_stochastic_depth`.
         example_kwargs: More keyword arguments for that call.
         blocks: Which blocks to gate: found blocks, names, globs ("!layer1.*" leaves out), classes
             or a predicate. None: all that are found, which may be more than the layers: a
@@ -157,10 +153,9 @@ def apply_layer_drop(
         >>> [block.drop_rate for block in depth.blocks]
         [0.2, 0.2, 0.2, 0.2, 0.2, 0.2]
     """
-    return _applied(
+    preset = partial(
+        apply_stochastic_depth,
         model,
-        drop_rate,
-        "uniform",
         example_inputs=example_inputs,
         example_kwargs=example_kwargs,
         blocks=blocks,
@@ -170,6 +165,7 @@ def apply_layer_drop(
         schedule=schedule,
         draw=draw,
     )
+    return _at(drop_rate, "uniform", preset)
 
 
 def apply_progressive_layer_dropping(
@@ -202,9 +198,7 @@ def apply_progressive_layer_dropping(
         theta: In (0, 1]: what the survival probability sinks to in the end.
         gamma: How fast, per optimizer step, 0 or more: after `1 / gamma` steps 63% of the way are
             done. The paper has 100 / T for T steps in all, DeepSpeed's documentation 0.001.
-        example_inputs: What to call the model with once, to watch it: a tensor, a tuple
-            (positional) or a dict (keywords). None: the example that timm's and transformers'
-            models carry.
+        example_inputs: What to call the model with once, as in `apply_stochastic_depth`.
         example_kwargs: More keyword arguments for that call.
         blocks: Which blocks to gate, the layers 0..L-1: found blocks, names, globs ("!layer1.*"
             leaves out), classes or a predicate. None: all that are found.
@@ -246,7 +240,7 @@ def apply_progressive_layer_dropping(
             expected="how fast the dropping sets in, per optimizer step, 0 or more",
             instead="pass 100 / T for a training of T optimizer steps",
         )
-    return _applied(
+    return apply_stochastic_depth(
         model,
         1.0 - floor,
         _below_the_last,
@@ -299,36 +293,34 @@ def _together(own: Schedule, schedule: Any) -> Any:
     }
 
 
-def _applied(
-    model: Any, drop_rate: Any, distribution: str | Distribution, **options: Any
-) -> StochasticDepth:
-    """`apply_stochastic_depth`, with a number as rate or with the model's own rates."""
+def _at(drop_rate: object, distribution: str, preset: partial[StochasticDepth]) -> StochasticDepth:
+    """`preset`, which has a model and options, at a number as rate or at the model's own rates."""
     own = isinstance(drop_rate, str) and drop_rate == "model"
-    if own and isinstance(model, nn.Module):
-        return _taken_over(model, **options)
+    if own and isinstance(preset.args[0], nn.Module):
+        return _taken_over(preset)
     if not own and as_number(drop_rate) is None:
         raise OptionError(
             f"drop_rate is {drop_rate!r}, of type {type(drop_rate).__name__}",
             expected='a number from 0 up to, but not including, 1, or "model"',
             instead="pass 0.1, say; sd.apply_stochastic_depth takes a rate for each block",
         )
-    return apply_stochastic_depth(model, drop_rate, distribution, **options)
+    return preset(drop_rate, distribution)
 
 
-def _taken_over(model: nn.Module, **options: Any) -> StochasticDepth:
-    """`apply_stochastic_depth` with the rates at which the model drops branches of its own."""
-    plain, blocks = plain_model(model), options["blocks"]
-    drops = active_drops(plain)
+def _taken_over(preset: partial[StochasticDepth]) -> StochasticDepth:
+    """`preset` at the rates at which the model drops branches of its own."""
+    model, options = plain_model(preset.args[0]), preset.keywords
+    drops = active_drops(model)
     if not drops:
         raise OptionError(
-            f'drop_rate is "model", but no drop path or layerdrop of {type(plain).__name__} is '
+            f'drop_rate is "model", but no drop path or layerdrop of {type(model).__name__} is '
             "above 0",
             expected="a model that drops branches of its own accord",
             instead="build the model with it (drop_path_rate=0.1, stochastic_depth_prob=0.1, "
             "layerdrop=0.1), or pass a number as drop_rate",
         )
-    found, _ = watch(plain, options["example_inputs"], options["example_kwargs"])
-    gated = select(plain, found, blocks)
-    rates = rates_taken_over(plain, found, gated, drops, chosen=blocks is not None)
+    found, _ = watch(model, options["example_inputs"], options["example_kwargs"])
+    gated = select(model, found, options["blocks"])
+    rates = rates_taken_over(model, found, gated, drops, chosen=options["blocks"] is not None)
     with switched_off(drops):
-        return apply_stochastic_depth(model, rates, None, **options)
+        return preset(rates)

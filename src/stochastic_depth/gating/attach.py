@@ -102,8 +102,7 @@ def _roles(
                 unread = unread_outputs(recording, call, calls)
                 ends = scaled.get(place, frozenset())
                 takes, gives = rows[place]
-                ends_at = {leaf: dim for leaf, dim in gives.items() if leaf in ends}
-                wanted[call.index] = Role(number, position, ends, unread, takes, gives, ends_at)
+                wanted[call.index] = Role(number, position, ends, unread, takes, gives)
     names = {recording.calls[index].module for index in wanted}
     roles: dict[str, list[Role | None]] = {}
 

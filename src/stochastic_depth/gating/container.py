@@ -19,6 +19,8 @@ from stochastic_depth.gating.recomputation import remembered
 from stochastic_depth.rows import Rows, put_back, take
 from stochastic_depth.torch_private import backward_is_running, tree_leaves
 
+Form = tuple[object, ...]  # of a call: its arguments but for their shapes
+
 
 def call_container(
     gate: Gate, module: nn.Module, original: Original, args: Any, kwargs: Any
@@ -28,19 +30,22 @@ def call_container(
         return original(module, *args, **kwargs)
     if module.training:
         gate.plan.expect_steps(gate.name, module.parameters())
-    passage = _decide(gate, module, args, kwargs)
+    called = form(args, kwargs)
+    passage = _decide(gate, module, called, args, kwargs)
     decision = passage.decisions[gate.blocks[0]]
     # Called in another way than it was watched (with a mask, say), the forward may do more than
     # hand its input on: then it runs, with its branches closed.
-    as_watched = gate.whole is not None and form(args, kwargs) in gate.forms
-    if isinstance(gate.whole, SkipPath) and distributed.sharding(module):
-        as_watched = False  # the container's own call gathers the skip path's weights
-    if as_watched and not any(decision.kept):
-        output = _dropped(gate, module, args, kwargs)
+    whole = gate.whole if called in gate.forms else None
+    if whole is not None and not any(decision.kept) and not _gathers(whole, module):
+        output = _dropped(gate, whole, module, args, kwargs)
         if passage.wrapper is not None:
             output = gate.plan.reduction.skip(output, module.parameters())
-    elif as_watched and isinstance(gate.whole, Template) and _same_rows(decision):
-        output = _run_on_rows(passage, decision.rows[0], module, original, args, kwargs)
+    elif isinstance(whole, Template) and (rows := _shared_rows(decision)) is not None:
+        (some, named), rests = take((args, kwargs), gate.batch[called][0], rows)
+        passage.on_rows = True
+        output = _run(passage, module, original, some, named)
+        # A dropped row comes to what it is in a dropped block.
+        output = put_back(output, gate.batch[called][1], rests, rows)
     else:
         output = _run(passage, module, original, args, kwargs)
     if passage.wrapper is not None and not backward_is_running():
@@ -65,12 +70,17 @@ def _run(passage: Passage, module: nn.Module, original: Original, args: Any, kwa
     return output
 
 
-def _dropped(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> Any:
+def _gathers(whole: Template | SkipPath, module: nn.Module) -> bool:
+    """Whether the container has to be called for the weights of its skip path to be there."""
+    return isinstance(whole, SkipPath) and bool(distributed.sharding(module))
+
+
+def _dropped(
+    gate: Gate, whole: Template | SkipPath, module: nn.Module, args: Any, kwargs: Any
+) -> Any:
     """What a container comes to without its branches; its forward does not run."""
-    whole = gate.whole
     if isinstance(whole, Template):
         return whole.build(args, kwargs, positional=gate.positional)
-    assert whole is not None
     skip = module.get_submodule(whole.module.removeprefix(f"{gate.name}."))
     value = skip(whole.argument.find(args, kwargs, gate.positional))
     if not whole.relu:
@@ -78,30 +88,13 @@ def _dropped(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> Any:
     return value.relu_() if whole.in_place else value.relu()
 
 
-def _same_rows(decision: Decision) -> bool:
-    """Whether all branches run on the same rows of the batch, and those are not all."""
+def _shared_rows(decision: Decision) -> Rows | None:
+    """The rows of the batch that all branches run on, where those are not all."""
     first = decision.rows[0]
-    return first is not None and not decision.masked and all(r is first for r in decision.rows)
+    return first if not decision.masked and all(r is first for r in decision.rows) else None
 
 
-def _run_on_rows(
-    passage: Passage,
-    rows: Rows | None,
-    module: nn.Module,
-    original: Original,
-    args: Any,
-    kwargs: Any,
-) -> Any:
-    """The forward for the kept rows; dropped ones come to what they are in a dropped block."""
-    assert rows is not None
-    takes, places = passage.gate.batch[form(args, kwargs)]
-    (args, kwargs), rests = take((args, kwargs), takes, rows)
-    passage.on_rows = True
-    output = _run(passage, module, original, args, kwargs)
-    return put_back(output, places, rests, rows)
-
-
-def _decide(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> Passage:
+def _decide(gate: Gate, module: nn.Module, called: Form, args: Any, kwargs: Any) -> Passage:
     """A new passage: drawn, settled without a draw, or that of the forward recomputed."""
     plan, training = gate.plan, module.training
 
@@ -109,7 +102,7 @@ def _decide(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> Passage:
         alike = plan.mode == "batch" and not plan.ranks_differ
         wrapper = distributed.wrapper_of(module, gate.name, alike=alike) if training else None
         if plan.probe is not None:
-            size = _batch(gate, args, kwargs).size
+            size = _batch(gate, called, args, kwargs).size
             return {block: probed(plan, block, size) for block in gate.blocks}, (), None
         if not training or plan.disabled or plan.forced is not None:
             forced = None if plan.disabled else plan.forced
@@ -124,16 +117,16 @@ def _decide(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> Passage:
         around = next((p for p in reversed(running.passages) if p.gate.plan is plan), None)
         number = plan.next_call(gate.name, around.calls if around and around.path else None)
         path = (*(around.path if around else ()), number)
-        batch = _batch(gate, args, kwargs) if plan.mode == "sample" else None
+        batch = _batch(gate, called, args, kwargs) if plan.mode == "sample" else None
         return {block: drawn(plan, block, path, batch) for block in gate.blocks}, path, wrapper
 
     decisions, path, wrapper = remembered(gate, make, may_recompute=training)
     return Passage(gate, decisions, training, path, wrapper=wrapper)
 
 
-def _batch(gate: Gate, args: Any, kwargs: Any) -> Batch:
+def _batch(gate: Gate, called: Form, args: Any, kwargs: Any) -> Batch:
     """The batch that a container is called with."""
-    known = gate.batch.get(form(args, kwargs))
+    known = gate.batch.get(called)
     if known is None:
         raise ChangedModelError(
             f'"{gate.name}" is called with other arguments than in the example, so it cannot be '

@@ -31,7 +31,11 @@ class Role:
     unread: frozenset[int]  # the leaves that only other modules of the branch read
     takes: Dims = field(default_factory=dict)  # the leaves of its arguments to take rows of
     gives: Dims = field(default_factory=dict)  # the leaves of its output to put back
-    ends: Dims = field(default_factory=dict)  # the leaves to mask instead
+
+    @property
+    def ends(self) -> Dims:
+        """The leaves of the branch's value that hold the batch."""
+        return {leaf: dim for leaf, dim in self.gives.items() if leaf in self.scaled}
 
 
 @dataclass(eq=False)

@@ -1,0 +1,428 @@
+"""Promise: "model" takes a model's own drop path or layerdrop over, block by block.
+
+Where that is refused, the model keeps its rates.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import stochastic_depth as sd
+from comparing import rates
+from networks import WIDTH, Residual, vectors
+from zoo import wav2vec2
+
+oldest = pytest.mark.oldest
+Preset = Callable[..., sd.StochasticDepth]
+X = vectors(4, WIDTH)
+PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+both_presets = pytest.mark.parametrize("preset", [sd.apply_drop_path, sd.apply_layer_drop])
+
+
+# "model": what is known of libraries.
+
+
+def assert_inactive(model: nn.Module) -> None:
+    """Nothing is dropped but by this library."""
+    for module in model.modules():
+        for attribute in ("drop_prob", "p", "layerdrop"):
+            if type(module).__name__.endswith(("DropPath", "StochasticDepth", "Encoder")):
+                assert getattr(module, attribute, 0.0) == 0.0
+
+
+@both_presets
+def test_model_takes_timms_rates_over(preset: Preset) -> None:
+    timm = pytest.importorskip("timm")
+    options: dict[str, Any] = {"img_size": 32, "num_classes": 10}
+    model = timm.create_model("vit_tiny_patch16_224", drop_path_rate=0.1, **options)
+    plain = timm.create_model("vit_tiny_patch16_224", **options)
+    plain.load_state_dict(model.state_dict())
+    depth = preset(model, "model", example_inputs=PIXELS)
+    expected = {f"blocks.{number}": 0.1 * number / 11 for number in range(12)}
+    assert rates(depth) == pytest.approx(expected, rel=1e-6)
+    assert_inactive(model)
+    assert torch.equal(model.eval()(PIXELS), plain.eval()(PIXELS))
+    if preset is sd.apply_layer_drop:
+        with depth.fixed({}):  # every gate is open: nothing else drops
+            assert torch.equal(model.train()(PIXELS), plain.train()(PIXELS))
+
+
+@both_presets
+@pytest.mark.parametrize("mode", ["row", "batch"])
+def test_model_takes_torchvisions_rates_over(preset: Preset, mode: str) -> None:
+    models = pytest.importorskip("torchvision.models")
+    model = models.swin_t(weights=None)
+    for module in model.modules():
+        if type(module).__name__ == "StochasticDepth":
+            module.mode = mode
+    depth = preset(model, "model", example_inputs=PIXELS)
+    # 2, 2, 6 and 2 blocks; torchvision's rate of block i is 0.2 * i / (12 - 1).
+    names = [(1, 0), (1, 1), (3, 0), (3, 1), *((5, n) for n in range(6)), (7, 0), (7, 1)]
+    expected = {f"features.{s}.{n}": 0.2 * i / 11 for i, (s, n) in enumerate(names)}
+    assert rates(depth) == pytest.approx(expected, rel=1e-12)
+    assert_inactive(model)
+
+
+@both_presets
+def test_model_takes_the_rates_of_efficientnet_over(preset: Preset) -> None:
+    models = pytest.importorskip("torchvision.models")
+    model = models.efficientnet_b0(weights=None)
+    depth = preset(model, "model", example_inputs=torch.randn(2, 3, 64, 64))
+    # 16 blocks in stages of 1, 2, 2, 3, 3, 4 and 1, the rate of block i is 0.2 * i / 16; the first
+    # of each stage changes its shape and has no skip connection, though a drop path it never calls.
+    expected = {
+        "features.2.1": 0.2 * 2 / 16,
+        "features.3.1": 0.2 * 4 / 16,
+        "features.4.1": 0.2 * 6 / 16,
+        "features.4.2": 0.2 * 7 / 16,
+        "features.5.1": 0.2 * 9 / 16,
+        "features.5.2": 0.2 * 10 / 16,
+        "features.6.1": 0.2 * 12 / 16,
+        "features.6.2": 0.2 * 13 / 16,
+        "features.6.3": 0.2 * 14 / 16,
+    }
+    assert rates(depth) == pytest.approx(expected, rel=1e-12)
+    assert_inactive(model)
+
+
+SOUND = torch.randn(2, 400, generator=torch.Generator().manual_seed(0))
+
+
+@both_presets
+@pytest.mark.filterwarnings("ignore:dropout is active")
+@pytest.mark.parametrize("stable", [False, True])
+def test_model_takes_layerdrop_over_for_the_layers_alone(preset: Preset, stable: bool) -> None:
+    model = wav2vec2(layerdrop=0.15, do_stable_layer_norm=stable)
+    depth = preset(model, "model", example_inputs=SOUND)
+    assert rates(depth) == {
+        "encoder.pos_conv_embed": 0.0,
+        **{f"encoder.layers.{number}": 0.15 for number in range(6)},
+    }
+    assert model.config.layerdrop == 0.0
+
+
+def test_model_takes_the_layerdrops_of_encoder_and_decoder_over() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BartConfig(
+        vocab_size=99,
+        d_model=16,
+        max_position_embeddings=32,
+        encoder_layers=3,
+        decoder_layers=3,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        encoder_layerdrop=0.1,
+        decoder_layerdrop=0.2,
+    )
+    model = transformers.BartModel(config)
+    depth = sd.apply_layer_drop(
+        model, "model", example_inputs={"input_ids": torch.arange(14).view(2, 7)}
+    )
+    assert rates(depth) == {
+        **{f"encoder.layers.{number}": 0.1 for number in range(3)},
+        **{f"decoder.layers.{number}": 0.2 for number in range(3)},
+    }
+    assert model.encoder.layerdrop == model.decoder.layerdrop == 0.0
+    assert model.config.encoder_layerdrop == model.config.decoder_layerdrop == 0.0
+
+
+def test_model_takes_the_drop_path_of_transformers_over() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BeitConfig(
+        hidden_size=32,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=32,
+        drop_path_rate=0.1,
+    )
+    model = transformers.BeitModel(config)
+    depth = sd.apply_layer_drop(model, "model", example_inputs={"pixel_values": PIXELS})
+    assert [*rates(depth).values()] == pytest.approx([0.1 * number / 5 for number in range(6)])
+    assert_inactive(model)
+
+
+def test_transformers_swin_drops_only_one_of_two_branches_and_a_warning_says_so() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SwinConfig(
+        image_size=32,
+        patch_size=2,
+        embed_dim=16,
+        depths=[3, 3],
+        num_heads=[2, 2],
+        window_size=4,
+        drop_path_rate=0.1,
+    )
+    model = transformers.SwinModel(config)
+    with pytest.warns(sd.StochasticDepthWarning, match="only some of the branches of 5 blocks"):
+        depth = sd.apply_layer_drop(model, "model", example_inputs={"pixel_values": PIXELS})
+    assert [*rates(depth).values()] == pytest.approx([0.1 * number / 5 for number in range(6)])
+    again = transformers.SwinModel(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(sd.StochasticDepthWarning):
+            sd.apply_layer_drop(again, "model", example_inputs={"pixel_values": PIXELS})
+    own = [m.drop_prob for m in again.modules() if type(m).__name__ == "SwinDropPath"]
+    assert own == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
+
+
+# "model": how it finds the block, on networks of torch alone.
+
+
+class DropPath(nn.Module):
+    """As other libraries have it; here it may not be active in training."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert not (self.training and self.drop_prob)
+        return x
+
+
+class Dropped(nn.Module):
+    """A residual block with a drop path."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.drop = DropPath(drop_prob)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.linear(F.gelu(self.norm(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.branch(x))
+
+
+class OnlyInTraining(Dropped):
+    """DINOv2's block: in inference it does not call its drop path, in training it may not either.
+
+    From some rate on it runs its branch on a part of the batch and ignores the drop path's rate.
+    """
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__(drop_prob)
+        self.sample_drop_ratio = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert not (self.training and self.sample_drop_ratio)
+        return super().forward(x) if self.training else x + self.branch(x)
+
+
+class Around(nn.Module):
+    """A block whose branch holds blocks, each with a drop path of its own."""
+
+    def __init__(self, inner: float, outer: float) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(Dropped(inner), Dropped(inner))
+        self.last, self.drop = nn.Linear(WIDTH, WIDTH), DropPath(outer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.last(self.inner(x)))
+
+
+class InLine(nn.Module):
+    """Blocks without a module of their own."""
+
+    def __init__(self, drop_probs: Sequence[float]) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in drop_probs)
+        self.drops = nn.ModuleList(map(DropPath, drop_probs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for linear, drop in zip(self.linears, self.drops, strict=True):
+            x = x + drop(linear(x.relu()))
+        return x
+
+
+class TwoRates(Dropped):
+    """A block of two branches, dropped at different rates."""
+
+    def __init__(self, drop_prob: float, other: float) -> None:
+        super().__init__(drop_prob)
+        self.second, self.drop2 = nn.Linear(WIDTH, WIDTH), DropPath(other)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return x + self.drop2(self.second(x.relu()))
+
+
+class Affine(Dropped):
+    """A branch that is affine as a whole is gated only where it is named."""
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+class Stem(nn.Module):
+    """Something is dropped that is no residual branch."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.linear, self.drop = nn.Linear(WIDTH, WIDTH), DropPath(drop_prob)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.linear(x))
+
+
+class EndsInLine(Dropped):
+    """No factor passes what stands behind its last module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.drop(self.branch(x)))
+
+
+RISING = [0.0, 0.05, 0.1, 0.15, 0.2, 0.25]
+
+
+def own_rates(model: nn.Module) -> list[float]:
+    return [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
+
+
+@oldest
+@both_presets
+@pytest.mark.parametrize("kind", [Dropped, OnlyInTraining])
+def test_model_reads_each_blocks_own_rate(preset: Preset, kind: type[Dropped]) -> None:
+    model = nn.Sequential(*map(kind, RISING))
+    depth = preset(model, "model", example_inputs=X)
+    assert [*rates(depth).values()] == RISING
+    assert own_rates(model) == [0.0] * 6
+    model.train()(X)
+    assert depth.last_gates
+
+
+@oldest
+def test_of_nested_blocks_the_innermost_has_the_rate() -> None:
+    model = nn.Sequential(*(Around(0.1, 0.2) for _ in range(2)))
+    depth = sd.apply_layer_drop(model, "model", example_inputs=X)
+    assert rates(depth) == {
+        **{str(outer): 0.2 for outer in range(2)},
+        **{f"{outer}.inner.{inner}": 0.1 for outer in range(2) for inner in range(2)},
+    }
+    only_inner = nn.Sequential(*(Around(0.1, 0.0) for _ in range(2)))
+    assert rates(sd.apply_layer_drop(only_inner, "model", example_inputs=X))["0"] == 0.0
+
+
+@oldest
+def test_blocks_without_a_module_of_their_own_have_their_rates() -> None:
+    model = InLine(RISING)
+    depth = sd.apply_layer_drop(model, "model", example_inputs=X)
+    assert [*rates(depth).values()] == RISING
+
+
+@oldest
+def test_what_blocks_leaves_out_is_not_dropped_any_more() -> None:
+    model = nn.Sequential(*map(Dropped, RISING))
+    depth = sd.apply_layer_drop(model, "model", example_inputs=X, blocks=["2", "3"])
+    assert rates(depth) == {"2": 0.1, "3": 0.15}
+    assert own_rates(model) == [0.0] * 6
+
+
+@oldest
+def test_model_in_a_wrapped_model() -> None:
+    model = nn.Sequential(*map(Dropped, RISING))
+    compiled: Any = torch.compile(model)
+    depth = sd.apply_layer_drop(compiled, "model", example_inputs=X)
+    assert [*rates(depth).values()] == RISING
+    assert depth.model is model
+
+
+def with_(block: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*map(Dropped, RISING), block)
+
+
+REFUSED: list[tuple[nn.Module, dict[str, Any], type[sd.StochasticDepthError], tuple[str, ...]]] = [
+    (
+        with_(TwoRates(0.1, 0.2)),
+        {},
+        sd.ActiveDropPathError,
+        ('block "6" has two rates', "6.drop.drop_prob is 0.1", "6.drop2.drop_prob is 0.2", '"!6"'),
+    ),
+    (
+        with_(Affine(0.1)),
+        {},
+        sd.ActiveDropPathError,
+        ("6.drop.drop_prob is 0.1", 'block "6" is affine', 'blocks="*" to do without'),
+    ),
+    (
+        with_(Stem(0.1)),
+        {},
+        sd.ActiveDropPathError,
+        ("6.drop.drop_prob is 0.1", "not found as a residual block", 'blocks="*" to do without'),
+    ),
+    (
+        with_(Residual()),
+        {"blocks": ["6"]},
+        sd.ActiveDropPathError,
+        ("1.drop.drop_prob is 0.05", "drops none of the gated blocks"),
+    ),
+    # Refused by `apply_stochastic_depth` itself, when the rates are 0 already:
+    (with_(EndsInLine(0.1)), {}, sd.RefusedBlockError, ('block "6": 6:0 cannot be scaled', "tanh")),
+    (with_(Dropped(1.0)), {}, sd.OptionError, ("drop_rate['6'] is 1.0",)),
+    (with_(Residual()), {"draw": 3}, sd.OptionError, ("draw is 3",)),
+    (with_(Residual()), {"schedule": 3}, sd.OptionError, ("schedule is 3",)),
+]
+
+
+@oldest
+@pytest.mark.parametrize(("model", "options", "kind", "says"), REFUSED)
+def test_a_refusal_leaves_the_models_own_rates(
+    model: nn.Module,
+    options: dict[str, Any],
+    kind: type[sd.StochasticDepthError],
+    says: tuple[str, ...],
+) -> None:
+    before, classes = own_rates(model), [type(module) for module in model.modules()]
+    with pytest.raises(sd.StochasticDepthError) as caught:
+        sd.apply_drop_path(model, "model", example_inputs=X, **options)
+    assert type(caught.value) is kind
+    for part in says:
+        assert part in str(caught.value)
+    assert own_rates(model) == before
+    assert [type(module) for module in model.modules()] == classes
+
+
+@oldest
+def test_an_affine_block_that_is_named_has_its_rate() -> None:
+    depth = sd.apply_layer_drop(with_(Affine(0.1)), "model", example_inputs=X, blocks=["*", "6"])
+    assert [*rates(depth).values()] == [*RISING, 0.1]
+
+
+@oldest
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: sd.apply_drop_path(model, 0.1, example_inputs=X),
+        lambda model: sd.apply_layer_drop(model, 0.1, example_inputs=X),
+        lambda model: sd.apply_progressive_layer_dropping(model, example_inputs=X),
+    ],
+)
+def test_without_model_an_active_drop_path_is_refused_by_name(call: Callable[[Any], Any]) -> None:
+    model = nn.Sequential(*map(Dropped, RISING))
+    with pytest.raises(sd.ActiveDropPathError) as caught:
+        call(model)
+    for part in ("1.drop.drop_prob is 0.05", "set 1.drop.drop_prob = 0", "takes its rates over"):
+        assert part in str(caught.value)
+    assert 'sd.apply_drop_path(model, "model")' in caught.value.instead
+    assert own_rates(model) == RISING
+
+
+def test_without_model_an_active_layerdrop_is_refused_by_name() -> None:
+    model = wav2vec2(layerdrop=0.1)
+    with pytest.raises(sd.ActiveDropPathError) as caught:
+        sd.apply_layer_drop(model, 0.1, example_inputs=SOUND)
+    assert "config.layerdrop is 0.1" in str(caught.value)
+    assert 'sd.apply_layer_drop(model, "model")' in caught.value.instead
+    assert model.config.layerdrop == 0.1
