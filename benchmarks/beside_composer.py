@@ -37,7 +37,8 @@ def seconds_of_steps(name: str, process: int) -> dict[str, NDArray[np.float64]]:
     images, labels = torch.randn(number, 3, size, size), torch.randint(0, 10, (number,))
     plain = case.make()
     ours, theirs, again = sharing(plain), sharing(plain), sharing(plain)
-    depth = sd.apply_stochastic_depth(ours, case.drop_rate, example_inputs=images[:2])
+    draw = sd.Draw(seed=process)  # other draws in each process
+    depth = sd.apply_stochastic_depth(ours, case.drop_rate, example_inputs=images[:2], draw=draw)
     for model in (theirs, again):
         composer_apply(model, "ResNetBottleneck", "block", case.drop_rate, "linear")
     optimizer = torch.optim.SGD(plain.parameters(), lr=1e-3, momentum=0.9)
@@ -46,14 +47,12 @@ def seconds_of_steps(name: str, process: int) -> dict[str, NDArray[np.float64]]:
         run = training_step(model, optimizer, images, labels)
 
         def ours_step(step: int) -> None:
-            step += process * STEPS  # other draws in each process
-            depth.load_state_dict({**depth.state_dict(), "step": step, "calls": {}})
             run()
+            depth.step()
 
         def theirs_step(step: int) -> None:
-            step += process * STEPS
             for block in depth.blocks:
-                is_open = uniform(0, step, (0,), block.name) >= block.drop_rate
+                is_open = uniform(process, step, (0,), block.name) >= block.drop_rate
                 # They keep a block where bernoulli(1 - drop_rate) is 1.
                 module: Any = model.get_submodule(block.name)
                 module.drop_rate = torch.tensor(0.0 if is_open else 1.0)

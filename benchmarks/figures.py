@@ -1,4 +1,4 @@
-"""Copies the figures of README.md from the result files: `python benchmarks/figures.py`.
+"""Copies the figures of README and docs from the result files: `python benchmarks/figures.py`.
 
 A figure stands between `<!-- figure: NAME -->` and `<!-- end -->`. The tests run `rendered` and
 compare, so that no figure can differ from its file.
@@ -15,6 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md")
 _FIGURE = re.compile(r"(<!-- figure: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -43,23 +44,43 @@ def demo() -> str:
 
 def cifar() -> str:
     """ResNet-20 on CIFAR-10, over the seeds."""
-    runs = [_read(f"{path.parent.name}/metrics.json") for path in _cifar_runs()]
+    return _cifar("cifar10-resnet20-seed*", "benchmarks/results")
+
+
+def cifar_gpu() -> str:
+    """ResNet-110 on CIFAR-10, on a GPU."""
+    return _cifar("cifar10-resnet110-gpu", "../benchmarks/results")
+
+
+def _cifar(folders: str, results: str) -> str:
+    found = sorted(RESULTS.glob(f"{folders}/metrics.json"))
+    runs = [_read(f"{path.parent.name}/metrics.json") for path in found]
+    settings = runs[0]["configuration"]
     saved = [run["saving"]["time_saved"]["value"] for run in runs]
     possible = [run["saving"]["possible"]["value"] for run in runs]
     return (
-        f"ResNet-20 on CIFAR-10, drop rate {runs[0]['configuration']['drop_rate']} linear, "
-        f"{runs[0]['epochs']} epochs, {len(runs)} seeds:\n\n"
+        f"{settings['model'].replace('resnet', 'ResNet-')} on CIFAR-10, drop rate "
+        f"{settings['drop_rate']} linear, {runs[0]['epochs']} epochs, "
+        f"{len(runs)} {'seeds' if len(runs) > 1 else 'seed'}:\n\n"
         + _networks(runs)
         + f"\nTime saved: {_over(saved, '.1%')}, of a possible {_over(possible, '.1%')}. "
         f"({_machine(runs[0])})\n\n"
-        "![test error over training time, seed 0]"
-        "(benchmarks/results/cifar10-resnet20-seed0/error.png)\n"
+        f"![test error over training time, seed 0]({results}/{found[0].parent.name}/error.png)\n"
     )
 
 
 def saving() -> str:
     """Ratios of step times from `benchmarks/saving.py`."""
-    content = _read("saving.json")
+    return _saving("saving.json")
+
+
+def saving_gpu() -> str:
+    """The same on a GPU."""
+    return _saving("saving-gpu.json")
+
+
+def _saving(file: str) -> str:
+    content = _read(file)
     lines = [
         "| network, drop rate | time, of the plain network's | of the shortened network's "
         "| peak memory, of the plain network's |",
@@ -101,7 +122,16 @@ def composer() -> str:
 
 def sample() -> str:
     """What mode "sample" saves, beside the ways that others have."""
-    content = _read("sample.json")
+    return _sample("sample.json")
+
+
+def sample_gpu() -> str:
+    """The same on a GPU."""
+    return _sample("sample-gpu.json")
+
+
+def _sample(file: str) -> str:
+    content = _read(file)
     lines = [
         "| network | way | time, of the plain network's | share of the possible saving | memory |",
         "|---|---|---|---|---|",
@@ -137,7 +167,30 @@ def ranks() -> str:
     return (
         "\n".join(lines)
         + f"\n\n(`python benchmarks/ranks.py`; {_machine(content)})\n\n"
-        + "![the slowest rank over the mean, by number of ranks](docs/ranks.png)\n"
+        + "![the slowest rank over the mean, by number of ranks](ranks.png)\n"
+    )
+
+
+def language() -> str:
+    """Held-out perplexities of `benchmarks/language.py`."""
+    content = _read("text.json")
+    results = content["results"]
+    settings, variants = results["configuration"], results["variants"]
+    lines = ["| | " + " | ".join(variants) + " |", "|---|" + "---|" * len(variants)]
+    for key, label in (
+        ("equal_steps", "perplexity at equal steps"),
+        ("equal_flops", "perplexity at equal FLOPs"),
+    ):
+        cells = [f"{v[key]['mean']:.3f} ± {v[key]['deviation']:.3f}" for v in variants.values()]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    saved = [_over(v["flops_saved"], ".1%") for v in variants.values()]
+    lines.append("| FLOPs saved at equal steps | " + " | ".join(saved) + " |")
+    return (
+        f"{settings['model']}, {settings['steps']} steps on Tiny Shakespeare, "
+        f"{len(settings['seed'])} seeds; the trigram baseline has a held-out perplexity of "
+        f"{results['trigram_perplexity']:.3f}:\n\n"
+        + "\n".join(lines)
+        + f"\n\n(`python benchmarks/language.py`; {_machine(content)})\n"
     )
 
 
@@ -177,10 +230,6 @@ def _machine(content: dict[str, Any]) -> str:
     return f"{where}, torch {machine['torch']}, {machine['date']}"
 
 
-def _cifar_runs() -> list[Path]:
-    return sorted(RESULTS.glob("cifar10-resnet20-seed*/metrics.json"))
-
-
 def _read(name: str) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((RESULTS / name).read_text())
     return content
@@ -193,9 +242,13 @@ FIGURES: dict[str, Callable[[], str]] = {
     "sample": sample,
     "ranks": ranks,
     "cifar": cifar,
+    "cifar_gpu": cifar_gpu,
+    "saving_gpu": saving_gpu,
+    "sample_gpu": sample_gpu,
+    "language": language,
 }
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(rendered(readme.read_text()))
+    for page in PAGES:
+        page.write_text(rendered(page.read_text()))

@@ -62,10 +62,10 @@ def take_turns(
     order = random.Random(seed)
     for number in range(steps):
         for name in order.sample(names, len(names)):
-            _wait_for_the_device()
+            wait_for_the_device()
             start = time.perf_counter()
             variants[name](warmup + number)
-            _wait_for_the_device()
+            wait_for_the_device()
             seconds[name].append(time.perf_counter() - start)
     return {name: np.array(values) for name, values in seconds.items()}
 
@@ -132,6 +132,7 @@ def write(name: str, results: Any) -> Path:
     return path
 
 
-def _wait_for_the_device() -> None:
+def wait_for_the_device() -> None:
+    """Until all that was asked of a GPU is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -55,7 +55,7 @@ def _dino_block(block: Any, rate: float, x: Tensor) -> Tensor:
 def _dino_branch(x: Tensor, branch: Callable[[Tensor], Tensor], rate: float) -> Tensor:
     batch = len(x)
     count = max(int(batch * (1 - rate)), 1)
-    rows = torch.randperm(batch)[:count]
+    rows = torch.randperm(batch, device=x.device)[:count]
     value = branch(x[rows])
     return torch.index_add(
         x.flatten(1), 0, rows, value.to(x.dtype).flatten(1), alpha=batch / count

@@ -1,5 +1,6 @@
 """Mode "sample": what dropping examples saves, beside the ways that others have.
 
+    export PYTHONPATH=examples                # from a checkout
     python benchmarks/sample.py               # all cases, some twenty minutes on two cores
     python benchmarks/sample.py vit-uniform   # some of them; nothing is written
 
@@ -25,12 +26,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import stochastic_depth as sd
-from interleaved import Ratio, Step, peak_mebibytes, ratio, sharing, take_turns, write
+from interleaved import (
+    Ratio,
+    Step,
+    peak_mebibytes,
+    ratio,
+    sharing,
+    take_turns,
+    wait_for_the_device,
+    write,
+)
 from row_dropping import DINO, TIMM, TORCHVISION, drop_rows
 from saving import training_step
 
 Unit = Literal["block", "branch"]
-WARMUP = 2
+WARMUP = 8  # kernels for other numbers of rows are made at first use
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,7 @@ class Case:
 
     network: str  # "library:name"
     images: tuple[int, int]  # how many, how large
+    on_a_gpu: tuple[int, int]  # the same there
     drop_rate: float
     distribution: str
     others: tuple[str, ...]  # whose ways it is set beside
@@ -49,11 +60,24 @@ class Case:
 
 VIT = "timm:vit_tiny_patch16_224"
 CASES = {
-    "vit-linear": Case(VIT, (16, 224), 0.4, "linear", (TIMM, DINO), units=("block", "branch")),
-    "vit-uniform": Case(VIT, (16, 224), 0.4, "uniform", (TIMM, DINO), units=("block", "branch")),
-    "convnext-linear": Case("timm:convnext_atto", (16, 128), 0.4, "linear", (TIMM,)),
+    "vit-linear": Case(
+        VIT, (16, 224), (256, 224), 0.4, "linear", (TIMM, DINO), units=("block", "branch")
+    ),
+    "vit-uniform": Case(
+        VIT, (16, 224), (256, 224), 0.4, "uniform", (TIMM, DINO), units=("block", "branch")
+    ),
+    "convnext-linear": Case(
+        "timm:convnext_atto", (16, 128), (256, 224), 0.4, "linear", (TIMM,), steps=60
+    ),
     "resnet50-linear": Case(
-        "torchvision:resnet50", (32, 96), 0.5, "linear", (TORCHVISION,), channels_last=True
+        "torchvision:resnet50",
+        (32, 96),
+        (128, 224),
+        0.5,
+        "linear",
+        (TORCHVISION,),
+        channels_last=True,
+        steps=30,
     ),
 }
 
@@ -72,9 +96,11 @@ def network(case: Case) -> nn.Module:
 def measure(case: Case) -> dict[str, Any]:
     """One case: ratios to the plain network, and shares of the possible saving."""
     torch.manual_seed(0)
-    number, size = case.images
-    images, labels = torch.randn(number, 3, size, size), torch.randint(0, 10, (number,))
-    plain = network(case)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    number, size = case.on_a_gpu if device.type == "cuda" else case.images
+    images = torch.randn(number, 3, size, size, device=device)
+    labels = torch.randint(0, 10, (number,), device=device)
+    plain = network(case).to(device)
     if case.channels_last:
         plain = plain.to(memory_format=torch.channels_last)
         images = images.to(memory_format=torch.channels_last)
@@ -182,8 +208,10 @@ def _seconds(module: nn.Module | None, x: Tensor) -> float:
     if module is None or not len(x):
         return 0.0
     x = x.clone().requires_grad_()
+    wait_for_the_device()
     start = time.perf_counter()
     module(x).sum().backward()
+    wait_for_the_device()
     taken = time.perf_counter() - start
     module.zero_grad()
     return taken
@@ -210,7 +238,7 @@ def main(names: Sequence[str]) -> None:
             shown = {key: str(value) for key, value in figures.items()}
             print(f"  {way}: {shown}, memory {memory[way] / memory['plain']:.2f}", flush=True)
     if not names:
-        print(write("sample", results))
+        print(write("sample-gpu" if torch.cuda.is_available() else "sample", results))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What skipping saves: against the plain network, and against the physically shortened one.
 
+    export PYTHONPATH=examples                  # from a checkout
     python benchmarks/saving.py                 # all cases, some fifteen minutes on two cores
     python benchmarks/saving.py resnet50-0.5    # some of them; nothing is written
 
@@ -34,6 +35,7 @@ class Case:
 
     make: Callable[[], nn.Module]
     images: tuple[int, int]  # how many, how large
+    on_a_gpu: tuple[int, int]  # the same there
     drop_rate: float
     distribution: str
     steps: int
@@ -58,10 +60,10 @@ def _timm(name: str) -> Callable[[], nn.Module]:
 
 
 CASES = {
-    "resnet110-0.5": Case(lambda: CifarResNet(110), (32, 32), 0.5, "linear", 80),
-    "resnet50-0.2": Case(_torchvision("resnet50"), (16, 96), 0.2, "linear", 60),
-    "resnet50-0.5": Case(_torchvision("resnet50"), (16, 96), 0.5, "linear", 60),
-    "vit_tiny-0.4": Case(_timm("vit_tiny_patch16_224"), (8, 224), 0.4, "uniform", 60),
+    "resnet110-0.5": Case(lambda: CifarResNet(110), (32, 32), (128, 32), 0.5, "linear", 80),
+    "resnet50-0.2": Case(_torchvision("resnet50"), (16, 96), (128, 224), 0.2, "linear", 60),
+    "resnet50-0.5": Case(_torchvision("resnet50"), (16, 96), (128, 224), 0.5, "linear", 60),
+    "vit_tiny-0.4": Case(_timm("vit_tiny_patch16_224"), (8, 224), (256, 224), 0.4, "uniform", 60),
 }
 
 
@@ -83,7 +85,7 @@ def measure(case: Case) -> dict[str, Any]:
     """One case: ratios with their intervals, operations and memory."""
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    number, size = case.images
+    number, size = case.on_a_gpu if device.type == "cuda" else case.images
     images = torch.randn(number, 3, size, size, device=device)
     labels = torch.randint(0, 10, (number,), device=device)
     plain = case.make().to(device)

@@ -229,11 +229,13 @@ class Wrapped(nn.Module):
 
 
 def images(batch: int = 4) -> Tensor:
-    return torch.randn(batch, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    return vectors(batch, 3, 6, 6)
 
 
-def vectors(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+def vectors(*shape: int, seed: int = 1) -> Tensor:
+    """Random numbers, the same at every call and on every device."""
+    numbers = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(*shape, generator=numbers, device="cpu").to(torch.get_default_device())
 
 
 def sequences(batch: int = 4) -> Tensor:
@@ -285,7 +287,7 @@ def train(
 
 def batch(example: Tensor, number: int) -> Tensor:
     """The data of a step or microbatch."""
-    return torch.randn(example.shape, generator=torch.Generator().manual_seed(number))
+    return vectors(*example.shape, seed=number).to(example.device)
 
 
 def assert_same(left: nn.Module, right: nn.Module) -> None:

@@ -10,23 +10,28 @@ import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 TESTS = Path(__file__).parent
 
 
-def launch(script: str, ranks: int, folder: Path, *, seconds: int = 400) -> dict[str, str]:
+def launch(
+    script: str, ranks: int, folder: Path, *, seconds: int = 400, device: str = "cpu"
+) -> dict[str, str]:
     """What each case of the script gave on the first rank that it failed on: "" for nothing.
 
     Args:
         script: A file of the tests that ends in `report(cases)`.
-        ranks: How many processes; they talk over gloo.
+        ranks: How many processes.
         folder: Where they leave their results.
         seconds: After that it counts as hung.
+        device: Where their tensors are made; on "cpu" they talk over gloo, on "cuda" over NCCL.
     """
     source = TESTS.parent / "src"
     paths = [str(source), str(TESTS), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    environment["DEVICE"] = device
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(ranks), str(TESTS / script), str(folder)]
     done = subprocess.run(
@@ -43,7 +48,9 @@ def launch(script: str, ranks: int, folder: Path, *, seconds: int = 400) -> dict
 
 def report(cases: Callable[[], Mapping[str, Callable[[], None]]]) -> None:
     """Run the cases on this rank, all of them, and write down which raised what."""
-    dist.init_process_group("gloo")
+    device = os.environ["DEVICE"]
+    torch.set_default_device(device)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
     results = {}
     for name, case in cases().items():
         try:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
+from networks import vectors
 from stochastic_depth.draw import uniform
 
 pytestmark = [
@@ -126,10 +127,7 @@ def gradients(
     found: list[Tensor | None] = []
     for step in range(steps):
         network.zero_grad()
-        batches = [
-            torch.randn(5, 4, generator=torch.Generator().manual_seed(10 * step + number))
-            for number in range(forwards)
-        ]
+        batches = [vectors(5, 4, seed=10 * step + number) for number in range(forwards)]
         torch.manual_seed(step)
         losses = [network(batch.requires_grad_()).square().sum() for batch in batches]
         for loss in losses:
@@ -230,7 +228,7 @@ def test_a_branch_checkpointed_in_eval_mode() -> None:
         torch.manual_seed(0)
         network = nn.Sequential(nn.Linear(4, 8), *(kind() for _ in range(6)))
         sd.apply_stochastic_depth(network, 0.2, example_inputs=torch.randn(2, 4), unit="branch")
-        x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        x = vectors(3, 4).requires_grad_()
         network.eval()(x).square().sum().backward()
         found.append(x.grad)
     assert same(*([grad] for grad in found))

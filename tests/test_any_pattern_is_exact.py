@@ -19,7 +19,7 @@ from comparing import (
     run,
     with_zeroed_branches,
 )
-from networks import WIDTH, make
+from networks import WIDTH, make, vectors
 from twins import resnet, vit_layer
 from zoo import SPECIMENS, Specimen
 
@@ -162,7 +162,7 @@ def _resnet(kind: str) -> torch.nn.Module:
 @given(gates=st.lists(st.booleans(), min_size=7, max_size=7), training=st.booleans())
 def test_resnet_equals_its_reference_twin(kind: str, gates: list[bool], training: bool) -> None:
     model = _resnet(kind).train(training)
-    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    images = vectors(2, 3, 32, 32)
     depth = sd.apply_stochastic_depth(model, 0.5, example_inputs=images, scale="none")
     kept = dict(zip([block.name for block in depth.blocks], gates, strict=True))
     twin = copy.deepcopy(model)
@@ -185,7 +185,7 @@ def test_vit_layers_equal_their_reference_twin(gates: list[bool], training: bool
     layers = torch.nn.Sequential(
         *(vision.EncoderBlock(2, 16, 32, 0.0, 0.0) for _ in range(3))
     ).train(training)
-    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
+    x = vectors(2, 5, 16)
     twin = copy.deepcopy(layers)
     depth = sd.apply_stochastic_depth(layers, 0.1, example_inputs=x, unit="branch", scale="none")
     names = [branch.name for block in depth.blocks for branch in block.branches]

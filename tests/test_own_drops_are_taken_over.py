@@ -22,7 +22,7 @@ from zoo import wav2vec2
 oldest = pytest.mark.oldest
 Preset = Callable[..., sd.StochasticDepth]
 X = vectors(4, WIDTH)
-PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+PIXELS = vectors(2, 3, 32, 32, seed=0)
 
 both_presets = pytest.mark.parametrize("preset", [sd.apply_drop_path, sd.apply_layer_drop])
 
@@ -93,7 +93,7 @@ def test_model_takes_the_rates_of_efficientnet_over(preset: Preset) -> None:
     assert_inactive(model)
 
 
-SOUND = torch.randn(2, 400, generator=torch.Generator().manual_seed(0))
+SOUND = vectors(2, 400, seed=0)
 
 
 @both_presets

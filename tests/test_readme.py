@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -30,8 +31,14 @@ def test_the_printed_table_is_the_one_shown() -> None:
     assert names["plain"] == shown[1].rstrip()
 
 
-def test_figures_are_those_of_the_result_files() -> None:
-    assert figures.rendered(README) == README
+@pytest.mark.parametrize("page", figures.PAGES, ids=lambda page: page.name)
+def test_figures_are_those_of_the_result_files(page: Path) -> None:
+    assert figures.rendered(page.read_text()) == page.read_text()
+
+
+def test_every_language_model_beat_the_trigram() -> None:
+    results = json.loads((figures.RESULTS / "text.json").read_text())["results"]
+    assert results["every_model_beats_the_trigram"]
 
 
 def test_there_is_code_to_run() -> None:

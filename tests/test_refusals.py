@@ -410,9 +410,9 @@ def bart(**layerdrop: float) -> Model:
     return build
 
 
-PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+PIXELS = vectors(2, 3, 32, 32, seed=0)
 TOKENS = {"input_ids": torch.arange(14).view(2, 7)}
-SOUND = torch.randn(2, 400, generator=torch.Generator().manual_seed(0))
+SOUND = vectors(2, 400, seed=0)
 ACTIVE: list[tuple[str, Model, Any, str, str]] = [
     ("timm", timm_vit, PIXELS, "blocks.1.drop_path1.drop_prob is 0.0", "apply_drop_path"),
     (

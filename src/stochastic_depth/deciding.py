@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stochastic_depth.distributed import place
-from stochastic_depth.draw import balanced, kept_count, order_of_rows, uniform
+from stochastic_depth.draw import Counts, balanced, kept_count, order_of_rows, uniform
 from stochastic_depth.plan import Plan
 from stochastic_depth.rows import Rows
 
@@ -33,6 +33,12 @@ class Decision:
     rows: tuple[Rows | None, ...]
     masked: bool = False
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the branches run as they are."""
+        open_wide = all(self.kept) and all(rows is None for rows in self.rows)
+        return open_wide and all(factor == 1.0 for factor in self.factors)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -50,7 +56,7 @@ def drawn(plan: Plan, block: int, call: tuple[int, ...], batch: Batch | None) ->
     factors = _factors(plan, rates, training=True)
     if batch is not None:
         rows = [
-            _rows(plan, unit, number, batch, rate, lone=plan.lone_rows[block])
+            _rows(plan, unit, number, batch, rate, plan.counts[block])
             for unit, rate in zip(units, rates, strict=True)
         ]
         shown = [range(found) if isinstance(found, int) else found for found in rows]
@@ -76,17 +82,19 @@ def _uniform(plan: Plan, call: tuple[int, ...], name: object) -> float:
 
 
 def _rows(
-    plan: Plan, unit: str, call: tuple[int, ...], batch: Batch, rate: float, *, lone: bool
+    plan: Plan, unit: str, call: tuple[int, ...], batch: Batch, rate: float, counts: Counts
 ) -> Rows | int:
     """The rows that a unit runs on; where that is none or all of them, their number."""
     if rate == 0.0:
         return batch.size
-    count = kept_count(_uniform(plan, call, ("count", unit)), batch.size, rate, lone=lone)
+    count = kept_count(_uniform(plan, call, ("count", unit)), batch.size, rate, counts)
     if count in (0, batch.size):
         return count
     if plan.draw.rows == "random":
         return Rows(batch.size, 0, count, _chosen(plan, unit, call, batch, count))
     start = int(_uniform(plan, call, ("start", unit)) * batch.size)
+    if batch.size % count == 0:
+        start -= start % count  # windows side by side: none wraps around, which costs a copy
     return Rows(batch.size, start, count)
 
 
@@ -97,7 +105,8 @@ def _chosen(plan: Plan, unit: str, call: tuple[int, ...], batch: Batch, count: i
         units = [name for block in range(len(plan.blocks)) for name in plan.units(block)]
         rank = place(plan.draw.process_group)[0] if plan.ranks_differ else None
         orders = torch.tensor(
-            [order_of_rows(plan.draw.seed, *key[:2], u, batch.size, rank) for u in units]
+            [order_of_rows(plan.draw.seed, *key[:2], u, batch.size, rank) for u in units],
+            device="cpu",
         )
         if batch.device.type == "cuda":
             orders = orders.pin_memory()

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from stochastic_depth.discovery import ResidualBlock, plain_model, watch
-from stochastic_depth.discovery.batch import watch_more_rows
+from stochastic_depth.discovery.batch import allowed_counts, watch_more_rows
 from stochastic_depth.discovery.existing import refuse_active_drop_path
 from stochastic_depth.distributed import refuse_sharded
 from stochastic_depth.distributions import Distribution, DropRate, resolve_rates
@@ -136,7 +136,7 @@ def apply_stochastic_depth(
     )
     units = [name for number in range(len(chosen)) for name in plan.units(number)]
     plan.schedule = resolve_schedule(schedule, units)
-    plan.lone_rows = tuple(not _has_batch_norm(model, block) for block in chosen)
+    plan.counts = tuple(allowed_counts(model, found, block) for block in chosen)
     batches = watch_more_rows(model, found.recording, example) if mode == "sample" else None
     whole = prove(model, found, plan, example, batches)
     _warn(model, plan)  # before anything is changed: a warning may be an error
@@ -156,17 +156,6 @@ def _refuse_gated(model: nn.Module, chosen: Sequence[ResidualBlock]) -> None:
                 instead="call sd.get_stochastic_depth(model).remove() first, or choose other "
                 "blocks with blocks=",
             )
-
-
-def _has_batch_norm(model: nn.Module, block: ResidualBlock) -> bool:
-    """Whether a branch takes means over the rows, which a single row may not have."""
-    parts = (
-        part
-        for branch in block.branches
-        for name in branch.modules
-        for part in model.get_submodule(name).modules()
-    )
-    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in parts)
 
 
 def _warn(model: nn.Module, plan: Plan) -> None:

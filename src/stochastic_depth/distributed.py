@@ -176,7 +176,7 @@ class Reduction:
 def _held_anywhere(wrapper: DistributedDataParallel, held: set[Tensor]) -> set[Tensor]:
     """The parameters that have a gradient on one rank at least."""
     parameters = list(wrapper.module.parameters())
-    flags = torch.tensor([p in held for p in parameters], dtype=torch.uint8)
+    flags = torch.tensor([p in held for p in parameters], dtype=torch.uint8, device="cpu")
     dist.all_reduce(flags, dist.ReduceOp.MAX, group=_on_cpu(wrapper.process_group))
     return {p for p, flag in zip(parameters, flags.tolist(), strict=True) if flag}
 

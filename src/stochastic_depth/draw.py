@@ -37,7 +37,7 @@ class Draw:
             gradient accumulation); "step": one draw for all forwards of an optimizer step, which
             needs `depth.follow(optimizer)` or `depth.step()`.
         rows: For mode="sample": "contiguous" keeps a window of the batch from a random row on,
-            wrapping around, which is fastest; "random" keeps any rows.
+            wrapping around (of half of it: either half), which is fastest; "random" any rows.
         process_group: The ranks among which draws differ: those that train on different data.
             None: all. Copies share it; pickling leaves it out.
 
@@ -167,7 +167,26 @@ def balanced(
     return kept
 
 
-def kept_count(u: float, batch: int, rate: float, *, lone: bool) -> int:
+@dataclass(frozen=True)
+class Counts:
+    """Which numbers of rows a block may run on; none and all are always allowed.
+
+    Attributes:
+        lone: Whether a single row is; where BatchNorm has to make a mean of it, not.
+        fewest_dropped: The part of a batch that is dropped at least, where any rows are: what is
+            dropped has to pay for taking the others out and putting them back.
+    """
+
+    lone: bool
+    fewest_dropped: float
+
+    def allow(self, count: int, batch: int) -> bool:
+        """Whether so many rows of a batch may be kept."""
+        few_enough = batch - count >= self.fewest_dropped * batch
+        return count in (0, batch) or (few_enough and (self.lone or count > 1))
+
+
+def kept_count(u: float, batch: int, rate: float, counts: Counts) -> int:
     """How many rows of a batch are kept: one of the two allowed numbers around `batch * (1 - p)`.
 
     They are taken with the chances that make it `batch * (1 - p)` on average, so that a row that
@@ -178,19 +197,19 @@ def kept_count(u: float, batch: int, rate: float, *, lone: bool) -> int:
         u: A number in [0, 1).
         batch: The number of rows.
         rate: The drop rate p.
-        lone: Whether a single row is allowed; where BatchNorm has to make a mean of it, not.
+        counts: Which numbers are allowed.
 
     Example:
-        >>> kept_count(0.5, 16, 0.4, lone=True), kept_count(0.7, 16, 0.4, lone=True)
+        >>> any_number = Counts(lone=True, fewest_dropped=0.0)
+        >>> kept_count(0.5, 16, 0.4, any_number), kept_count(0.7, 16, 0.4, any_number)
         (10, 9)
-        >>> kept_count(0.5, 4, 0.6, lone=False), kept_count(0.9, 4, 0.6, lone=False)
-        (2, 0)
+        >>> of_images = Counts(lone=False, fewest_dropped=0.5)
+        >>> kept_count(0.5, 16, 0.1, of_images), kept_count(0.9, 16, 0.1, of_images)
+        (16, 8)
     """
     wanted = batch * (1.0 - rate)
-    below = math.floor(wanted)
-    above = below if below == wanted else below + 1
-    if not lone and batch > 1:
-        below, above = (0 if below == 1 else below), (2 if above == 1 else above)
+    below = next(n for n in range(math.floor(wanted), -1, -1) if counts.allow(n, batch))
+    above = next(n for n in range(math.ceil(wanted), batch + 1) if counts.allow(n, batch))
     return above if below == above or u < (wanted - below) / (above - below) else below
 
 

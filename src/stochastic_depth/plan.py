@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.discovery.blocks import ResidualBlock
 from stochastic_depth.distributed import Reduction
-from stochastic_depth.draw import Draw
+from stochastic_depth.draw import Counts, Draw
 from stochastic_depth.errors import warn
 from stochastic_depth.rows import Rows
 from stochastic_depth.schedules import ResolvedSchedule
@@ -69,7 +69,7 @@ class Plan:
     following: Any = None  # the handle of the hook on the optimizer
     forced: Mapping[str, bool] | None = None
     probe: Probe | None = None
-    lone_rows: tuple[bool, ...] = ()  # of each block: whether one row of the batch is enough
+    counts: tuple[Counts, ...] = ()  # of each block: how many rows it may run on
     disabled: bool = False
     last_gates: dict[str, bool | Rows | range] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)  # of each container in this step

@@ -5,7 +5,7 @@ A tensor may hold several rows for each example (an image cut into windows), exa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,14 +41,17 @@ class Rows:
             return tuple(self.chosen.tolist())
         return tuple(sorted((self.start + i) % self.batch for i in range(self.count)))
 
-    def cut(self, full: Tensor, dim: int) -> tuple[Tensor, Any]:
+    def cut(self, full: Tensor, dim: int) -> tuple[Any, Any]:
         """The kept rows alone, and what `join` needs to put them back."""
         if self.chosen is not None:
             return full.index_select(dim, self._chosen(full, dim)), full
-        # One split for both, so that the gradient is put together in one piece, too.
-        parts = full.split(self._lengths(full, dim), dim)
+        # One split for both, so that the gradient is put together in one piece, too. A part without
+        # rows would bring a gradient of its own, in another memory format than the others'.
+        lengths = self._lengths(full, dim)
+        pieces = iter(full.split([length for length in lengths if length], dim))
+        parts = [next(pieces) if length else None for length in lengths]
         if self._wraps():
-            return torch.cat([parts[0], parts[2]], dim), parts
+            return _joined([parts[0], parts[2]], dim), parts
         return parts[1], parts
 
     def join(self, kept: Tensor, dim: int, rest: Any) -> Tensor:
@@ -58,9 +61,9 @@ class Rows:
             return full.index_copy(dim, self._chosen(rest, dim), kept.to(full.dtype))
         first, middle, last = rest
         if not self._wraps():
-            return torch.cat([first, kept, last], dim)
+            return _one_format(_joined([first, kept, last], dim))
         head, tail = kept.split([first.shape[dim], last.shape[dim]], dim)
-        return torch.cat([head, middle, tail], dim)
+        return _one_format(_joined([head, middle, tail], dim))
 
     def spread(self, kept: Tensor, dim: int) -> Tensor:
         """Zeros with the kept rows in their places."""
@@ -74,15 +77,19 @@ class Rows:
         if self._wraps():
             end = (self.start + self.count - self.batch) * each
             head, tail = kept.split([end, kept.shape[dim] - end], dim)
-            return torch.cat([head, gap, tail], dim)
+            return _joined([head, gap, tail], dim)
         before, behind = gap.split([each * self.start, shape[dim] - each * self.start], dim)
-        return torch.cat([before, kept, behind], dim)
+        return _joined([before, kept, behind], dim)
 
     def masked(self, full: Tensor, dim: int) -> Tensor:
         """`full` with zeros in the rows that are not kept."""
         each = full.shape[dim] // self.batch
         mask = torch.zeros(self.batch, dtype=full.dtype, device=full.device)
-        mask[self.chosen if self.chosen is not None else list(self.numbers)] = 1.0
+        if self.chosen is not None:
+            mask[self.chosen] = 1.0
+        else:  # slices, which need nothing from the CPU
+            mask[self.start : self.start + self.count] = 1.0
+            mask[: max(0, self.start + self.count - self.batch)] = 1.0
         shape = [1] * full.ndim
         shape[dim] = -1
         return full * mask.repeat_interleave(each).view(shape)
@@ -106,10 +113,29 @@ class Rows:
         return (self.chosen[:, None] * each + steps).flatten()
 
 
+def _joined(parts: Sequence[Tensor | None], dim: int) -> Tensor:
+    return torch.cat([part for part in parts if part is not None and part.shape[dim]], dim)
+
+
+def _one_format(joined: Tensor) -> Tensor:
+    """The same; its gradient will come in its own memory format.
+
+    A gradient in another one goes through dropped rows as it is, from block to block, and every
+    operation on the way back is slow.
+    """
+    if joined.requires_grad and _is_channels_last(joined):
+        joined.register_hook(lambda grad: grad.contiguous(memory_format=torch.channels_last))
+    return joined
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
 def _zeros(like: Tensor, shape: list[int]) -> Tensor:
     """Zeros in the memory format of another tensor: what follows would be slow in another one."""
     zeros = like.new_zeros(shape)
-    if like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
+    if _is_channels_last(like):
         return zeros.contiguous(memory_format=torch.channels_last)
     return zeros
 
@@ -122,12 +148,12 @@ def rows_of(kept: Rows | range) -> tuple[int, ...]:
 def take(arguments: Any, dims: Dims, rows: Rows) -> tuple[Any, dict[int, Any]]:
     """The arguments for the kept rows, and for each leaf what puts them back.
 
-    A leaf of a single row holds for all rows.
+    A leaf of a single row holds for all rows; None, where a mask is left out, for none.
     """
     leaves, spec = tree_flatten(arguments)
     rests = {}
     for number, dim in dims.items():
-        if leaves[number].shape[dim] != 1:
+        if leaves[number] is not None and leaves[number].shape[dim] != 1:
             leaves[number], rests[number] = rows.cut(leaves[number], dim)
     return tree_unflatten(leaves, spec), rests
 

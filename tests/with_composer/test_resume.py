@@ -24,10 +24,10 @@ from with_composer.training import CLASSES, Watch, loader, network, trainer
 Optimizers = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 OPTIMIZERS: dict[str, Optimizers] = {
-    "SGD": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9, dampening=0.1, weight_decay=1e-3),
+    "SGD": lambda p: torch.optim.SGD(p, 1e-4, momentum=0.9, dampening=0.1, weight_decay=1e-3),
     "AdamW": lambda p: torch.optim.AdamW(p, 1e-3),
     "RMSprop": lambda p: torch.optim.RMSprop(p, 1e-3, momentum=0.9),
-    "DecoupledSGDW": lambda p: DecoupledSGDW(p, 0.01, momentum=0.9, weight_decay=1e-5),
+    "DecoupledSGDW": lambda p: DecoupledSGDW(p, 1e-4, momentum=0.9, weight_decay=1e-5),
     "DecoupledAdamW": lambda p: DecoupledAdamW(p, 1e-3, weight_decay=1e-5),
 }
 

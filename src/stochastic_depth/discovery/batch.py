@@ -14,15 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.discovery.additions import Addition
+from stochastic_depth.discovery.blocks import Discovery, ResidualBlock
 from stochastic_depth.discovery.example import Example
 from stochastic_depth.discovery.recording import Call, Recording
 from stochastic_depth.discovery.templates import Given, Template
 from stochastic_depth.discovery.watch import record
+from stochastic_depth.draw import Counts
 from stochastic_depth.errors import ExampleInputsError
 from stochastic_depth.rows import Dims, Places
 from stochastic_depth.torch_private import tree_flatten, tree_unflatten
 
 _MORE = 3  # rows: enough for a window of two that wraps around the end
+
+# The least part of a batch to drop, where any. Moving the other rows costs as much as a tenth of a
+# convolutional branch, which is large and computes little for each value, and less of others.
+_IMAGE_DIMS, _FEWEST_IMAGES, _FEWEST_ROWS = 4, 0.5, 0.25
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +116,19 @@ def with_more_rows(example: Example) -> tuple[Example, tuple[int, int]]:
 
     args, kwargs = tree_unflatten([longer(leaf) for leaf in leaves], spec)
     return (args, kwargs), (few, few + _MORE)
+
+
+def allowed_counts(model: nn.Module, found: Discovery, block: ResidualBlock) -> Counts:
+    """How many rows a block may run on, by its modules and the shape of what it adds to."""
+    batch_norm = any(
+        isinstance(part, nn.modules.batchnorm._BatchNorm)
+        for branch in block.branches
+        for name in branch.modules
+        for part in model.get_submodule(name).modules()
+    )
+    stream = found.recording.nodes[found.groups[block.name][0].additions[0].node]
+    fewest = _FEWEST_IMAGES if len(stream.shape) >= _IMAGE_DIMS else _FEWEST_ROWS
+    return Counts(lone=not batch_norm, fewest_dropped=fewest)
 
 
 def rows_of_members(

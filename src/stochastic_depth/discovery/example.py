@@ -79,5 +79,5 @@ def _telling(leaf: Any, generator: torch.Generator) -> Any:
         return leaf
     if leaf.is_meta or bool((leaf != leaf.flatten()[0]).any()):
         return leaf
-    noise = torch.randn(leaf.shape, generator=generator)
+    noise = torch.randn(leaf.shape, generator=generator, device="cpu")
     return noise.to(dtype=leaf.dtype, device=leaf.device)

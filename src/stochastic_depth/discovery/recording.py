@@ -14,7 +14,7 @@ from functools import cached_property
 
 import torch
 
-from stochastic_depth.discovery.templates import Place, Template
+from stochastic_depth.discovery.templates import Form, Place, Template
 
 
 @dataclass(slots=True, eq=False)
@@ -52,7 +52,7 @@ class Call:
     outputs: tuple[int | None, ...] = ()  # nodes of its output's leaves; None: no tensor
     template: Template | None = None
     signature: tuple[object, ...] = ()  # of its arguments, with their shapes
-    form: tuple[object, ...] = ()  # of its arguments, without
+    form: Form = ()  # of its arguments, without
     unchanged: list[set[Place]] = field(default_factory=list)
     """For each leaf of the output, the arguments whose value it has (where tensors were kept)."""
 

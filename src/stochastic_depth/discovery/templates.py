@@ -6,7 +6,7 @@ A dropped module hands out a stand-in that is made from such a template.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,15 @@ from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.torch_private import TreeSpec, tree_flatten, tree_unflatten
 
 Place = int | str  # where an argument stands in a call: its position or its keyword
+Form = tuple[tuple[Place, object], ...]  # of a call: its arguments but for their shapes
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+class _AnyTensor(NamedTuple):
+    """A tensor in the form of a call."""
+
+    ndim: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +97,9 @@ class Template:
     leaves: tuple[Given | Made | Constant | Opaque, ...]
     spec: TreeSpec
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Template:
+        return self  # nothing in it changes; and torch 2.11 warns where a TreeSpec is copied
+
     def build(
         self,
         args: tuple[Any, ...],
@@ -157,15 +167,26 @@ def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ..
     return (*described, autocast, str(spec))
 
 
-def form(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ...]:
+def form(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form:
     """What the control flow of a forward usually depends on: arguments but for shapes."""
-    given = [*enumerate(args), *sorted(kwargs.items())]
+    given: list[tuple[Place, Any]] = [*enumerate(args), *sorted(kwargs.items())]
     return tuple((place, _kind_of(value)) for place, value in given)
+
+
+def same_but_for_nones(called: Form, watched: Form) -> bool:
+    """Whether the calls are alike, but that one has None where the watched one had tensors."""
+
+    def alike(mine: tuple[Place, object], other: tuple[Place, object]) -> bool:
+        (place, kind), (there, watched_kind) = mine, other
+        left_out = kind == _kind_of(None) and isinstance(watched_kind, _AnyTensor)
+        return place == there and (kind == watched_kind or left_out)
+
+    return len(called) == len(watched) and all(map(alike, called, watched))
 
 
 def _kind_of(value: object) -> object:
     if isinstance(value, Tensor):
-        return ("tensor", value.ndim)
+        return _AnyTensor(value.ndim)
     return (type(value), value) if isinstance(value, _PLAIN) else type(value)
 
 

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from stochastic_depth import distributed
 from stochastic_depth.deciding import Batch, Decision, drawn, probed, settled
-from stochastic_depth.discovery.templates import SkipPath, Template, form
+from stochastic_depth.discovery.templates import Form, SkipPath, Template, form, same_but_for_nones
 from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.gating.passage import Gate, Original, Passage, changed, running
 from stochastic_depth.gating.recomputation import remembered
-from stochastic_depth.rows import Rows, put_back, take
+from stochastic_depth.rows import Dims, Places, Rows, put_back, take
 from stochastic_depth.torch_private import backward_is_running, tree_leaves
-
-Form = tuple[object, ...]  # of a call: its arguments but for their shapes
 
 
 def call_container(
@@ -121,12 +119,13 @@ def _decide(gate: Gate, module: nn.Module, called: Form, args: Any, kwargs: Any)
         return {block: drawn(plan, block, path, batch) for block in gate.blocks}, path, wrapper
 
     decisions, path, wrapper = remembered(gate, make, may_recompute=training)
-    return Passage(gate, decisions, training, path, wrapper=wrapper)
+    plain = all(decision.changes_nothing for decision in decisions.values())
+    return Passage(gate, decisions, training, path, wrapper=wrapper, plain=plain)
 
 
 def _batch(gate: Gate, called: Form, args: Any, kwargs: Any) -> Batch:
     """The batch that a container is called with."""
-    known = gate.batch.get(called)
+    known = gate.batch.get(called) or _known_but_for_nones(gate, called)
     if known is None:
         raise ChangedModelError(
             f'"{gate.name}" is called with other arguments than in the example, so it cannot be '
@@ -135,5 +134,15 @@ def _batch(gate: Gate, called: Form, args: Any, kwargs: Any) -> Batch:
             instead='pass example_inputs as in the training (with the mask, say), or mode="batch"',
         )
     leaves = tree_leaves((args, kwargs))
-    size, number = max((leaves[number].shape[dim], number) for number, dim in known[0].items())
-    return Batch(size, leaves[number].device)
+    held = [(leaves[n], dim) for n, dim in known[0].items() if isinstance(leaves[n], Tensor)]
+    widest, dim = max(held, key=lambda leaf: leaf[0].shape[leaf[1]])
+    return Batch(widest.shape[dim], widest.device)
+
+
+def _known_but_for_nones(gate: Gate, called: Form) -> tuple[Dims, Places] | None:
+    """What is known of a call that had tensors where this one has None (a mask left out)."""
+    for watched, known in gate.batch.items():
+        if same_but_for_nones(called, watched):
+            gate.batch[called] = known
+            return known
+    return None

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stochastic_depth.deciding import Decision
-from stochastic_depth.discovery.templates import SkipPath, Template
+from stochastic_depth.discovery.templates import Form, SkipPath, Template
 from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.plan import Plan
 from stochastic_depth.rows import Dims, Places
@@ -46,8 +46,8 @@ class Gate:
     name: str
     blocks: tuple[int, ...] = ()  # a container's: the blocks that its call decides about
     whole: Template | SkipPath | None = None  # a container's: what it comes to when dropped
-    forms: frozenset[object] = frozenset()  # a container's: the calls that `whole` holds for
-    batch: dict[tuple[object, ...], tuple[Dims, Places]] = field(default_factory=dict)
+    forms: frozenset[Form] = frozenset()  # a container's: the calls that `whole` holds for
+    batch: dict[Form, tuple[Dims, Places]] = field(default_factory=dict)
     """A container's in mode "sample": where its arguments and output hold the batch, by form."""
     positional: tuple[str, ...] = ()  # a container's: names of its forward's parameters
     expected: int = 0  # a container's: how many calls of its members one call of it makes
@@ -55,6 +55,11 @@ class Gate:
     """A member's: for each container, what its first, second, ... call in it is."""
     templates: dict[tuple[object, ...], Template] = field(default_factory=dict)
     used_elsewhere: bool = False  # a member's: is called outside of its containers, too
+
+    @property
+    def shared(self) -> bool:
+        """Whether a member belongs to several containers, or is called outside of them."""
+        return self.used_elsewhere or len(self.roles) > 1
 
 
 @dataclass(slots=True, eq=False)
@@ -69,6 +74,7 @@ class Passage:
     calls: dict[str, int] = field(default_factory=dict)  # calls of the containers inside
     wrapper: Any = None  # the DistributedDataParallel around it
     on_rows: bool = False  # its forward is given the kept rows alone
+    plain: bool = False  # all branches run, on all rows, and are not multiplied
     visits: int = 0
     inside_member: bool = False
 

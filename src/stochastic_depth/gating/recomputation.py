@@ -60,18 +60,24 @@ def remembered(gate: Any, make: Callable[[], T], *, may_recompute: bool) -> T:
     return value
 
 
-def recall(gate: Any) -> Any | None:
-    """What was decided for a gate whose container is not running: that is, in a recomputation."""
+def recall(gate: Any) -> tuple[bool, Any | None]:
+    """What was noted for a gate whose container is not running: that is, in a recomputation.
+
+    Returns:
+        Whether a non-reentrant checkpoint is recomputed; and what was noted, where something was.
+    """
     forward_frames, recomputed = checkpoint_frames()
-    if recomputed is not None and gate in _log(recomputed[0]):
+    if recomputed is not None:
+        if gate not in _log(recomputed[0]):
+            return True, None
         value = _replay(gate, *recomputed)
     elif backward_is_running() and gate in _outstanding:
         value = _the_outstanding(gate)
     else:
-        return None
+        return False, None
     for frame in forward_frames:
         _log(frame).setdefault(gate, []).append(value)
-    return value
+    return recomputed is not None, value
 
 
 def note(gate: Any, value: Any, *, may_recompute: bool) -> None:
