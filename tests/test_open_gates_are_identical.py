@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import parametrizations
 
 import stochastic_depth as sd
 from comparing import assert_identical_gradients, run
+from networks import WIDTH, make, residuals, vectors
 from zoo import SPECIMENS, Specimen
 
 pytestmark = pytest.mark.filterwarnings("ignore::stochastic_depth.StochasticDepthWarning")
@@ -95,3 +98,36 @@ def test_apply_and_remove_leave_no_trace(specimen: Specimen) -> None:
         for name, tensor in now:
             assert id(tensor) == before[name][0], name
             assert torch.equal(tensor, before[name][1]), name
+
+
+def test_a_parametrization_put_on_since_stays_when_the_gates_go() -> None:
+    model, x = make("pre-norm")
+    plain = copy.deepcopy(model)
+    depth = sd.apply_stochastic_depth(model, 0.1, example_inputs=x)
+    for net in (model, plain):
+        for name in ("layers.0.mlp.0", "layers.1.mlp"):  # inside of a gated module, and one itself
+            module = net.get_submodule(name)
+            for linear in [m for m in module.modules() if isinstance(m, nn.Linear)]:
+                parametrizations.weight_norm(linear)
+    parametrizations.orthogonal(model.get_submodule("embed"))
+    parametrizations.orthogonal(plain.get_submodule("embed"))
+    depth.remove()
+    assert torch.equal(model(x), plain(x))
+    assert not [m for m in model.modules() if "stochastic_depth" in repr(type(m).__mro__)]
+
+
+def test_a_gated_module_that_is_parametrized_itself_runs_and_is_given_back() -> None:
+    model = residuals(6)
+    x = vectors(2, WIDTH)
+    depth = sd.apply_stochastic_depth(model, 0.1, example_inputs=x)
+    linear = model.get_submodule("0.linear")
+    parametrizations.weight_norm(linear)
+    expected = copy.deepcopy(model).train()
+    with depth.fixed({}):
+        gated = model.train()(x)
+    depth.remove()
+    assert torch.equal(model(x), gated)
+    assert isinstance(linear, nn.Linear)
+    assert "_stochastic_depth" not in vars(linear)
+    with sd.get_stochastic_depth(expected).fixed({}):
+        assert torch.equal(expected(x), gated)

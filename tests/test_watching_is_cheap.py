@@ -47,3 +47,10 @@ def test_a_constant_example_is_as_good_as_any(constant: float) -> None:
     table = str(sd.apply_stochastic_depth(model, 0.2, example_inputs=x))
     assert table.count("skipped whole") == 12
     assert (x == constant).all()
+
+
+def test_a_model_of_timm_brings_its_own_example_also_for_images_of_another_size() -> None:
+    timm = pytest.importorskip("timm")
+    for options in ({}, {"img_size": 64}):
+        model = timm.create_model("vit_tiny_patch16_224", num_classes=10, depth=6, **options)
+        assert len(sd.find_residual_blocks(model)) == 6

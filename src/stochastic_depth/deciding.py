@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class Decision:
     rows: tuple[Rows | None, ...]
     masked: bool = False
 
-    @property
+    @cached_property
     def changes_nothing(self) -> bool:
         """Whether the branches run as they are."""
         open_wide = all(self.kept) and all(rows is None for rows in self.rows)
@@ -169,8 +170,15 @@ def _spread(
     """One value for each branch, also where the branches share one."""
     branches = len(plan.blocks[block].branches)
     share = branches if plan.unit == "block" else 1
-    rows = rows or [None] * len(kept)
+    if rows is None:
+        return _on_all_rows(tuple(kept * share), tuple(factors * share))
     return Decision(tuple(kept * share), tuple(factors * share), tuple([*rows] * share))
+
+
+@lru_cache(maxsize=4096)
+def _on_all_rows(kept: tuple[bool, ...], factors: tuple[float, ...]) -> Decision:
+    """The same few decisions are made all the time."""
+    return Decision(kept, factors, (None,) * len(kept))
 
 
 def _forward_of(call: tuple[int, ...]) -> tuple[int, ...]:

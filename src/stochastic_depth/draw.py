@@ -180,10 +180,16 @@ class Counts:
     lone: bool
     fewest_dropped: float
 
-    def allow(self, count: int, batch: int) -> bool:
-        """Whether so many rows of a batch may be kept."""
-        few_enough = batch - count >= self.fewest_dropped * batch
-        return count in (0, batch) or (few_enough and (self.lone or count > 1))
+    def around(self, wanted: float, batch: int) -> tuple[int, int]:
+        """The allowed numbers next to a wanted one, below and above."""
+        least, most = (1 if self.lone else 2), math.floor(batch * (1.0 - self.fewest_dropped))
+        if least > most:
+            return 0, batch
+        if wanted > most:
+            return most, batch
+        if wanted < least:
+            return 0, least
+        return math.floor(wanted), math.ceil(wanted)
 
 
 def kept_count(u: float, batch: int, rate: float, counts: Counts) -> int:
@@ -208,8 +214,7 @@ def kept_count(u: float, batch: int, rate: float, counts: Counts) -> int:
         (16, 8)
     """
     wanted = batch * (1.0 - rate)
-    below = next(n for n in range(math.floor(wanted), -1, -1) if counts.allow(n, batch))
-    above = next(n for n in range(math.ceil(wanted), batch + 1) if counts.allow(n, batch))
+    below, above = counts.around(wanted, batch)
     return above if below == above or u < (wanted - below) / (above - below) else below
 
 

@@ -22,7 +22,7 @@ from stochastic_depth.errors import (
     warn,
 )
 from stochastic_depth.gating.attach import detach, gated_modules
-from stochastic_depth.gating.swap import gate_of
+from stochastic_depth.gating.gate import gate_of
 from stochastic_depth.plan import Plan
 from stochastic_depth.rows import rows_of
 from stochastic_depth.table import table

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -75,8 +75,8 @@ class Plan:
     calls: dict[str, int] = field(default_factory=dict)  # of each container in this step
     calls_in_step: int = 0  # the step that `calls` counts in
     handle: weakref.ref[Any] | None = None
-    versions: dict[str, int] = field(default_factory=dict)  # of each container's parameters
-    changes: dict[str, int] = field(default_factory=dict)  # of them, while the clock stood still
+    looked_at: tuple[str, int] | None = None  # a container, and the version of its parameters
+    changes: int = 0  # of these, while the clock stood still
     warned: bool = False
     reduction: Reduction = field(default_factory=Reduction)
     together: tuple[Any, dict[str, Any]] = (None, {})  # what was last drawn for all units at once
@@ -87,17 +87,23 @@ class Plan:
         across = self.draw.across_ranks
         return across == "different" or (across == "auto" and self.mode == "sample")
 
+    def __post_init__(self) -> None:
+        alone = self.unit == "block"
+        self._units = tuple(
+            (block.name,) if alone else tuple(branch.name for branch in block.branches)
+            for block in self.blocks
+        )
+
     def units(self, block: int) -> tuple[str, ...]:
         """The names of what is drawn for in a block: itself, or each of its branches."""
-        found = self.blocks[block]
-        if self.unit == "block":
-            return (found.name,)
-        return tuple(branch.name for branch in found.branches)
+        return self._units[block]
 
     def rate(self, block: int, unit: str) -> float:
         """The drop rate at this step."""
         base = self.rates[block]
-        return base * self.schedule(self.clock.step, unit) if base else 0.0
+        if not base or not self.schedule.by_name:
+            return base
+        return base * self.schedule(self.clock.step, unit)
 
     def next_call(self, container: str, calls: dict[str, int] | None) -> int:
         """How often the container was called before, in this step or in the call around it."""
@@ -112,22 +118,28 @@ class Plan:
     def advance(self) -> None:
         """One optimizer step; the clock of a copy leaves its original's."""
         self.clock.set(self.clock.step + 1)
-        self.changes.clear()
+        self.changes, self.looked_at = 0, None
 
-    def expect_steps(self, container: str, parameters: Iterable[nn.Parameter]) -> None:
+    def expect_steps(self, container: str, module: nn.Module) -> None:
         """Warn, once, where parameters change time and again and nobody tells the clock.
+
+        One container is enough, the first that is called and trained.
 
         Args:
             container: Whose call it is.
-            parameters: The container's.
+            module: The container.
         """
         if self.warned or not (self.schedule.by_name or self.draw.redraw == "step"):
             return
-        version = sum(p._version for p in parameters if p.requires_grad and not p.is_inference())
-        if self.versions.get(container, version) != version:
-            self.changes[container] = self.changes.get(container, 0) + 1
-        self.versions[container] = version
-        if self.changes.get(container, 0) >= _PATIENCE and self.clock.follows is None:
+        if self.looked_at is not None and self.looked_at[0] != container:
+            return
+        trained = [p for p in module.parameters() if p.requires_grad and not p.is_inference()]
+        if not trained:
+            return
+        version = sum(p._version for p in trained)
+        self.changes += self.looked_at is not None and self.looked_at[1] != version
+        self.looked_at = (container, version)
+        if self.changes >= _PATIENCE and self.clock.follows is None:
             self.warned = True
             warn(
                 f'the parameters of "{container}" changed {_PATIENCE} times while stochastic '
@@ -139,7 +151,7 @@ class Plan:
         twin = copy.copy(self)
         memo[id(self)] = twin
         twin.clock = Clock(follows=self.clock)
-        twin.versions, twin.changes, twin.reduction = {}, {}, Reduction()
+        twin.looked_at, twin.changes, twin.reduction = None, 0, Reduction()
         twin.together = (None, {})
         twin.calls, twin.last_gates = dict(self.calls), dict(self.last_gates)
         twin.following = twin.handle = twin.forced = None

@@ -55,7 +55,10 @@ def _own_example(model: nn.Module) -> Tensor | dict[str, Any]:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     if isinstance(config, Mapping) and config.get("input_size"):
-        return torch.zeros(2, *config["input_size"], device=device)
+        channels, *size = config["input_size"]
+        # A model that was built for images of another size says so there.
+        size = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
+        return torch.zeros(2, channels, *size, device=device)
     settings = getattr(model, "config", None)
     size = getattr(settings, "image_size", None)
     if getattr(model, "main_input_name", None) == "pixel_values" and size is not None:

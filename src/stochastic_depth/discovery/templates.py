@@ -6,7 +6,7 @@ A dropped module hands out a stand-in that is made from such a template.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +18,6 @@ Place = int | str  # where an argument stands in a call: its position or its key
 Form = tuple[tuple[Place, object], ...]  # of a call: its arguments but for their shapes
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
-
-
-class _AnyTensor(NamedTuple):
-    """A tensor in the form of a call."""
-
-    ndim: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +162,10 @@ def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ..
 
 
 def form(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form:
-    """What the control flow of a forward usually depends on: arguments but for shapes."""
+    """What the control flow of a forward usually depends on: arguments but for shapes.
+
+    A tensor stands there as its number of dimensions, a plain value with its type.
+    """
     given: list[tuple[Place, Any]] = [*enumerate(args), *sorted(kwargs.items())]
     return tuple((place, _kind_of(value)) for place, value in given)
 
@@ -178,7 +175,7 @@ def same_but_for_nones(called: Form, watched: Form) -> bool:
 
     def alike(mine: tuple[Place, object], other: tuple[Place, object]) -> bool:
         (place, kind), (there, watched_kind) = mine, other
-        left_out = kind == _kind_of(None) and isinstance(watched_kind, _AnyTensor)
+        left_out = kind == _kind_of(None) and isinstance(watched_kind, int)
         return place == there and (kind == watched_kind or left_out)
 
     return len(called) == len(watched) and all(map(alike, called, watched))
@@ -186,7 +183,7 @@ def same_but_for_nones(called: Form, watched: Form) -> bool:
 
 def _kind_of(value: object) -> object:
     if isinstance(value, Tensor):
-        return _AnyTensor(value.ndim)
+        return value.ndim
     return (type(value), value) if isinstance(value, _PLAIN) else type(value)
 
 

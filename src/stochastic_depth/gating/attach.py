@@ -13,8 +13,9 @@ from stochastic_depth.discovery.branches import member_calls, unread_outputs
 from stochastic_depth.discovery.grouping import Group
 from stochastic_depth.discovery.recording import Call, Recording
 from stochastic_depth.discovery.templates import SkipPath, Template
+from stochastic_depth.gating.gate import gate_of
 from stochastic_depth.gating.passage import Gate, Role
-from stochastic_depth.gating.swap import gate_of, swap_in, swap_out
+from stochastic_depth.gating.swap import swap_in, swap_out
 from stochastic_depth.plan import Plan
 from stochastic_depth.rows import Dims
 
@@ -57,10 +58,15 @@ def attach(
         gate.expected = sum(map(len, roles.values()))
         for name, found_roles in roles.items():
             gates.setdefault(name, Gate(plan, name)).roles[container] = found_roles
+    alone: dict[str, set[Gate]] = {}
     for name, gate in gates.items():
         if gate.roles:
             _describe_calls(found.recording, gate)
+        if len(gate.roles) == 1 and not gate.blocks and not gate.used_elsewhere:
+            alone.setdefault(next(iter(gate.roles)), set()).add(gate)
         swap_in(model.get_submodule(name), gate)
+    for container, members in alone.items():
+        gates[container].alone = frozenset(members)
 
 
 def detach(model: nn.Module, plan: Plan) -> None:

@@ -16,6 +16,7 @@ from stochastic_depth.discovery.templates import Form, SkipPath, Template, form,
 from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.gating.passage import Gate, Original, Passage, changed, running
 from stochastic_depth.gating.recomputation import remembered
+from stochastic_depth.plan import Plan
 from stochastic_depth.rows import Dims, Places, Rows, put_back, take
 from stochastic_depth.torch_private import backward_is_running, tree_leaves
 
@@ -27,10 +28,26 @@ def call_container(
     if not gate.blocks:
         return original(module, *args, **kwargs)
     if module.training:
-        gate.plan.expect_steps(gate.name, module.parameters())
-    called = form(args, kwargs)
-    passage = _decide(gate, module, called, args, kwargs)
+        gate.plan.expect_steps(gate.name, module)
+    passage = _decide(gate, module, args, kwargs)
+    if passage.plain:
+        output = _run(passage, module, original, args, kwargs)
+    else:
+        output = _run_in_part(passage, module, original, args, kwargs)
+    if passage.wrapper is not None and not backward_is_running():
+        # Where a reentrant checkpoint runs the forward without gradients, only the input has any.
+        differ = gate.plan.ranks_differ or gate.plan.forced is not None
+        gate.plan.reduction.expect(passage.wrapper, (output, args, kwargs), differ=differ)
+    return output
+
+
+def _run_in_part(
+    passage: Passage, module: nn.Module, original: Original, args: Any, kwargs: Any
+) -> Any:
+    """The container without what is dropped: its forward does not run, or on some rows."""
+    gate = passage.gate
     decision = passage.decisions[gate.blocks[0]]
+    called = form(args, kwargs)
     # Called in another way than it was watched (with a mask, say), the forward may do more than
     # hand its input on: then it runs, with its branches closed.
     whole = gate.whole if called in gate.forms else None
@@ -38,19 +55,15 @@ def call_container(
         output = _dropped(gate, whole, module, args, kwargs)
         if passage.wrapper is not None:
             output = gate.plan.reduction.skip(output, module.parameters())
-    elif isinstance(whole, Template) and (rows := _shared_rows(decision)) is not None:
-        (some, named), rests = take((args, kwargs), gate.batch[called][0], rows)
-        passage.on_rows = True
-        output = _run(passage, module, original, some, named)
-        # A dropped row comes to what it is in a dropped block.
-        output = put_back(output, gate.batch[called][1], rests, rows)
-    else:
-        output = _run(passage, module, original, args, kwargs)
-    if passage.wrapper is not None and not backward_is_running():
-        # Where a reentrant checkpoint runs the forward without gradients, only the input has any.
-        differ = gate.plan.ranks_differ or gate.plan.forced is not None
-        gate.plan.reduction.expect(passage.wrapper, (output, args, kwargs), differ=differ)
-    return output
+        return output
+    rows = _shared_rows(decision) if isinstance(whole, Template) else None
+    if rows is None:
+        return _run(passage, module, original, args, kwargs)
+    (some, named), rests = take((args, kwargs), gate.batch[called][0], rows)
+    passage.on_rows = True
+    output = _run(passage, module, original, some, named)
+    # A dropped row comes to what it is in a dropped block.
+    return put_back(output, gate.batch[called][1], rests, rows)
 
 
 def _run(passage: Passage, module: nn.Module, original: Original, args: Any, kwargs: Any) -> Any:
@@ -92,7 +105,7 @@ def _shared_rows(decision: Decision) -> Rows | None:
     return first if not decision.masked and all(r is first for r in decision.rows) else None
 
 
-def _decide(gate: Gate, module: nn.Module, called: Form, args: Any, kwargs: Any) -> Passage:
+def _decide(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> Passage:
     """A new passage: drawn, settled without a draw, or that of the forward recomputed."""
     plan, training = gate.plan, module.training
 
@@ -100,7 +113,7 @@ def _decide(gate: Gate, module: nn.Module, called: Form, args: Any, kwargs: Any)
         alike = plan.mode == "batch" and not plan.ranks_differ
         wrapper = distributed.wrapper_of(module, gate.name, alike=alike) if training else None
         if plan.probe is not None:
-            size = _batch(gate, called, args, kwargs).size
+            size = _batch(gate, args, kwargs).size
             return {block: probed(plan, block, size) for block in gate.blocks}, (), None
         if not training or plan.disabled or plan.forced is not None:
             forced = None if plan.disabled else plan.forced
@@ -112,19 +125,28 @@ def _decide(gate: Gate, module: nn.Module, called: Form, args: Any, kwargs: Any)
                 (),
                 wrapper,
             )
-        around = next((p for p in reversed(running.passages) if p.gate.plan is plan), None)
+        around = _passage_around(plan) if running.passages else None
         number = plan.next_call(gate.name, around.calls if around and around.path else None)
         path = (*(around.path if around else ()), number)
-        batch = _batch(gate, called, args, kwargs) if plan.mode == "sample" else None
+        batch = _batch(gate, args, kwargs) if plan.mode == "sample" else None
         return {block: drawn(plan, block, path, batch) for block in gate.blocks}, path, wrapper
 
     decisions, path, wrapper = remembered(gate, make, may_recompute=training)
     plain = all(decision.changes_nothing for decision in decisions.values())
-    return Passage(gate, decisions, training, path, wrapper=wrapper, plain=plain)
+    unchanged = gate.alone if plain else frozenset()
+    return Passage(
+        gate, decisions, training, path, wrapper=wrapper, plain=plain, unchanged=unchanged
+    )
 
 
-def _batch(gate: Gate, called: Form, args: Any, kwargs: Any) -> Batch:
+def _passage_around(plan: Plan) -> Passage | None:
+    """The innermost passage of this plan that is under way."""
+    return next((p for p in reversed(running.passages) if p.gate.plan is plan), None)
+
+
+def _batch(gate: Gate, args: Any, kwargs: Any) -> Batch:
     """The batch that a container is called with."""
+    called = form(args, kwargs)
     known = gate.batch.get(called) or _known_but_for_nones(gate, called)
     if known is None:
         raise ChangedModelError(

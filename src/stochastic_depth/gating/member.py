@@ -18,34 +18,6 @@ from stochastic_depth.rows import masked, spread, take
 from stochastic_depth.torch_private import tree_flatten, tree_leaves, tree_unflatten
 
 
-def runs_plain(gate: Gate) -> Passage | None:
-    """The passage that this call of a member changes nothing in: nothing need be written down.
-
-    Most calls of a member are such, so this decides without a look at the call's role. A call
-    without gradients may be a reentrant checkpoint's, which has to find what was decided.
-    """
-    if not running.passages:
-        return None
-    passage = running.passages[-1]
-    if not passage.plain or gate.blocks or gate.shared or passage.gate.name not in gate.roles:
-        return None
-    return passage if passage.gate.plan is gate.plan and torch.is_grad_enabled() else None
-
-
-def call_plain(
-    passage: Passage, module: nn.Module, original: Original, args: Any, kwargs: Any
-) -> Any:
-    """Call a module as a member of branches that run as they are."""
-    if passage.inside_member:
-        return original(module, *args, **kwargs)
-    passage.visits += 1
-    passage.inside_member = True
-    try:
-        return original(module, *args, **kwargs)
-    finally:
-        passage.inside_member = False
-
-
 def role_in(gate: Gate) -> tuple[Passage, Role] | None:
     """What this call of a member is; None where it has nothing to do with a gate."""
     for passage in reversed(running.passages):

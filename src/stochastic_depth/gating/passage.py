@@ -55,11 +55,8 @@ class Gate:
     """A member's: for each container, what its first, second, ... call in it is."""
     templates: dict[tuple[object, ...], Template] = field(default_factory=dict)
     used_elsewhere: bool = False  # a member's: is called outside of its containers, too
-
-    @property
-    def shared(self) -> bool:
-        """Whether a member belongs to several containers, or is called outside of them."""
-        return self.used_elsewhere or len(self.roles) > 1
+    alone: frozenset[Gate] = frozenset()
+    """A container's: its members that are nothing else, nor called anywhere else."""
 
 
 @dataclass(slots=True, eq=False)
@@ -75,6 +72,7 @@ class Passage:
     wrapper: Any = None  # the DistributedDataParallel around it
     on_rows: bool = False  # its forward is given the kept rows alone
     plain: bool = False  # all branches run, on all rows, and are not multiplied
+    unchanged: frozenset[Gate] = frozenset()  # its members that nothing need be looked up for
     visits: int = 0
     inside_member: bool = False
 

@@ -8,43 +8,38 @@ those, too. Parameters, state-dict keys, `isinstance` and `__name__` stay. As in
 from __future__ import annotations
 
 import copyreg
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
-from stochastic_depth.gating.gate import call
+from stochastic_depth.gating.gate import KEY, gated_call
 from stochastic_depth.gating.passage import Gate
-
-_KEY = "_stochastic_depth"  # where a gated module keeps its gate
 
 _gated_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def gate_of(module: nn.Module) -> Gate | None:
-    """The module's gate, where it has one."""
-    return cast("Gate | None", module.__dict__.get(_KEY))
-
-
 def swap_in(module: nn.Module, gate: Gate) -> None:
     """Gate a module."""
-    module.__dict__[_KEY] = gate
+    module.__dict__[KEY] = gate
     module.__class__ = _gated(type(module))
 
 
 def swap_out(module: nn.Module) -> None:
     """Give a gated module its own class back."""
-    del module.__dict__[_KEY]
-    module.__class__ = cast(Any, type(module)).gated_from
+    del module.__dict__[KEY]
+    own: Any = type(module)
+    if "gated_from" in vars(own):
+        module.__class__ = own.gated_from
+    else:  # a class that a parametrization made from the gated one since; copies share it
+        bases = tuple(vars(base).get("gated_from", base) for base in own.__bases__)
+        content = {k: v for k, v in vars(own).items() if k not in ("__dict__", "__weakref__")}
+        module.__class__ = type(own)(own.__name__, bases, content)
 
 
 def _gated(original: type[nn.Module]) -> type[nn.Module]:
     """The gated subclass of a class, one for each."""
     if original in _gated_classes:
         return _gated_classes[original]
-    plain_call = original.__call__
-
-    def call_gated(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return call(self.__dict__[_KEY], self, plain_call, args, kwargs)
 
     def reduce_gated(self: nn.Module, protocol: Any) -> Any:
         # No module holds the gated class under its name, so a copy is built from the original.
@@ -60,7 +55,7 @@ def _gated(original: type[nn.Module]) -> type[nn.Module]:
         (original,),
         {
             "gated_from": original,
-            "__call__": call_gated,
+            "__call__": gated_call(original.__call__),
             "__reduce_ex__": reduce_gated,
             "__module__": original.__module__,
             "__qualname__": original.__qualname__,
