@@ -40,8 +40,8 @@ def test_they_are_those_of_the_seed_and_the_batch() -> None:
 
 def test_samples_have_rows_of_their_own() -> None:
     kept = [rows for of_batch in gates(method="sample") for rows in of_batch.values()]
-    assert {len(rows) for rows in kept} == {2, 3, 4}
-    assert {tuple(rows) for rows in kept if len(rows) == 2} == {(0, 1), (1, 2), (2, 3), (0, 3)}
+    # Of images half of a batch is dropped at once, or none.
+    assert {tuple(rows) for rows in kept} == {(0, 1), (2, 3), (0, 1, 2, 3)}
 
 
 @pytest.mark.parametrize("method", ["block", "sample"])
