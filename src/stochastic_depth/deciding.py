@@ -35,10 +35,14 @@ class Decision:
     masked: bool = False
 
     @cached_property
+    def all_on_all_rows(self) -> bool:
+        """Whether all branches run, on the whole batch."""
+        return all(self.kept) and all(rows is None for rows in self.rows)
+
+    @cached_property
     def changes_nothing(self) -> bool:
         """Whether the branches run as they are."""
-        open_wide = all(self.kept) and all(rows is None for rows in self.rows)
-        return open_wide and all(factor == 1.0 for factor in self.factors)
+        return self.all_on_all_rows and all(factor == 1.0 for factor in self.factors)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from stochastic_depth.discovery.recording import Call, Recording
 from stochastic_depth.discovery.templates import SkipPath, Template
 from stochastic_depth.gating.gate import gate_of
 from stochastic_depth.gating.passage import Gate, Role
+from stochastic_depth.gating.scaled import own_weights
 from stochastic_depth.gating.swap import swap_in, swap_out
 from stochastic_depth.plan import Plan
 from stochastic_depth.rows import Dims
@@ -54,7 +55,8 @@ def attach(
                     batches.places(call, template) if template else {},
                 )
         groups = [found.groups[plan.blocks[number].name][0] for number in numbers]
-        roles = _roles(found.recording, plan, dict(zip(numbers, groups, strict=True)), batches)
+        own = dict(zip(numbers, groups, strict=True))
+        roles = _roles(model, found.recording, plan, own, batches)
         gate.expected = sum(map(len, roles.values()))
         for name, found_roles in roles.items():
             gates.setdefault(name, Gate(plan, name)).roles[container] = found_roles
@@ -67,6 +69,7 @@ def attach(
         swap_in(model.get_submodule(name), gate)
     for container, members in alone.items():
         gates[container].alone = frozenset(members)
+        gates[container].within = frozenset(gate for gate in members if not _ends_a_branch(gate))
 
 
 def detach(model: nn.Module, plan: Plan) -> None:
@@ -84,12 +87,20 @@ def gated_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Gate]]:
             yield name, module, gate
 
 
+def _ends_a_branch(gate: Gate) -> bool:
+    return any(role and role.scaled for roles in gate.roles.values() for role in roles)
+
+
 def _positional(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(module.forward).parameters)
 
 
 def _roles(
-    recording: Recording, plan: Plan, groups: Mapping[int, Group], batches: Batches | None
+    model: nn.Module,
+    recording: Recording,
+    plan: Plan,
+    groups: Mapping[int, Group],
+    batches: Batches | None,
 ) -> dict[str, tuple[Role | None, ...]]:
     """For each module to gate in a container: what its first, second, ... call in it is.
 
@@ -107,8 +118,9 @@ def _roles(
             for place, call in enumerate(calls):
                 unread = unread_outputs(recording, call, calls)
                 ends = scaled.get(place, frozenset())
-                takes, gives = rows[place]
-                wanted[call.index] = Role(number, position, ends, unread, takes, gives)
+                module = model.get_submodule(call.module)
+                weights = own_weights(module, call.module, branch.fold.parameters) if ends else ()
+                wanted[call.index] = Role(number, position, ends, unread, *rows[place], weights)
     names = {recording.calls[index].module for index in wanted}
     roles: dict[str, list[Role | None]] = {}
 

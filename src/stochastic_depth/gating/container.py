@@ -60,7 +60,7 @@ def _run_in_part(
     if rows is None:
         return _run(passage, module, original, args, kwargs)
     (some, named), rests = take((args, kwargs), gate.batch[called][0], rows)
-    passage.on_rows = True
+    passage.on_rows, passage.unchanged = True, gate.within
     output = _run(passage, module, original, some, named)
     # A dropped row comes to what it is in a dropped block.
     return put_back(output, gate.batch[called][1], rests, rows)
@@ -134,6 +134,8 @@ def _decide(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> Passage:
     decisions, path, wrapper = remembered(gate, make, may_recompute=training)
     plain = all(decision.changes_nothing for decision in decisions.values())
     unchanged = gate.alone if plain else frozenset()
+    if not plain and all(decision.all_on_all_rows for decision in decisions.values()):
+        unchanged = gate.within
     return Passage(
         gate, decisions, training, path, wrapper=wrapper, plain=plain, unchanged=unchanged
     )

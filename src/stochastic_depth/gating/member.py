@@ -13,6 +13,7 @@ from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.gating.container import call_container
 from stochastic_depth.gating.passage import Gate, Original, Passage, Role, changed, running
 from stochastic_depth.gating.recomputation import note, recall
+from stochastic_depth.gating.scaled import with_scaled_weights
 from stochastic_depth.gating.stand_in import stand_in
 from stochastic_depth.rows import masked, spread, take
 from stochastic_depth.torch_private import tree_flatten, tree_leaves, tree_unflatten
@@ -75,6 +76,10 @@ def call_member(
     rows = decision.rows[role.branch]
     if rows is not None and not passage.on_rows and not decision.masked:
         (args, kwargs), _ = take((args, kwargs), role.takes, rows)
+    factor = decision.factors[role.branch] if role.scaled else 1.0
+    if factor != 1.0 and role.weights and passage.training:
+        twin = with_scaled_weights(module, role.weights, factor)
+        module, factor = (module, factor) if twin is None else (twin, 1.0)
     was_inside, passage.inside_member = passage.inside_member, True
     if recomputed:
         running.passages.append(passage)
@@ -87,15 +92,15 @@ def call_member(
         passage.inside_member = was_inside
         if recomputed:
             running.passages.pop()
-    return _finished(passage, role, gate, output)
-
-
-def _finished(passage: Passage, role: Role, gate: Gate, output: Any) -> Any:
-    """A member's output, multiplied and with its rows put back where it ends the branch."""
-    decision = passage.decisions[role.block]
-    factor, rows = decision.factors[role.branch], decision.rows[role.branch]
-    if role.scaled and factor != 1.0:
+    if factor != 1.0:
         output = _multiplied(output, role.scaled, factor)
+    return _with_rows_back(passage, role, gate, output)
+
+
+def _with_rows_back(passage: Passage, role: Role, gate: Gate, output: Any) -> Any:
+    """A member's output, with its rows put back where it ends the branch."""
+    decision = passage.decisions[role.block]
+    rows = decision.rows[role.branch]
     if rows is None:
         return output
     if decision.masked:

@@ -31,6 +31,7 @@ class Role:
     unread: frozenset[int]  # the leaves that only other modules of the branch read
     takes: Dims = field(default_factory=dict)  # the leaves of its arguments to take rows of
     gives: Dims = field(default_factory=dict)  # the leaves of its output to put back
+    weights: tuple[str, ...] = ()  # its own parameters that take the branch's factor in
 
     @property
     def ends(self) -> Dims:
@@ -57,6 +58,7 @@ class Gate:
     used_elsewhere: bool = False  # a member's: is called outside of its containers, too
     alone: frozenset[Gate] = frozenset()
     """A container's: its members that are nothing else, nor called anywhere else."""
+    within: frozenset[Gate] = frozenset()  # a container's: those of them that end no branch
 
 
 @dataclass(slots=True, eq=False)
