@@ -119,7 +119,10 @@ def _roles(
                 unread = unread_outputs(recording, call, calls)
                 ends = scaled.get(place, frozenset())
                 module = model.get_submodule(call.module)
-                weights = own_weights(module, call.module, branch.fold.parameters) if ends else ()
+                # In mode "batch" what is computed is exact to the last bit.
+                by_weights = ends and plan.mode == "sample"
+                parameters = branch.fold.parameters if by_weights else ()
+                weights = own_weights(module, call.module, parameters)
                 wanted[call.index] = Role(number, position, ends, unread, *rows[place], weights)
     names = {recording.calls[index].module for index in wanted}
     roles: dict[str, list[Role | None]] = {}

@@ -1,7 +1,7 @@
 """A branch's factor in the weights of the module that ends it: cheaper than on its output.
 
-`c * (w @ x + b)` is `(c * w) @ x + c * b`: a product with some thousand weights takes the place of
-one with every value of the branch, forward and backward.
+`c * (w @ x + b)` is `(c * w) @ x + c * b`, up to rounding: a product with some thousand weights
+takes the place of one with every value of the branch, forward and backward.
 """
 
 from __future__ import annotations
