@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import stochastic_depth as sd
 from interleaved import Ratio, ratio, sharing
 from ranks_cases import Network
-from stochastic_depth.draw import balancing_order, uniform
+from stochastic_depth.draw import balancing_order, rates_of_a_forward, uniform
 
 Kept = NDArray[np.bool_]
 Seconds = NDArray[np.float64]
@@ -70,7 +70,9 @@ def balanced_on_ranks(
     order = [names.index(name) for name in balancing_order(0, step, (0,), names)]
     offset = uniform(0, step, (0,), ("offset",))
     starts = (offset + np.arange(ranks) / ranks) % 1.0
-    terms = np.tile(np.array(rates)[order], (ranks, 1))
+    number = uniform(0, step, (0,), ("number",))
+    whole = rates_of_a_forward(dict(zip(names, rates, strict=True)), number)
+    terms = np.tile(np.array([whole[names[block]] for block in order]), (ranks, 1))
     sums = np.floor(np.cumsum(np.column_stack([starts, terms]), axis=1))
     kept = np.empty((ranks, len(rates)), dtype=bool)
     kept[:, order] = sums[:, 1:] == sums[:, :-1]

@@ -181,10 +181,9 @@ def microseconds_per_gate() -> dict[str, float]:
             times.append(time.perf_counter() - start)
         return min(times) / 100 * 1e6
 
-    with torch.no_grad():
-        open_, alone = best(gated), best(plain)
-        with depth.fixed({block.name: False for block in depth.blocks}):
-            closed = best(gated)
+    open_, alone = best(gated), best(plain)
+    with depth.fixed({block.name: False for block in depth.blocks}):
+        closed = best(gated)
     return {"open_more": open_ - alone, "closed_total": closed}
 
 

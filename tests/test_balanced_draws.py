@@ -2,7 +2,8 @@
 
 How draws hang together then: of L blocks of one rate, two are dropped together with a correlation
 of -1 / (L - 1) where the number of drops is constant; and of W ranks that draw differently, two
-drop the same block with a correlation of -1 / (W - 1) where `W * rate` is an integer.
+drop the same block with a correlation of -1 / (W - 1) where `W * rate` and the sum of the rates are
+integers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 import stochastic_depth as sd
 from networks import WIDTH, Residual, make, settled
-from stochastic_depth.draw import balanced
+from stochastic_depth.draw import balanced, rates_of_a_forward
 
 pytestmark = pytest.mark.oldest
 DRAWS = 4000
@@ -67,18 +68,36 @@ def test_ranks_share_the_drops_of_a_block(ranks: int) -> None:
     rates = [0.5, 0.25, 0.5, 0.5, 0.3, 0.2]
     drops = torch.stack([dropped(rates, share=rank / ranks) for rank in range(ranks)])
     counts = drops.sum(2)  # of each rank, in each draw
-    assert int((counts.max(0).values - counts.min(0).values).max()) <= 1
+    assert set(counts[0].tolist()) == {2.0, 3.0}  # around their sum, 2.25
+    assert torch.equal(counts.min(0).values, counts.max(0).values)
     share = drops.sum(0)  # of each block, over the ranks
     for number, rate in enumerate(rates):
-        assert set(share[:, number].tolist()) <= {
-            float(math.floor(rate * ranks)),
-            float(math.ceil(rate * ranks)),
-        }
+        for total, u in ((2.0, 0.9), (3.0, 0.1)):
+            own = rates_of_a_forward({str(n): r for n, r in enumerate(rates)}, u)[str(number)]
+            of_ranks = share[counts[0] == total, number]
+            assert math.floor(own * ranks) <= of_ranks.min()
+            assert of_ranks.max() <= math.ceil(own * ranks)
         frequency = drops[0, :, number].mean()
         assert abs(float(frequency) - rate) <= SIGMAS * math.sqrt(rate * (1 - rate) / DRAWS)
-    correlation = torch.corrcoef(torch.stack([drops[0, :, 0], drops[1, :, 0]]))[0, 1]
-    if ranks == 2:
-        assert float(correlation) == pytest.approx(-1.0)
+
+
+def test_the_correlation_of_two_ranks_is_as_stated() -> None:
+    drops = torch.stack([dropped([0.25] * 8, share=rank / 4)[:, 0] for rank in range(4)])
+    correlations = torch.corrcoef(drops)[~torch.eye(4, dtype=torch.bool)]
+    assert float((correlations + 1 / 3).abs().max()) < SIGMAS / math.sqrt(DRAWS)
+
+
+@given(st.lists(st.floats(0, 0.99), min_size=1, max_size=12))
+def test_the_rates_of_a_forward_are_rates_and_right_on_average(rates: list[float]) -> None:
+    by_name = {str(number): rate for number, rate in enumerate(rates)}
+    part = math.fsum(rates) % 1.0
+    low, high = rates_of_a_forward(by_name, 1.0 - 1e-12), rates_of_a_forward(by_name, 0.0)
+    for name, rate in by_name.items():
+        assert part * high[name] + (1 - part) * low[name] == pytest.approx(rate, abs=1e-9)
+        assert -1e-9 <= low[name] <= high[name] + 1e-9 <= 1 + 2e-9
+    for found in (low, high):
+        total = math.fsum(found.values())
+        assert total == pytest.approx(round(total), abs=1e-6)
 
 
 def test_a_model_draws_its_blocks_together_and_resumes() -> None:

@@ -62,8 +62,9 @@ def apply_stochastic_depth(
             or a predicate. None: all that are found.
         unit: "block" draws once for a block; "branch" for each of its branches.
         mode: "batch" draws once for the whole batch. "sample" for each example (drop path): a
-            branch runs on the rows of the batch that are kept, one of two neighbouring numbers of
-            them; BatchNorm sees these rows alone.
+            branch runs on the rows of the batch that are kept, one of two allowed numbers of them
+            (of images at most half of the batch, else three quarters, or all: fewer drops would
+            not pay); BatchNorm sees these rows alone.
         scale: "eval" multiplies each branch by `1 - p` in inference (Huang et al. 2016, equation
             5); "train" by `1 / (1 - p)` in training; "none" never. "auto" is "eval" in mode
             "batch", "train" in mode "sample".

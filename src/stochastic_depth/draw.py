@@ -18,6 +18,7 @@ Sampling = Literal["independent", "balanced"]
 AcrossRanks = Literal["auto", "same", "different"]
 Redraw = Literal["forward", "step"]
 Rows = Literal["contiguous", "random"]
+_ROUNDING = 1e-9  # a sum of rates this close to an integer is one
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,31 @@ def balancing_order(seed: int, step: int, call: tuple[int, ...], names: Iterable
     return sorted(names, key=place)
 
 
+def rates_of_a_forward(rates: Mapping[str, float], u: float) -> dict[str, float]:
+    """Rates that add up to an integer, one of the two around the sum, and on average to `rates`.
+
+    So all ranks drop as many in one forward. What is added to a rate where the integer is the upper
+    one, with probability f, and taken off where it is not, is in proportion to what it can bear:
+    the smaller of `p / f` and `(1 - p) / (1 - f)`.
+
+    Args:
+        rates: Of all that gets a draw, by name.
+        u: Uniform in [0, 1).
+
+    Example:
+        >>> rates_of_a_forward({"a": 0.5, "b": 0.0, "c": 0.25}, u=0.1)
+        {'a': 0.6666666666666666, 'b': 0.0, 'c': 0.3333333333333333}
+        >>> rates_of_a_forward({"a": 0.5, "b": 0.0, "c": 0.25}, u=0.9)
+        {'a': 0.0, 'b': 0.0, 'c': 0.0}
+    """
+    part = math.fsum(rates.values()) % 1.0
+    if not _ROUNDING < part < 1.0 - _ROUNDING:
+        return dict(rates)
+    bears = {name: min(p / part, (1.0 - p) / (1.0 - part)) for name, p in rates.items()}
+    more = (1.0 - part if u < part else -part) / math.fsum(bears.values())
+    return {name: rate + more * bears[name] for name, rate in rates.items()}
+
+
 def balanced(
     seed: int, step: int, call: tuple[int, ...], rates: Mapping[str, float], share: float = 0.0
 ) -> dict[str, bool]:
@@ -141,17 +167,17 @@ def balanced(
     Systematic sampling in a random order: with `C_i` the running sum of the rates and `u` uniform
     in [0, 1), block i is dropped where `floor(C_i + u) > floor(C_(i-1) + u)`. Every block is
     dropped at exactly its rate, and the number of drops is one of the two integers around the sum
-    of the rates. Blocks that stand side by side in the model ("layer3.0", "layer3.1") stay side
-    by side in the order: they cost alike, so that the cost of what is dropped hardly varies either.
+    of the rates, on all ranks the same (see `rates_of_a_forward`). Blocks that stand side by side
+    in the model ("layer3.0", "layer3.1") stay side by side in the order: they cost alike, so that
+    the cost of what is dropped hardly varies either.
 
     Args:
         seed: `Draw.seed`.
         step: The optimizer step.
         call: Which forward of that step.
         rates: Of all that gets a draw, by name.
-        share: `rank / ranks` where each rank has draws of its own: it shifts `u`, so that the
-            ranks' numbers of drops differ by at most one, and each block is dropped on its share
-            of them.
+        share: `rank / ranks` where each rank has draws of its own: it shifts `u`, so that each
+            block is dropped on its share of the ranks.
 
     Example:
         >>> rates = {"a": 0.5, "b": 0.25, "c": 0.25}
@@ -159,10 +185,11 @@ def balanced(
         ['b']
     """
     order = balancing_order(seed, step, call, rates)
+    whole = rates_of_a_forward(rates, uniform(seed, step, call, ("number",)))
     total = (uniform(seed, step, call, ("offset",)) + share) % 1.0
     kept = {}
     for name in order:
-        before, total = math.floor(total), total + rates[name]
+        before, total = math.floor(total), total + whole[name]
         kept[name] = math.floor(total) == before
     return kept
 

@@ -26,8 +26,8 @@ from stochastic_depth.torch_private import tree_flatten, tree_unflatten
 
 _MORE = 3  # rows: enough for a window of two that wraps around the end
 
-# The least part of a batch to drop, where any. Moving the other rows costs as much as a tenth of a
-# convolutional branch, which is large and computes little for each value, and less of others.
+# The least part of a batch to drop, where any: what is dropped has to pay for moving the others.
+# That costs the more the less a branch computes for each value, and convolutions compute little.
 _IMAGE_DIMS, _FEWEST_IMAGES, _FEWEST_ROWS = 4, 0.5, 0.25
 
 

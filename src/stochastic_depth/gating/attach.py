@@ -60,16 +60,11 @@ def attach(
         gate.expected = sum(map(len, roles.values()))
         for name, found_roles in roles.items():
             gates.setdefault(name, Gate(plan, name)).roles[container] = found_roles
-    alone: dict[str, set[Gate]] = {}
     for name, gate in gates.items():
         if gate.roles:
             _describe_calls(found.recording, gate)
-        if len(gate.roles) == 1 and not gate.blocks and not gate.used_elsewhere:
-            alone.setdefault(next(iter(gate.roles)), set()).add(gate)
         swap_in(model.get_submodule(name), gate)
-    for container, members in alone.items():
-        gates[container].alone = frozenset(members)
-        gates[container].within = frozenset(gate for gate in members if not _ends_a_branch(gate))
+    _note_alone(gates)
 
 
 def detach(model: nn.Module, plan: Plan) -> None:
@@ -87,8 +82,15 @@ def gated_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Gate]]:
             yield name, module, gate
 
 
-def _ends_a_branch(gate: Gate) -> bool:
-    return any(role and role.scaled for roles in gate.roles.values() for role in roles)
+def _note_alone(gates: Mapping[str, Gate]) -> None:
+    """Tell the containers which of their members are nothing else."""
+    for gate in gates.values():
+        if len(gate.roles) == 1 and not gate.blocks and not gate.used_elsewhere:
+            ((name, roles),) = gate.roles.items()
+            container = gates[name]
+            container.alone |= {gate}
+            if not any(role and role.scaled for role in roles):
+                container.within |= {gate}
 
 
 def _positional(module: nn.Module) -> tuple[str, ...]:
