@@ -179,7 +179,8 @@ def language() -> str:
     lines = ["| | " + " | ".join(variants) + " |", "|---|" + "---|" * len(variants)]
     for key, label in (
         ("equal_steps", "perplexity at equal steps"),
-        ("equal_flops", "perplexity at equal FLOPs"),
+        ("equal_flops", "perplexity at equal FLOPs, trained for them"),
+        ("equal_flops_on_the_way", "perplexity at equal FLOPs, on the way"),
     ):
         cells = [f"{v[key]['mean']:.3f} ± {v[key]['deviation']:.3f}" for v in variants.values()]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
