@@ -65,12 +65,18 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", NETWORKS)
-def test_the_weights_take_the_factor(kind: str) -> None:
+def gated(kind: str) -> tuple[nn.Module, nn.Module, Tensor, sd.StochasticDepth]:
+    """A network, its reference, what to call them with, and the network's handle."""
     build, shape, ends = NETWORKS[kind]
     model, x = settled(build), vectors(*shape)
     reference = doubled(model, ends)
     depth = sd.apply_stochastic_depth(model, RATE, "uniform", example_inputs=x, mode="sample")
+    return model, reference, x, depth
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_the_weights_take_the_factor(kind: str) -> None:
+    model, reference, x, depth = gated(kind)
     with depth.fixed({}), Products() as products:
         mine = trained(model, x)
     assert products.shapes
@@ -80,12 +86,10 @@ def test_the_weights_take_the_factor(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_who_looks_at_the_output_sees_what_it_was(kind: str) -> None:
-    build, shape, ends = NETWORKS[kind]
-    model, x = settled(build), vectors(*shape)
-    plain = doubled(model, ends)
-    depth = sd.apply_stochastic_depth(model, RATE, "uniform", example_inputs=x, mode="sample")
+    model, plain, x, depth = gated(kind)
     seen: list[tuple[nn.Module, Tensor]] = []
-    last = model.get_submodule(f"0.{ends}")
+    ends = f"0.{NETWORKS[kind][2]}"
+    last = model.get_submodule(ends)
     last.register_forward_hook(lambda module, args, output: seen.append((module, output)))
     with depth.fixed({}):
         output, _ = trained(model, x)
@@ -93,7 +97,7 @@ def test_who_looks_at_the_output_sees_what_it_was(kind: str) -> None:
     assert module is last
     assert_close(output, trained(plain, x)[0])
     with torch.no_grad():
-        assert_close(value, _output_of(plain.get_submodule(f"0.{ends}"), plain, x) / 2)
+        assert_close(value, _output_of(plain.get_submodule(ends), plain, x) / 2)
 
 
 def _output_of(module: nn.Module, model: nn.Module, x: Tensor) -> Tensor:

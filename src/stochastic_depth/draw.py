@@ -29,8 +29,8 @@ class Draw:
         seed: Another seed, another sequence of draws.
         sampling: "independent": each block on its own (Huang et al. 2016, section 3). "balanced":
             at the same rates, but nearly the same number of blocks in every forward (one of two
-            neighbouring integers), and with `across_ranks="different"` on every rank, so that
-            none waits for another; for mode="batch" only.
+            neighbouring integers), and with `across_ranks="different"` the same on every rank, so
+            that none waits for another; for mode="batch" only.
         across_ranks: "same": every rank drops the same blocks, which saves most time;
             "different": each its own, which is more various. "auto": the same in mode "batch",
             different ones in mode "sample".

@@ -29,11 +29,13 @@ def call_container(
         return original(module, *args, **kwargs)
     if module.training:
         gate.plan.expect_steps(gate.name, module)
-    passage = _decide(gate, module, args, kwargs)
+    # Only in mode "sample" is it asked for before anything is decided.
+    called = form(args, kwargs) if gate.batch else None
+    passage = _decide(gate, module, called, args, kwargs)
     if passage.plain:
         output = _run(passage, module, original, args, kwargs)
     else:
-        output = _run_in_part(passage, module, original, args, kwargs)
+        output = _run_in_part(passage, module, original, called or form(args, kwargs), args, kwargs)
     if passage.wrapper is not None and not backward_is_running():
         # Where a reentrant checkpoint runs the forward without gradients, only the input has any.
         differ = gate.plan.ranks_differ or gate.plan.forced is not None
@@ -42,12 +44,11 @@ def call_container(
 
 
 def _run_in_part(
-    passage: Passage, module: nn.Module, original: Original, args: Any, kwargs: Any
+    passage: Passage, module: nn.Module, original: Original, called: Form, args: Any, kwargs: Any
 ) -> Any:
     """The container without what is dropped: its forward does not run, or on some rows."""
     gate = passage.gate
     decision = passage.decisions[gate.blocks[0]]
-    called = form(args, kwargs)
     # Called in another way than it was watched (with a mask, say), the forward may do more than
     # hand its input on: then it runs, with its branches closed.
     whole = gate.whole if called in gate.forms else None
@@ -105,7 +106,7 @@ def _shared_rows(decision: Decision) -> Rows | None:
     return first if not decision.masked and all(r is first for r in decision.rows) else None
 
 
-def _decide(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> Passage:
+def _decide(gate: Gate, module: nn.Module, called: Form | None, args: Any, kwargs: Any) -> Passage:
     """A new passage: drawn, settled without a draw, or that of the forward recomputed."""
     plan, training = gate.plan, module.training
 
@@ -113,7 +114,8 @@ def _decide(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> Passage:
         alike = plan.mode == "batch" and not plan.ranks_differ
         wrapper = distributed.wrapper_of(module, gate.name, alike=alike) if training else None
         if plan.probe is not None:
-            size = _batch(gate, args, kwargs).size
+            assert called is not None
+            size = _batch(gate, called, args, kwargs).size
             return {block: probed(plan, block, size) for block in gate.blocks}, (), None
         if not training or plan.disabled or plan.forced is not None:
             forced = None if plan.disabled else plan.forced
@@ -128,7 +130,7 @@ def _decide(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> Passage:
         around = _passage_around(plan) if running.passages else None
         number = plan.next_call(gate.name, around.calls if around and around.path else None)
         path = (*(around.path if around else ()), number)
-        batch = _batch(gate, args, kwargs) if plan.mode == "sample" else None
+        batch = _batch(gate, called, args, kwargs) if called is not None else None
         return {block: drawn(plan, block, path, batch) for block in gate.blocks}, path, wrapper
 
     decisions, path, wrapper = remembered(gate, make, may_recompute=training)
@@ -146,9 +148,8 @@ def _passage_around(plan: Plan) -> Passage | None:
     return next((p for p in reversed(running.passages) if p.gate.plan is plan), None)
 
 
-def _batch(gate: Gate, args: Any, kwargs: Any) -> Batch:
+def _batch(gate: Gate, called: Form, args: Any, kwargs: Any) -> Batch:
     """The batch that a container is called with."""
-    called = form(args, kwargs)
     known = gate.batch.get(called) or _known_but_for_nones(gate, called)
     if known is None:
         raise ChangedModelError(
