@@ -59,6 +59,7 @@ class Case:
 
 
 VIT = "timm:vit_tiny_patch16_224"
+CONVNEXT = "timm:convnext_atto"
 CASES = {
     "vit-linear": Case(
         VIT, (16, 224), (256, 224), 0.4, "linear", (TIMM, DINO), units=("block", "branch")
@@ -66,9 +67,8 @@ CASES = {
     "vit-uniform": Case(
         VIT, (16, 224), (256, 224), 0.4, "uniform", (TIMM, DINO), units=("block", "branch")
     ),
-    "convnext-linear": Case(
-        "timm:convnext_atto", (16, 128), (256, 224), 0.4, "linear", (TIMM,), steps=60
-    ),
+    "convnext-linear": Case(CONVNEXT, (16, 224), (256, 224), 0.4, "linear", (TIMM,), steps=80),
+    "convnext-128px": Case(CONVNEXT, (16, 128), (256, 128), 0.4, "linear", (TIMM,), steps=80),
     "resnet50-linear": Case(
         "torchvision:resnet50",
         (32, 96),

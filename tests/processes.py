@@ -53,6 +53,7 @@ def report(cases: Callable[[], Mapping[str, Callable[[], None]]]) -> None:
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     results = {}
     for name, case in cases().items():
+        print(f"rank {dist.get_rank()}: {name}", file=sys.stderr, flush=True)
         try:
             case()
             results[name] = ""
@@ -61,3 +62,6 @@ def report(cases: Callable[[], Mapping[str, Callable[[], None]]]) -> None:
         dist.barrier()
     Path(sys.argv[1], f"{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
+    # Threads of torch's that still let go of a tensor abort a Python that is ending under them.
+    sys.stdout.flush()
+    os._exit(0)
