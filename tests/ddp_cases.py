@@ -22,13 +22,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
-from networks import PostNormLayer, PreNormLayer, ResNet, Transformer, settled
+from networks import ExplicitLayer, PostNormLayer, PreNormLayer, ResNet, Transformer, settled
 from processes import report
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "resnet": (ResNet, (4, 3, 8, 8)),
     "pre-norm": (lambda: Transformer(PreNormLayer), (4, 5, 3)),
     "post-norm": (lambda: Transformer(PostNormLayer), (4, 5, 3)),
+    "explicit": (lambda: Transformer(ExplicitLayer), (4, 5, 3)),
 }
 DRAWS = {
     "same": sd.Draw(seed=3),

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import stochastic_depth as sd
+
 WIDTH = 8
 
 
@@ -76,6 +78,22 @@ class PostNormLayer(PreNormLayer):
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm1(x + self.attention(x, x, x, need_weights=False)[0])
         return self.norm2(x + self.mlp(x))
+
+
+class ExplicitLayer(PreNormLayer):
+    """A pre-norm layer that says where its residual connections are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add1, self.add2 = sd.Residual(), sd.Residual()
+
+    def attend(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        return self.attention(y, y, y, need_weights=False)[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.add1(x, self.attend)
+        return self.add2(x, lambda x: self.mlp(self.norm2(x)))
 
 
 class Transformer(nn.Module):
@@ -246,6 +264,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "resnet": (ResNet, images),
     "pre-norm": (lambda: Transformer(PreNormLayer), sequences),
     "post-norm": (lambda: Transformer(PostNormLayer), sequences),
+    "explicit": (lambda: Transformer(ExplicitLayer), sequences),
     "shared": (Shared, sequences),
     "nested": (nested, sequences),
 }

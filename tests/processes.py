@@ -53,7 +53,7 @@ def report(cases: Callable[[], Mapping[str, Callable[[], None]]]) -> None:
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     results = {}
     for name, case in cases().items():
-        print(f"rank {dist.get_rank()}: {name}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"rank {dist.get_rank()}: {name}\n")  # shown where this process dies
         try:
             case()
             results[name] = ""

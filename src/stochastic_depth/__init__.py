@@ -27,6 +27,7 @@ from stochastic_depth.presets import (
     apply_layer_drop,
     apply_progressive_layer_dropping,
 )
+from stochastic_depth.residual import Residual
 from stochastic_depth.retrieval import get_stochastic_depth
 from stochastic_depth.schedules import constant, linear_decay, linear_warmup, piecewise_linear
 
@@ -44,6 +45,7 @@ __all__ = [
     "OptionError",
     "RecomputationError",
     "RefusedBlockError",
+    "Residual",
     "ResidualBlock",
     "ResidualBranch",
     "SelectionError",

@@ -147,6 +147,13 @@ def settled(
     return _spread(plan, block, kept, _factors(plan, rates, training=as_trained))
 
 
+def inference_factor(plan: Plan, block: int, branch: int) -> float:
+    """What one branch is multiplied by in inference, in a way that torch.compile can follow."""
+    units = plan.units(block)
+    rate = plan.rate(block, units[branch if len(units) > 1 else 0])
+    return 1.0 - rate if plan.scale == "eval" else 1.0
+
+
 def probed(plan: Plan, block: int, batch: int) -> Decision:
     """The decision where it is tried out whether the block can run on some rows alone."""
     assert plan.probe is not None

@@ -138,8 +138,10 @@ def apply_stochastic_depth(
     units = [name for number in range(len(chosen)) for name in plan.units(number)]
     plan.schedule = resolve_schedule(schedule, units)
     plan.counts = tuple(allowed_counts(model, found, block) for block in chosen)
-    batches = watch_more_rows(model, found.recording, example) if mode == "sample" else None
-    whole = prove(model, found, plan, example, batches)
+    watched = not all(block.explicit for block in chosen)
+    by_rows = watched and mode == "sample"
+    batches = watch_more_rows(model, found.recording, example) if by_rows else None
+    whole = prove(model, found, plan, example, batches) if watched else {}
     _warn(model, plan)  # before anything is changed: a warning may be an error
     attach(model, found, plan, whole, batches)
     return StochasticDepth(model, plan)

@@ -288,7 +288,8 @@ class StochasticDepth:
     def __str__(self) -> str:
         gates = [gate for _, _, gate in gated_modules(self._model)]
         whole = {gate.name for gate in gates if isinstance(gate.whole, Template)}
-        names = {block.name for block in self._plan.blocks if block.container in whole}
+        blocks = self._plan.blocks
+        names = {b.name for b in blocks if b.explicit or b.container in whole}
         return table(self._model, self._plan, frozenset(names))
 
     def __repr__(self) -> str:

@@ -7,6 +7,7 @@ on some rows of the batch alone as on all rows with the others masked.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def prove(
     reasons = {
         block.name: why
         for block in plan.blocks
-        if (why := refusal(block, unit=plan.unit, scale=plan.scale))
+        if not block.explicit and (why := refusal(block, unit=plan.unit, scale=plan.scale))
     }
     whole: dict[str, Template | SkipPath] = {}
     if not reasons:
@@ -52,6 +53,8 @@ def prove(
             whole, reasons = _drop_all(model, found, plan, example)
         finally:
             detach(model, plan)
+    if batches is not None and not reasons:
+        reasons = _out_of_order(model, found, plan, example, batches)
     if batches is not None and not reasons:
         attach(model, found, plan, whole, batches)
         try:
@@ -70,11 +73,13 @@ def _drop_all(
     whole: dict[str, Template | SkipPath] = {}
     reasons: dict[str, str] = {}
     for level in sorted({block.nesting for block in plan.blocks}):
-        level_blocks = [block for block in plan.blocks if block.nesting == level]
+        level_blocks = [b for b in plan.blocks if b.nesting == level and not b.explicit]
+        if not level_blocks:
+            continue
         units = [
             unit
             for number, block in enumerate(plan.blocks)
-            if block.nesting == level
+            if block in level_blocks
             for unit in plan.units(number)
         ]
         plan.forced = dict.fromkeys(units, False)
@@ -97,13 +102,58 @@ def _drop_all(
     return whole, reasons
 
 
+def _out_of_order(
+    model: nn.Module, found: Discovery, plan: Plan, example: Example, batches: Batches
+) -> dict[str, str]:
+    """Which blocks are given several rows for each example that do not lie side by side.
+
+    Among more examples, the rows of the first ones have to stay where they are.
+    """
+    calls = {
+        block.name: found.recording.calls_of[block.container][0]
+        for block in plan.blocks
+        if not block.explicit
+    }
+    held = {name: batches.held(call, None) for name, call in calls.items()}
+    folded = [name for name, where in held.items() if any(n > 1 for n in where.each.values())]
+    reasons: dict[str, str] = {}
+    if not folded:
+        return reasons
+    modules = [calls[name].module for name in folded]
+    few, many = (_given(model, modules, shown) for shown in (example, with_more_rows(example)[0]))
+    for name in folded:
+        module = calls[name].module
+        for leaf, dim in held[name].takes.items():
+            own = few[module][leaf]
+            if not _close(many[module][leaf].narrow(dim, 0, own.shape[dim]), own):
+                reasons[name] = 'mode="sample": the rows of an example do not lie side by side'
+    return reasons
+
+
+def _given(model: nn.Module, names: Sequence[str], example: Example) -> dict[str, list[Any]]:
+    """The leaves of the arguments of each module's first call."""
+    found: dict[str, list[Any]] = {}
+    with ExitStack() as stack:
+        for name in names:
+
+            def note(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                found.setdefault(name, tree_leaves((args, kwargs)))
+
+            module = model.get_submodule(name)
+            stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
+        stack.enter_context(undisturbed(model))
+        stack.enter_context(torch.no_grad())
+        model(*example[0], **example[1])
+    return found
+
+
 def _run_on_rows(model: nn.Module, plan: Plan, example: Example) -> dict[str, str]:
     """Which blocks do not come to the same on some rows of the batch alone."""
     (args, kwargs), _ = with_more_rows(example)
     reasons: dict[str, str] = {}
     for level in sorted({block.nesting for block in plan.blocks}):
-        blocks = [n for n, block in enumerate(plan.blocks) if block.nesting == level]
-        if _differs(model, plan, blocks, args, kwargs) is None:
+        blocks = [n for n, b in enumerate(plan.blocks) if b.nesting == level and not b.explicit]
+        if not blocks or _differs(model, plan, blocks, args, kwargs) is None:
             continue
         for number in blocks:
             why = _differs(model, plan, [number], args, kwargs)

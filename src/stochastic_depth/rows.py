@@ -19,6 +19,23 @@ Places = dict[int, tuple[int, int]]  # of an output's leaf -> its dimension, the
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """Where the calls of a block hold the batch.
+
+    Attributes:
+        takes: The leaves of its arguments to take rows of.
+        each: How many rows each example has there.
+        gives: The leaves of its output to put back.
+        leaves: How many leaves its arguments have.
+    """
+
+    takes: Dims
+    each: dict[int, int]
+    gives: Places
+    leaves: int
+
+
+@dataclass(frozen=True, slots=True)
 class Rows:
     """Which rows of a batch are kept.
 

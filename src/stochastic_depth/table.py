@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from stochastic_depth.discovery.blocks import ResidualBlock
 from stochastic_depth.plan import Plan
 
 
@@ -22,7 +23,7 @@ def table(model: nn.Module, plan: Plan, whole: frozenset[str]) -> str:
     for number, block in enumerate(plan.blocks):
         modules = [
             model.get_submodule(name)
-            for name in dict.fromkeys(m for branch in block.branches for m in branch.modules)
+            for name in ([block.name] if block.explicit else _members(block))
         ]
         size = sum(p.numel() for p in {p for module in modules for p in module.parameters()})
         total += size
@@ -44,6 +45,10 @@ def table(model: nn.Module, plan: Plan, whole: frozenset[str]) -> str:
         run = f"on average a row goes through {len(plan.blocks) - expected:.4g} blocks"
     foot = f"{total:,} parameters in gated branches; {run}"
     return "\n".join([head, *_aligned(rows), foot])
+
+
+def _members(block: ResidualBlock) -> list[str]:
+    return list(dict.fromkeys(m for branch in block.branches for m in branch.modules))
 
 
 def _how(plan: Plan, number: int, whole: frozenset[str]) -> str:

@@ -16,6 +16,8 @@ _CheckpointFrame
 queue_callback                  None instead of zeros for what no     import fails: no support
                                 rank ran, after the reduction
 _active_ddp_module              "is this DistributedDataParallel?"    training under it hangs
+activation_relu_or_gelu         calling the parts of torch's own      inference under no_grad
+                                encoder layer in inference, too       raises
 ==============================  ====================================  ============================
 
 `tests/test_private_torch_names.py` fails loudly where one of them changed its meaning.
@@ -55,6 +57,7 @@ __all__ = [
     "tree_leaves",
     "tree_map",
     "tree_unflatten",
+    "without_fused_path",
     "without_modes",
 ]
 
@@ -66,6 +69,17 @@ def without_modes() -> Any:
     except ImportError:
         return nullcontext()
     return _disable_current_modes()
+
+
+def without_fused_path(kind: type[nn.Module]) -> dict[str, Any]:
+    """What to override in a subclass, so that its modules' parts are called in inference, too.
+
+    torch's encoder layer computes itself in one operation then, which no gate can look into; an
+    encoder asks its first layer whether to prepare for that.
+    """
+    if not issubclass(kind, nn.TransformerEncoderLayer):
+        return {}
+    return {"activation_relu_or_gelu": property(lambda self: 0)}
 
 
 def fake_mode() -> Any:
@@ -171,5 +185,8 @@ def inside_fsdp(module: nn.Module) -> str:
             return "FullyShardedDataParallel"
     for handle in module.modules():
         if hasattr(handle, "_is_fsdp_managed_module"):  # both set it
-            return "fully_shard or FullyShardedDataParallel"
+            from torch.distributed.fsdp import FSDPModule
+
+            inside = any(isinstance(part, FSDPModule) for part in module.modules())
+            return "fully_shard" if inside else "fully_shard or FullyShardedDataParallel"
     return ""

@@ -14,6 +14,12 @@ from stochastic_depth.discovery.blocks import (
     discover,
 )
 from stochastic_depth.discovery.example import Example, example_for
+from stochastic_depth.discovery.explicit import (
+    explicit_blocks,
+    explicit_residuals,
+    with_explicit_blocks,
+)
+from stochastic_depth.discovery.recording import Recording
 from stochastic_depth.discovery.watch import record
 from stochastic_depth.errors import ExampleInputsError, NoResidualBlocksError
 
@@ -36,6 +42,7 @@ def find_residual_blocks(
     """Watch one forward and find every residual block; the model is left as it was.
 
     Branches that are affine as a whole (position encodings such as `x + dwconv(x)`) are left out.
+    A model that is written with `sd.Residual` needs no example: those are its blocks.
 
     Args:
         model: Any module; wrapped by DistributedDataParallel or compiled: unwrapped.
@@ -87,7 +94,12 @@ def plain_model(model: nn.Module) -> nn.Module:
 def watch(
     model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None
 ) -> tuple[Discovery, Example]:
-    """One watched forward, what was found in it, and the example that was used."""
+    """One watched forward, what was found in it, and the example that was used.
+
+    A model with `Residual`s need not be watched: without an example those are all its blocks.
+    """
+    if example_inputs is None and not example_kwargs and explicit_residuals(model):
+        return Discovery(Recording(), tuple(explicit_blocks(model, {})), {}), ((), {})
     example = example_for(model, example_inputs, example_kwargs)
     own = " (the example that it carries)" if example_inputs is None else ""
     try:
@@ -100,8 +112,9 @@ def watch(
             instead="pass example_inputs=... (a tensor, a tuple or a dict) as for training, on the "
             "model's device",
         ) from error
-    found = discover(recording, model)
-    return found, example
+    inside = frozenset(explicit_residuals(model))
+    found = discover(recording, model, leave_out=inside)
+    return (found if not inside else with_explicit_blocks(found, model, inside)), example
 
 
 def none_found(model: nn.Module, found: Discovery) -> NoResidualBlocksError:

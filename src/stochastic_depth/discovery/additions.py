@@ -2,7 +2,7 @@
 
 Two rules, both about the flow of data alone. *Identity*: one operand is, but for moves of its
 elements, a value that the other operand was computed from by way of parameters. *Projection*:
-one operand is affine (or a norm of something affine) in such a value, the other is not.
+one operand is affine in such a value (or a norm, or a pooling, of what is), the other is not.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from stochastic_depth.discovery.operations import (
     ADDITIONS,
     AFFINE,
+    MAX_POOLS,
     MOVES,
     NORMS,
     PRODUCTS,
@@ -70,9 +71,11 @@ def _residual(recording: Recording, node: int, skips: dict[int, int]) -> Additio
             if not set(way).isdisjoint(path):
                 continue  # skip and branch part only behind the root: a piece of an attention
             container = recording.innermost(path[0], node)
-            affine = _is_affine(recording, root, path)
+            affine = is_affine(recording, root, path)
             if projection and (affine or recording.nodes[node].call != container.index):
                 continue
+            if projection and container.parent is None and not _is_used(recording, node):
+                continue  # two heads of the model, whose results are added
             return Addition(node, operand, skip, branch, root, path, container, affine)
     return None
 
@@ -85,7 +88,7 @@ def _way_back(
     At each step the youngest of the values still to be explained is replaced by its inputs;
     where a single one is left, every way leads through it.
     """
-    passable = AFFINE | NORMS if projection else MOVES
+    passable = AFFINE | NORMS | MAX_POOLS if projection else MOVES
     open_ends = {skip}
     way: list[int] = []
     while True:
@@ -114,7 +117,14 @@ def _computed_with_parameters(recording: Recording, root: int, branch: int) -> b
     return any(nodes[index].meets_parameter for index in recording.between(root, branch))
 
 
-def _is_affine(recording: Recording, root: int, path: tuple[int, ...]) -> bool:
+def _is_used(recording: Recording, value: int) -> bool:
+    """Whether something with parameters computes with it."""
+    later = recording.nodes[value + 1 :]
+    return any(node.meets_parameter and node.ancestors >> value & 1 for node in later)
+
+
+def is_affine(recording: Recording, root: int, path: tuple[int, ...]) -> bool:
+    """Whether the last of these values, all of them made from the root, is affine in it."""
     inside = {root, *path}
     for index in path:
         node = recording.nodes[index]

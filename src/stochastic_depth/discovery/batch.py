@@ -21,7 +21,7 @@ from stochastic_depth.discovery.templates import Given, Template
 from stochastic_depth.discovery.watch import record
 from stochastic_depth.draw import Counts
 from stochastic_depth.errors import ExampleInputsError
-from stochastic_depth.rows import Dims, Places
+from stochastic_depth.rows import Dims, Held, Places
 from stochastic_depth.torch_private import tree_flatten, tree_unflatten
 
 _MORE = 3  # rows: enough for a window of two that wraps around the end
@@ -38,6 +38,12 @@ class Batches:
     few: Recording
     many: Recording
     rows: tuple[int, int]
+
+    def held(self, call: Call, whole: Template | None) -> Held:
+        """Of the arguments and the output of a block."""
+        takes, gives = self.of_arguments(call), self.places(call, whole) if whole else {}
+        each = {n: call.signature[n][0][dim] // self.rows[0] for n, dim in takes.items()}
+        return Held(takes, each, gives, len(call.given))
 
     def of_arguments(self, call: Call) -> Dims:
         """Of the leaves of a call's `(args, kwargs)`."""
@@ -75,9 +81,10 @@ class Batches:
         if len(few) != len(many):
             return None
         differ = [d for d, (a, b) in enumerate(zip(few, many, strict=True)) if a != b]
-        if len(differ) != 1 or few[differ[0]] * self.rows[1] != many[differ[0]] * self.rows[0]:
+        if len(differ) != 1 or few[differ[0]] % self.rows[0]:
             return None
-        return differ[0]
+        grows = few[differ[0]] * self.rows[1] == many[differ[0]] * self.rows[0]
+        return differ[0] if grows else None
 
 
 def watch_more_rows(model: nn.Module, recording: Recording, example: Example) -> Batches:
@@ -120,14 +127,16 @@ def with_more_rows(example: Example) -> tuple[Example, tuple[int, int]]:
 
 def allowed_counts(model: nn.Module, found: Discovery, block: ResidualBlock) -> Counts:
     """How many rows a block may run on, by its modules and the shape of what it adds to."""
-    batch_norm = any(
-        isinstance(part, nn.modules.batchnorm._BatchNorm)
-        for branch in block.branches
-        for name in branch.modules
-        for part in model.get_submodule(name).modules()
-    )
-    stream = found.recording.nodes[found.groups[block.name][0].additions[0].node]
-    fewest = _FEWEST_IMAGES if len(stream.shape) >= _IMAGE_DIMS else _FEWEST_ROWS
+    # Which modules make up the branch of a `Residual` is not known: any of the layer's.
+    names = {m for b in block.branches for m in b.modules} if not block.explicit else {block.name}
+    parts = [part for name in names for part in model.get_submodule(name).modules()]
+    batch_norm = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in parts)
+    if block.explicit:
+        images = any(isinstance(part, nn.modules.conv._ConvNd) for part in parts)
+    else:
+        stream = found.recording.nodes[found.groups[block.name][0].additions[0].node]
+        images = len(stream.shape) >= _IMAGE_DIMS
+    fewest = _FEWEST_IMAGES if images else _FEWEST_ROWS
     return Counts(lone=not batch_norm, fewest_dropped=fewest)
 
 

@@ -57,6 +57,7 @@ class ResidualBlock:
     branches_leak: bool = field(repr=False, compare=False)  # one branch feeds another
     affine: bool = field(repr=False)  # left out unless it is asked for by name
     irregular: bool = field(default=False, repr=False)  # its calls differ in structure
+    explicit: bool = field(default=False, repr=False)  # made of `Residual`s
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,9 +69,21 @@ class Discovery:
     groups: dict[str, list[Group]]  # for each block, one for each call of its container
 
 
-def discover(recording: Recording, model: nn.Module) -> Discovery:
-    """All residual blocks of a recording, in forward order."""
-    additions = residual_additions(recording)
+def discover(
+    recording: Recording, model: nn.Module, *, leave_out: frozenset[str] = frozenset()
+) -> Discovery:
+    """All residual blocks of a recording, in forward order.
+
+    Args:
+        recording: The watched forward.
+        model: The model that was watched.
+        leave_out: Names of modules whose own additions do not count.
+    """
+    additions = [
+        addition
+        for addition in residual_additions(recording)
+        if recording.calls[recording.nodes[addition.node].call].module not in leave_out
+    ]
     groups: dict[str, list[Group]] = {}
     blocks: dict[str, ResidualBlock] = {}
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}

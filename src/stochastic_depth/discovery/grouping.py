@@ -105,7 +105,8 @@ def _merge_into_layers(
         layer = recording.calls[parent]
         own = (parent, layer.module)
         kinds = [recording.calls[child].kind for child, _ in keys]
-        is_layer = uses[layer.kind] > 1 and not issubclass(layer.kind, nn.Sequential)
+        repeated = uses[layer.kind] > 1 or len(recording.calls_of[layer.module]) > 1
+        is_layer = repeated and not issubclass(layer.kind, nn.Sequential)
         if not is_layer or len(set(kinds)) < len(kinds) or len(keys) + (own in gathered) < 2:
             continue
         found = [*gathered.get(own, ()), *(a for key in keys for a in gathered[key])]

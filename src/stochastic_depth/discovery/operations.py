@@ -53,7 +53,7 @@ POSITIVE = frozenset(
 """f(s x) = s f(x) for s > 0 only: a survival probability passes, an affine function does not."""
 
 RELUS = frozenset({"relu", "relu_"})
-MAX_POOLS = frozenset({"max_pool2d", "max_pool2d_with_indices", "max_pool3d_with_indices"})
+MAX_POOLS = frozenset("max_pool2d max_pool2d_with_indices max_pool3d_with_indices amax".split())
 
 AFFINE = HOMOGENEOUS | PRODUCTS | SUMS | BATCH_NORMS
 """Affine in their data where only one operand depends on it (for sums: any number)."""

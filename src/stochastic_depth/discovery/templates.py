@@ -171,11 +171,14 @@ def form(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form:
 
 
 def same_but_for_nones(called: Form, watched: Form) -> bool:
-    """Whether the calls are alike, but that one has None where the watched one had tensors."""
+    """Whether the calls are alike, but that one has None where the other had a tensor or object.
+
+    A mask that is left out, say, or a cache that is there in inference alone.
+    """
 
     def alike(mine: tuple[Place, object], other: tuple[Place, object]) -> bool:
         (place, kind), (there, watched_kind) = mine, other
-        left_out = kind == _kind_of(None) and isinstance(watched_kind, int)
+        left_out = kind == _kind_of(None) and isinstance(watched_kind, int | type)
         return place == there and (kind == watched_kind or left_out)
 
     return len(called) == len(watched) and all(map(alike, called, watched))

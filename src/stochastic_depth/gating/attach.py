@@ -13,7 +13,7 @@ from stochastic_depth.discovery.branches import member_calls, unread_outputs
 from stochastic_depth.discovery.grouping import Group
 from stochastic_depth.discovery.recording import Call, Recording
 from stochastic_depth.discovery.templates import SkipPath, Template
-from stochastic_depth.gating.gate import gate_of
+from stochastic_depth.gating.gate import KEY, gate_of
 from stochastic_depth.gating.passage import Gate, Role
 from stochastic_depth.gating.scaled import own_weights
 from stochastic_depth.gating.swap import swap_in, swap_out
@@ -40,6 +40,12 @@ def attach(
     gates: dict[str, Gate] = {}
     containers: dict[str, list[int]] = {}
     for number, block in enumerate(plan.blocks):
+        if block.explicit:
+            for position, branch in enumerate(block.branches):
+                (name,) = branch.modules
+                own = Gate(plan, name, blocks=(number,), branch=position)
+                model.get_submodule(name).__dict__[KEY] = own
+            continue
         containers.setdefault(block.container, []).append(number)
     for container, numbers in containers.items():
         gate = gates.setdefault(container, Gate(plan, container))
@@ -50,13 +56,10 @@ def attach(
         if batches is not None:
             template = gate.whole if isinstance(gate.whole, Template) else None
             for call in found.recording.calls_of[container]:
-                gate.batch[call.form] = (
-                    batches.of_arguments(call),
-                    batches.places(call, template) if template else {},
-                )
+                gate.batch[call.form] = batches.held(call, template)
         groups = [found.groups[plan.blocks[number].name][0] for number in numbers]
-        own = dict(zip(numbers, groups, strict=True))
-        roles = _roles(model, found.recording, plan, own, batches)
+        of_block = dict(zip(numbers, groups, strict=True))
+        roles = _roles(model, found.recording, plan, of_block, batches)
         gate.expected = sum(map(len, roles.values()))
         for name, found_roles in roles.items():
             gates.setdefault(name, Gate(plan, name)).roles[container] = found_roles

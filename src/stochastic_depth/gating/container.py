@@ -6,6 +6,7 @@ batch or on some, and its members look up what was decided.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.gating.passage import Gate, Original, Passage, changed, running
 from stochastic_depth.gating.recomputation import remembered
 from stochastic_depth.plan import Plan
-from stochastic_depth.rows import Dims, Places, Rows, put_back, take
+from stochastic_depth.rows import Held, Rows, put_back, take
 from stochastic_depth.torch_private import backward_is_running, tree_leaves
 
 
@@ -31,7 +32,7 @@ def call_container(
         gate.plan.expect_steps(gate.name, module)
     # Only in mode "sample" is it asked for before anything is decided.
     called = form(args, kwargs) if gate.batch else None
-    passage = _decide(gate, module, called, args, kwargs)
+    passage = decide(gate, module, lambda: _batch(gate, called, args, kwargs))
     if passage.plain:
         output = _run(passage, module, original, args, kwargs)
     else:
@@ -60,11 +61,11 @@ def _run_in_part(
     rows = _shared_rows(decision) if isinstance(whole, Template) else None
     if rows is None:
         return _run(passage, module, original, args, kwargs)
-    (some, named), rests = take((args, kwargs), gate.batch[called][0], rows)
+    (some, named), rests = take((args, kwargs), gate.batch[called].takes, rows)
     passage.on_rows, passage.unchanged = True, gate.within
     output = _run(passage, module, original, some, named)
     # A dropped row comes to what it is in a dropped block.
-    return put_back(output, gate.batch[called][1], rests, rows)
+    return put_back(output, gate.batch[called].gives, rests, rows)
 
 
 def _run(passage: Passage, module: nn.Module, original: Original, args: Any, kwargs: Any) -> Any:
@@ -106,16 +107,25 @@ def _shared_rows(decision: Decision) -> Rows | None:
     return first if not decision.masked and all(r is first for r in decision.rows) else None
 
 
-def _decide(gate: Gate, module: nn.Module, called: Form | None, args: Any, kwargs: Any) -> Passage:
-    """A new passage: drawn, settled without a draw, or that of the forward recomputed."""
+def decide(
+    gate: Gate, module: nn.Module, batch: Callable[[], Batch], *, holder: nn.Module | None = None
+) -> Passage:
+    """A new passage: drawn, settled without a draw, or that of the forward recomputed.
+
+    Args:
+        gate: Whose call it is.
+        module: Its module.
+        batch: Tells, for mode "sample", what it is called with.
+        holder: Who holds the branch's parameters; None: the module.
+    """
     plan, training = gate.plan, module.training
 
     def make() -> tuple[dict[int, Decision], tuple[int, ...], Any]:
         alike = plan.mode == "batch" and not plan.ranks_differ
-        wrapper = distributed.wrapper_of(module, gate.name, alike=alike) if training else None
+        held = module if holder is None else holder
+        wrapper = distributed.wrapper_of(held, gate.name, alike=alike) if training else None
         if plan.probe is not None:
-            assert called is not None
-            size = _batch(gate, called, args, kwargs).size
+            size = batch().size
             return {block: probed(plan, block, size) for block in gate.blocks}, (), None
         if not training or plan.disabled or plan.forced is not None:
             forced = None if plan.disabled else plan.forced
@@ -130,8 +140,8 @@ def _decide(gate: Gate, module: nn.Module, called: Form | None, args: Any, kwarg
         around = _passage_around(plan) if running.passages else None
         number = plan.next_call(gate.name, around.calls if around and around.path else None)
         path = (*(around.path if around else ()), number)
-        batch = _batch(gate, called, args, kwargs) if called is not None else None
-        return {block: drawn(plan, block, path, batch) for block in gate.blocks}, path, wrapper
+        given = batch() if plan.mode == "sample" else None
+        return {block: drawn(plan, block, path, given) for block in gate.blocks}, path, wrapper
 
     decisions, path, wrapper = remembered(gate, make, may_recompute=training)
     plain = all(decision.changes_nothing for decision in decisions.values())
@@ -148,9 +158,11 @@ def _passage_around(plan: Plan) -> Passage | None:
     return next((p for p in reversed(running.passages) if p.gate.plan is plan), None)
 
 
-def _batch(gate: Gate, called: Form, args: Any, kwargs: Any) -> Batch:
+def _batch(gate: Gate, called: Form | None, args: Any, kwargs: Any) -> Batch:
     """The batch that a container is called with."""
-    known = gate.batch.get(called) or _known_but_for_nones(gate, called)
+    assert called is not None
+    leaves = tree_leaves((args, kwargs))
+    known = gate.batch.get(called) or _known_but_for_nones(gate, called, len(leaves))
     if known is None:
         raise ChangedModelError(
             f'"{gate.name}" is called with other arguments than in the example, so it cannot be '
@@ -158,16 +170,16 @@ def _batch(gate: Gate, called: Form, args: Any, kwargs: Any) -> Batch:
             expected="the arguments that it was watched with: " + " or ".join(map(str, gate.batch)),
             instead='pass example_inputs as in the training (with the mask, say), or mode="batch"',
         )
-    leaves = tree_leaves((args, kwargs))
-    held = [(leaves[n], dim) for n, dim in known[0].items() if isinstance(leaves[n], Tensor)]
-    widest, dim = max(held, key=lambda leaf: leaf[0].shape[leaf[1]])
-    return Batch(widest.shape[dim], widest.device)
+    held = [(n, dim) for n, dim in known.takes.items() if isinstance(leaves[n], Tensor)]
+    # One that has a single row holds for all rows.
+    size, number = max((leaves[n].shape[dim] // known.each[n], n) for n, dim in held)
+    return Batch(size, leaves[number].device)
 
 
-def _known_but_for_nones(gate: Gate, called: Form) -> tuple[Dims, Places] | None:
-    """What is known of a call that had tensors where this one has None (a mask left out)."""
+def _known_but_for_nones(gate: Gate, called: Form, leaves: int) -> Held | None:
+    """What is known of a call that had something where this one has None (a mask left out)."""
     for watched, known in gate.batch.items():
-        if same_but_for_nones(called, watched):
+        if known.leaves == leaves and same_but_for_nones(called, watched):
             gate.batch[called] = known
             return known
     return None

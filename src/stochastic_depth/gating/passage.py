@@ -16,7 +16,7 @@ from stochastic_depth.deciding import Decision
 from stochastic_depth.discovery.templates import Form, SkipPath, Template
 from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.plan import Plan
-from stochastic_depth.rows import Dims, Places
+from stochastic_depth.rows import Dims, Held
 
 Original = Callable[..., Any]
 
@@ -48,13 +48,14 @@ class Gate:
     blocks: tuple[int, ...] = ()  # a container's: the blocks that its call decides about
     whole: Template | SkipPath | None = None  # a container's: what it comes to when dropped
     forms: frozenset[Form] = frozenset()  # a container's: the calls that `whole` holds for
-    batch: dict[Form, tuple[Dims, Places]] = field(default_factory=dict)
+    batch: dict[Form, Held] = field(default_factory=dict)
     """A container's in mode "sample": where its arguments and output hold the batch, by form."""
     positional: tuple[str, ...] = ()  # a container's: names of its forward's parameters
     expected: int = 0  # a container's: how many calls of its members one call of it makes
     roles: dict[str, tuple[Role | None, ...]] = field(default_factory=dict)
     """A member's: for each container, what its first, second, ... call in it is."""
     templates: dict[tuple[object, ...], Template] = field(default_factory=dict)
+    branch: int | None = None  # a `Residual`'s: which branch of its block it computes
     used_elsewhere: bool = False  # a member's: is called outside of its containers, too
     alone: frozenset[Gate] = frozenset()
     """A container's: its members that are nothing else, nor called anywhere else."""

@@ -14,6 +14,7 @@ from torch import nn
 
 from stochastic_depth.gating.gate import KEY, gated_call
 from stochastic_depth.gating.passage import Gate
+from stochastic_depth.torch_private import without_fused_path
 
 _gated_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
@@ -26,7 +27,9 @@ def swap_in(module: nn.Module, gate: Gate) -> None:
 
 def swap_out(module: nn.Module) -> None:
     """Give a gated module its own class back."""
-    del module.__dict__[KEY]
+    gate: Gate = module.__dict__.pop(KEY)
+    if gate.branch is not None:
+        return  # a `Residual`, whose class looks for its gate itself
     own: Any = type(module)
     if "gated_from" in vars(own):
         module.__class__ = own.gated_from
@@ -55,6 +58,7 @@ def _gated(original: type[nn.Module]) -> type[nn.Module]:
         (original,),
         {
             "gated_from": original,
+            **without_fused_path(original),
             "__call__": gated_call(original.__call__),
             "__reduce_ex__": reduce_gated,
             "__module__": original.__module__,

@@ -1,0 +1,92 @@
+"""Which models the library finds all branches of, and skips exactly: `make coverage`.
+
+    export PYTHONPATH=src:examples            # from a checkout
+    python benchmarks/coverage.py             # all three libraries, an hour or so on two cores
+    python benchmarks/coverage.py timm        # one of them
+    python benchmarks/coverage.py timm:vit    # one family; printed, nothing is written
+
+Each model is set beside what others say of it: timm's own drop path calls; for torchvision and
+transformers the additions in the source of their layers. Then each is checked against hooks that
+force branches to zero. The result file keeps what was measured before for what is not run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from coveragelib.checks import check, pasted
+from coveragelib.explained import LEFT_OUT, PLACES
+from coveragelib.page import page
+from coveragelib.subjects import LIBRARIES, Subject, places
+from imagelib.machine import machine
+from interleaved import RESULTS
+from stochastic_depth import RefusedBlockError
+from stochastic_depth.discovery import watch
+
+FILE = RESULTS / "coverage.json"
+PAGE = RESULTS.parents[1] / "docs" / "coverage.md"
+
+
+def measure(subject: Subject) -> dict[str, Any]:
+    """One row of the table."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    start = time.perf_counter()
+    key = f"{subject.library}:{subject.family}"
+    row: dict[str, Any] = {"model": subject.name, "note": PLACES.get(key, "")}
+    try:
+        model = subject.model()
+        example = subject.example(model, 2)
+        found, _ = watch(model, example, None)
+        row |= asdict(places(subject, model, example, found))
+        if row["found"]:
+            row |= _checked(subject, model, example, found, key)
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {error}"[:300]
+    row["seconds"] = round(time.perf_counter() - start)
+    return row
+
+
+def _checked(subject: Subject, model: Any, example: Any, found: Any, key: str) -> dict[str, Any]:
+    try:
+        keep = pasted(model, example)
+    except RefusedBlockError as error:
+        return {"refused": str(error).partition(" Expected")[0][:200]}
+    row = asdict(check(model, example, subject.example(model, 6), found, keep))
+    return row if keep is None else row | {"left_out": f"{len(keep)} blocks: {LEFT_OUT.get(key)}"}
+
+
+def main(names: Sequence[str]) -> None:
+    """Measure the named libraries or families, or all."""
+    content: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {}
+    results: dict[str, dict[str, Any]] = content.get("results", {})
+    libraries = [name for name in LIBRARIES if not names or name in _prefixes(names)]
+    for library in libraries:
+        whole = not names or library in names
+        rows = {} if whole else results.get(library, {})
+        subjects = [s for s in LIBRARIES[library]() if whole or f"{library}:{s.family}" in names]
+        with ProcessPoolExecutor(2) as pool:
+            for subject, row in zip(subjects, pool.map(measure, subjects), strict=True):
+                print(library, subject.family, row, flush=True)
+                rows[subject.family] = row
+        if whole:
+            results[library] = rows
+            FILE.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+            PAGE.write_text(page(json.loads(FILE.read_text())))
+
+
+def _prefixes(names: Iterable[str]) -> set[str]:
+    return {name.partition(":")[0] for name in names}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,314 @@
+"""What is checked on every model of the coverage table, against hooks that zero or mask branches.
+
+The hooks sit on the modules that end a branch, in a copy without gates. All runs but the first are
+in eval mode, so that dropout and BatchNorm do the same in both.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import random
+import re
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+import stochastic_depth as sd
+from stochastic_depth.discovery import Discovery
+from stochastic_depth.discovery.branches import member_calls
+from stochastic_depth.discovery.recording import Call
+
+ROUNDING = 1e-5
+"""Of the largest gradient: where a branch is skipped whole, gradients meet in another order."""
+ROWS_ROUNDING = 1e-3
+"""The same in mode "sample": kernels sum in another order for another number of rows."""
+
+
+@dataclass
+class Checked:
+    """What was found out about one model: "yes", "rounding", or what is wrong or why not."""
+
+    open_gates: str = ""
+    closed: str = ""
+    nothing_ran: str = ""
+    fold: str = ""
+    rows: str = ""
+    how: str = ""
+    time_saved: float | None = None
+
+
+@dataclass(frozen=True)
+class End:
+    """Where a branch ends: which call of a module in its container, which leaves of its output."""
+
+    container: str
+    module: str
+    position: int
+    leaves: frozenset[int]
+
+
+def pasted(model: nn.Module, example: Any) -> list[str] | None:
+    """What to pass as `blocks=`, as errors say what to paste; None for all.
+
+    Raises:
+        RefusedBlockError: No block is left.
+    """
+    keep: list[str] | None = None
+    while True:
+        try:
+            sd.apply_stochastic_depth(
+                copy.deepcopy(model), 0.5, example_inputs=example, scale="none", blocks=keep
+            )
+        except sd.RefusedBlockError as error:
+            paste = re.search(r"blocks=(\[.*?\])", str(error))
+            if paste is None:
+                raise
+            keep = [*(keep or []), *ast.literal_eval(paste[1])]
+        else:
+            return keep
+
+
+def check(
+    model: nn.Module, example: Any, more_rows: Any, found: Discovery, keep: list[str] | None
+) -> Checked:
+    """All checks of a model.
+
+    Args:
+        model: In its plain state.
+        example: What it is called with.
+        more_rows: The same with more examples in the batch.
+        found: What was found in it.
+        keep: The blocks to gate.
+    """
+    result = Checked()
+    gated = copy.deepcopy(model)
+    depth = sd.apply_stochastic_depth(gated, 0.5, example_inputs=example, scale="none", blocks=keep)
+    names = {block.name for block in depth.blocks}
+    blocks = [block for block in found.blocks if block.name in names]
+    ends = {block.name: list(_ends(found, block)) for block in blocks}
+    rows = str(depth).splitlines()
+    result.how = f"{sum('whole' in row for row in rows)} whole of {len(blocks)}"
+    result.open_gates = _compared(model, gated, depth, {}, example, (), training=True)
+    patterns = [{name: False} for name in ends]
+    rng = random.Random(0)
+    patterns += [
+        dict.fromkeys(rng.sample(list(ends), max(1, len(ends) // 2)), False) for _ in "abc"
+    ]
+    answers = {
+        _compared(model, gated, depth, pattern, example, [e for n in pattern for e in ends[n]])
+        for pattern in patterns
+    }
+    result.closed = max(answers, key=lambda text: (text not in ("yes", "rounding"), text != "yes"))
+    result.nothing_ran = _nothing_runs(gated, depth, example, dict.fromkeys(ends, False))
+    result.time_saved = _time_saved(gated, depth, example, list(ends))
+    result.fold = _folds(model, example, keep)
+    result.rows = _rows_equal_masks(model, more_rows, keep, ends)
+    return result
+
+
+def _ends(found: Discovery, block: sd.ResidualBlock) -> Iterator[End]:
+    recording, group = found.recording, found.groups[block.name][0]
+    for addition, branch in zip(group.additions, block.branches, strict=True):
+        calls = member_calls(recording, addition, group.container)
+        for place, leaves in branch.scaled:
+            before = [c for c in _inside(found, group.container) if c.module == calls[place].module]
+            yield End(block.container, calls[place].module, before.index(calls[place]), leaves)
+
+
+def _inside(found: Discovery, container: Call) -> list[Call]:
+    return [
+        c for c in found.recording.calls if container.start <= c.start and c.end <= container.end
+    ]
+
+
+@contextmanager
+def changed_at(model: nn.Module, ends: Collection[End], change: Any) -> Iterator[None]:
+    """While hooks change what comes out at these ends."""
+    counts: dict[tuple[str, str], int] = {}
+    handles = []
+
+    def entered(container: str) -> Any:
+        def hook(*_: object) -> None:
+            for key in counts:
+                counts[key] = 0 if key[0] == container else counts[key]
+
+        return hook
+
+    def left(key: tuple[str, str]) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            position, counts[key] = counts[key], counts[key] + 1
+            leaves, spec = tree_flatten(output)
+            for end in ends:
+                if (end.container, end.module, end.position) == (*key, position):
+                    for number in end.leaves:
+                        leaves[number] = change(end, leaves[number])
+            return tree_unflatten(leaves, spec)
+
+        return hook
+
+    for name in {end.container for end in ends}:
+        handles.append(model.get_submodule(name).register_forward_pre_hook(entered(name)))
+    for key in {(end.container, end.module) for end in ends}:
+        counts[key] = 0
+        handles.append(model.get_submodule(key[1]).register_forward_hook(left(key)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run(model: nn.Module, example: Any) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The floating outputs of one forward and the gradients, under a fixed seed."""
+    torch.manual_seed(5)
+    model.zero_grad()
+    output = model(**example) if isinstance(example, Mapping) else model(example)
+    tensors = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
+    tensors = [x for x in tensors if x.requires_grad]
+    sum(x.square().mean() for x in tensors).backward()  # type: ignore[union-attr]
+    return tensors, [None if p.grad is None else p.grad for p in model.parameters()]
+
+
+def _compared(
+    plain: nn.Module,
+    gated: nn.Module,
+    depth: sd.StochasticDepth,
+    pattern: dict[str, bool],
+    example: Any,
+    ends: Collection[End],
+    *,
+    training: bool = False,
+) -> str:
+    """With these gates: the same as with these ends at zero?"""
+    mine, reference = copy.deepcopy(gated), copy.deepcopy(plain)
+    with sd.get_stochastic_depth(mine).fixed(pattern):
+        own = run(mine.train(training), example)
+    with changed_at(reference, ends, lambda end, value: torch.zeros_like(value)):
+        other = run(reference.train(training), example)
+    where = ", ".join(pattern) if len(pattern) < 3 else f"{len(pattern)} blocks"
+    return same(own, other, ROUNDING, where or "open")
+
+
+def same(own: Any, other: Any, rounding: float, where: str) -> str:
+    """ "yes", "rounding", or where the outputs or gradients differ."""
+    exact = True
+    for a, b in zip(own[0], other[0], strict=True):
+        if not torch.equal(a, b):
+            exact = False
+            if not bool((a - b).abs().max() <= rounding * b.abs().max()):
+                return f"outputs differ ({where})"
+    for a, b in zip(own[1], other[1], strict=True):
+        a, b = (None if g is None or not g.any() else g for g in (a, b))
+        if a is None and b is None:
+            continue
+        if a is None or b is None:
+            return f"a gradient is missing ({where})"
+        if not torch.equal(a, b):
+            exact = False
+            if not bool((a - b).norm() <= rounding * b.norm() + 1e-7):
+                return f"gradients differ ({where})"
+    return "yes" if exact else "rounding"
+
+
+def _nothing_runs(
+    gated: nn.Module, depth: sd.StochasticDepth, example: Any, closed: dict[str, bool]
+) -> str:
+    """Whether all modules with parameters in all branches stay still when all are closed."""
+    ran: list[str] = []
+    handles = []
+    for block in depth._plan.blocks:
+        for name in {m for branch in block.branches for m in branch.modules}:
+            for part, module in gated.get_submodule(name).named_modules():
+                if next(module.parameters(recurse=False), None) is not None:
+                    hook = lambda *_, key=f"{name}.{part}": ran.append(key)  # noqa: E731
+                    handles.append(module.register_forward_hook(hook))
+    with depth.fixed(closed), torch.no_grad():
+        run_forward(gated.eval(), example)
+    for handle in handles:
+        handle.remove()
+    return f"{ran[0]} ran" if ran else "yes"
+
+
+def run_forward(model: nn.Module, example: Any) -> Any:
+    """One forward."""
+    return model(**example) if isinstance(example, Mapping) else model(example)
+
+
+def _time_saved(
+    gated: nn.Module, depth: sd.StochasticDepth, example: Any, names: list[str]
+) -> float:
+    """The part of a step's time that every second block closed saves; a few steps, so roughly."""
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    half = dict.fromkeys(names[::2], False)
+    for _ in range(3):
+        for is_open in seconds:
+            with depth.fixed({} if is_open else half):
+                start = time.perf_counter()
+                run(gated.eval(), example)
+                seconds[is_open].append(time.perf_counter() - start)
+    return 1 - median(seconds[False]) / median(seconds[True])
+
+
+def _folds(model: nn.Module, example: Any, keep: list[str] | None) -> str:
+    folded = copy.deepcopy(model)
+    depth = sd.apply_stochastic_depth(folded, 0.3, example_inputs=example, blocks=keep)
+    with torch.no_grad():
+        expected = tree_leaves(run_forward(folded.eval(), example))
+        try:
+            depth.fold()
+        except sd.StochasticDepthError as error:
+            return "no: " + str(error).partition(" Expected")[0]
+        found = tree_leaves(run_forward(folded.eval(), example))
+    for a, b in zip(found, expected, strict=True):
+        if isinstance(a, Tensor) and a.is_floating_point():
+            if not bool((a - b).abs().max() <= 1e-4 * b.abs().max() + 1e-6):
+                return "outputs differ"
+    return "yes"
+
+
+def _rows_equal_masks(
+    model: nn.Module, example: Any, keep: list[str] | None, ends: Mapping[str, list[End]]
+) -> str:
+    gated, reference = copy.deepcopy(model), copy.deepcopy(model)
+    try:
+        depth = sd.apply_stochastic_depth(
+            gated, 0.5, "uniform", example_inputs=example, mode="sample", blocks=keep
+        )
+    except sd.StochasticDepthError as error:
+        return "refused: " + str(error).partition(" Expected")[0]
+    own = run(_still(gated), example)
+    first = example if isinstance(example, Tensor) else next(iter(example.values()))
+    masks = {}
+    for name, kept in depth.last_gates.items():
+        assert not isinstance(kept, bool)
+        mask = torch.zeros(len(first))
+        mask[list(kept)] = 2.0
+        masks.update(dict.fromkeys(ends[name], mask))
+
+    def masked(end: End, value: Tensor) -> Tensor:
+        sizes = list(value.shape)
+        # The batch comes first, but where it is found as it is, further back (sequence first).
+        dim = 0 if sizes[0] == len(first) or len(first) not in sizes else sizes.index(len(first))
+        each = masks[end].repeat_interleave(sizes[dim] // len(first))
+        return value * each.view([-1 if d == dim else 1 for d in range(value.ndim)])
+
+    with changed_at(reference, list(masks), masked):
+        other = run(_still(reference), example)
+    return same(own, other, ROWS_ROUNDING, "rows")
+
+
+def _still(model: nn.Module) -> nn.Module:
+    """In train mode, but for what would make it random or look at the whole batch."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd):
+            module.eval()
+    return model

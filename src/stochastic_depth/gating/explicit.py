@@ -1,0 +1,121 @@
+"""The call of a `Residual`: it is told its branch, so it needs no watch and no stand-ins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stochastic_depth.deciding import Batch, inference_factor
+from stochastic_depth.errors import SetupError
+from stochastic_depth.gating.container import decide
+from stochastic_depth.gating.passage import Gate, Passage, running
+from stochastic_depth.rows import Rows, put_back, take
+from stochastic_depth.torch_private import backward_is_running
+
+
+def survival(gate: Gate) -> float:
+    """What its branch is multiplied by in inference."""
+    (block,), branch = gate.blocks, gate.branch
+    assert branch is not None
+    return inference_factor(gate.plan, block, branch)
+
+
+@torch.compiler.disable
+def call_explicit(
+    gate: Gate,
+    module: nn.Module,
+    branch: Callable[..., Tensor],
+    skip: Tensor,
+    args: tuple[Any, ...],
+) -> Tensor:
+    """`skip + branch(*args)`, as it is decided about this call.
+
+    Args:
+        gate: The gate of the `Residual`.
+        module: The `Residual`.
+        branch: Its branch.
+        skip: What it is added to.
+        args: What the branch takes.
+    """
+    if running.open_all:
+        return skip + branch(*args)
+    plan = gate.plan
+    owners = list(_modules_of(branch))
+    holder = owners[0] if owners else None
+    if module.training and holder is not None:
+        plan.expect_steps(gate.name, holder)
+    passage = decide(gate, module, lambda: Batch(len(skip), skip.device), holder=holder)
+    decision, number = passage.decisions[gate.blocks[0]], gate.branch
+    assert number is not None
+    if decision.kept[number]:
+        run = partial(_run, passage, branch, decision.factors[number])
+        out = _on_rows(decision.rows[number], run, skip, args)
+    elif passage.wrapper is not None:
+        out = plan.reduction.skip(skip, _parameters_of(gate, owners))
+    else:
+        out = skip
+    if passage.wrapper is not None and not backward_is_running():
+        differ = plan.ranks_differ or plan.forced is not None
+        plan.reduction.expect(passage.wrapper, (out, skip, args), differ=differ)
+    return out
+
+
+def _run(
+    passage: Passage, branch: Callable[..., Tensor], factor: float, skip: Tensor, *args: Any
+) -> Tensor:
+    """The sum; gates inside of the branch find what was decided about it."""
+    running.passages.append(passage)
+    try:
+        value = branch(*args)
+    finally:
+        running.passages.pop()
+    return skip + value if factor == 1.0 else torch.add(skip, value, alpha=factor)
+
+
+def _on_rows(
+    rows: Rows | None, run: Callable[..., Tensor], skip: Tensor, args: tuple[Any, ...]
+) -> Tensor:
+    """The sum on these rows of the batch; the others come to the skip."""
+    if rows is None:
+        return run(skip, *args)
+    given = (skip, *args)
+    held = {
+        number: 0
+        for number, value in enumerate(given)
+        if isinstance(value, Tensor) and value.ndim and len(value) == len(skip)
+    }
+    some, rests = take(given, held, rows)
+    out: Tensor = put_back(run(*some), {0: (0, 0)}, rests, rows)
+    return out
+
+
+def _parameters_of(gate: Gate, owners: list[nn.Module]) -> list[nn.Parameter]:
+    """The parameters that a dropped branch may have; more do no harm."""
+    if not owners:
+        raise SetupError(
+            f'"{gate.name}" is dropped under DistributedDataParallel, and its branch is a function '
+            "that holds no module",
+            expected="a branch whose parameters can be told",
+            instead="pass a module, or a method of one, as the branch",
+        )
+    return list(dict.fromkeys(p for owner in owners for p in owner.parameters()))
+
+
+def _modules_of(branch: Any) -> Iterator[nn.Module]:
+    """The modules that a branch is, belongs to, or holds."""
+    if isinstance(branch, nn.Module):
+        yield branch
+    elif isinstance(branch, partial):
+        for part in (branch.func, *branch.args, *branch.keywords.values()):
+            yield from _modules_of(part)
+    else:
+        owner = getattr(branch, "__self__", None)
+        if isinstance(owner, nn.Module):
+            yield owner
+        for cell in getattr(branch, "__closure__", None) or ():
+            if isinstance(cell.cell_contents, nn.Module):
+                yield cell.cell_contents
