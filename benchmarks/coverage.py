@@ -3,7 +3,8 @@
     export PYTHONPATH=src:examples            # from a checkout
     python benchmarks/coverage.py             # all three libraries, an hour or so on two cores
     python benchmarks/coverage.py timm        # one of them
-    python benchmarks/coverage.py timm:vit    # one family; printed, nothing is written
+    python benchmarks/coverage.py "timm:cait cait"   # one family
+    python benchmarks/coverage.py --missing   # what has no row yet
 
 Each model is set beside what others say of it: timm's own drop path calls; for torchvision and
 transformers the additions in the source of their layers. Then each is checked against hooks that
@@ -17,7 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from typing import Any
 
@@ -26,7 +27,8 @@ import torch
 from coveragelib.checks import check, pasted
 from coveragelib.explained import LEFT_OUT, PLACES
 from coveragelib.page import page
-from coveragelib.subjects import LIBRARIES, Subject, places
+from coveragelib.places import places
+from coveragelib.subjects import LIBRARIES, Subject
 from imagelib.machine import machine
 from interleaved import RESULTS
 from stochastic_depth import RefusedBlockError
@@ -65,23 +67,35 @@ def _checked(subject: Subject, model: Any, example: Any, found: Any, key: str) -
     return row if keep is None else row | {"left_out": f"{len(keep)} blocks: {LEFT_OUT.get(key)}"}
 
 
-def main(names: Sequence[str]) -> None:
-    """Measure the named libraries or families, or all."""
+def main(arguments: Sequence[str]) -> None:
+    """Measure the named libraries or families, or all; write each row as soon as it is there."""
+    names = [argument for argument in arguments if argument != "--missing"]
     content: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {}
     results: dict[str, dict[str, Any]] = content.get("results", {})
-    libraries = [name for name in LIBRARIES if not names or name in _prefixes(names)]
-    for library in libraries:
+    for library in (name for name in LIBRARIES if not names or name in _prefixes(names)):
         whole = not names or library in names
-        rows = {} if whole else results.get(library, {})
-        subjects = [s for s in LIBRARIES[library]() if whole or f"{library}:{s.family}" in names]
+        known = results.get(library, {})
+        found = {subject.family: subject for subject in LIBRARIES[library]()}
+        wanted = [
+            subject
+            for subject in found.values()
+            if (whole or f"{library}:{subject.family}" in names)
+            and not ("--missing" in arguments and subject.family in known)
+        ]
         with ProcessPoolExecutor(2) as pool:
-            for subject, row in zip(subjects, pool.map(measure, subjects), strict=True):
-                print(library, subject.family, row, flush=True)
-                rows[subject.family] = row
-        if whole:
-            results[library] = rows
-            FILE.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
-            PAGE.write_text(page(json.loads(FILE.read_text())))
+            waiting = {pool.submit(measure, subject): subject for subject in wanted}
+            for done in as_completed(waiting):
+                family = waiting[done].family
+                known[family] = done.result()
+                print(library, family, known[family], flush=True)
+                results[library] = {name: known[name] for name in found if name in known}
+                _write(results)
+
+
+def _write(results: dict[str, Any]) -> None:
+    content = {"machine": machine(), "results": {n: results[n] for n in LIBRARIES if n in results}}
+    FILE.write_text(json.dumps(content, indent=1) + "\n")
+    PAGE.write_text(page(json.loads(FILE.read_text())))
 
 
 def _prefixes(names: Iterable[str]) -> set[str]:

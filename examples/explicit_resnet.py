@@ -40,12 +40,12 @@ class ResNet(nn.Module):
             made = 64 * 2**number
             strides = [1 if number == 0 else 2] + [1] * (depth - 1)
             blocks = [BasicBlock(given if n == 0 else made, made, s) for n, s in enumerate(strides)]
-            self.add_module(f"layer{number + 1}", nn.Sequential(*blocks))
+            setattr(self, f"layer{number + 1}", nn.Sequential(*blocks))
             given = made
         self.maxpool, self.fc = nn.MaxPool2d(3, 2, 1), nn.Linear(given, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.maxpool(self.bn1(self.conv1(images)).relu())
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+        for number in range(1, 5):
+            x = self.get_submodule(f"layer{number}")(x)
         return self.fc(x.mean((2, 3)))

@@ -127,7 +127,7 @@ def exported(model: nn.Module, x: Tensor) -> Callable[[Tensor], Any]:
 
 
 def traced(model: nn.Module, x: Tensor) -> Callable[[Tensor], Any]:
-    return torch.jit.trace(model, (x,))  # type: ignore[no-any-return, no-untyped-call]
+    return torch.jit.trace(model, (x,))
 
 
 def scripted(model: nn.Module, x: Tensor) -> Callable[[Tensor], Any]:
@@ -158,7 +158,7 @@ def test_inference_leaves_python_with_its_scale(
 
 @without_deprecations
 def test_what_cannot_be_scripted_says_so() -> None:
-    with pytest.raises(sd.SetupError, match="sd.Residual\\(branch\\)"):
+    with pytest.raises(sd.SetupError, match=r"sd.Residual\(branch\)"):
         torch.jit.script(tanhs())
     model = nn.Sequential(*(sd.Residual(nn.Linear(4, 4)) for _ in range(6)))
     sd.apply_stochastic_depth(model, 0.1)

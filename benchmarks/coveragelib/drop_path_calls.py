@@ -106,7 +106,7 @@ class _Follower(TorchDispatchMode):
         if name in ("add", "add_") and len(given) == 2:
             self.added |= numbers
         elif name in MOVES and numbers and isinstance(out, Tensor):
-            self._marked[id(out)] = (weakref.ref(out), *numbers)
+            self._marked[id(out)] = (weakref.ref(out), min(numbers))
         return out
 
     def _number(self, tensor: Tensor) -> int | None:

@@ -11,15 +11,16 @@ _TITLES = {
 }
 _HEAD = """# Coverage
 
-Written by `make coverage`; do not edit. The smallest model of each family (of timm: by the letters
-that names begin with, in each of its files), with random weights. *Found* are our branches,
-*expected* those that others have: for timm the calls of its own drop path that an addition follows,
-compared one by one and in order; else the residual additions that ran, counted in the source of the
-layers. *Exact*: with gates open, each block closed alone, and three random halves of the blocks
-closed, outputs and gradients equal those of the plain model whose branches' ends hooks force to zero
+Written by `make coverage`; do not edit. The smallest model of each family (of timm: of each file,
+by the letters that names begin with), with random weights. *Found* are our branches, *expected*
+those that others have: for timm the calls of its own drop path that an addition follows, compared
+one by one and in order; else the residual additions that ran, counted in the source of the layers.
+*Exact*: with gates open, each block closed alone (of models with more than 100 million parameters
+three or four of them), and three random halves of the blocks closed,
+outputs and gradients equal those of the plain model whose branches' ends hooks force to zero
 ("rounding": up to 1e-5, where gradients meet in another order). *Still*: with all blocks closed no
-module with parameters of any branch runs. *Rows*: mode "sample" equals masking. *Saved*: of a step's
-time with every second block closed, roughly.
+module with parameters of any branch runs. *Fold*: `fold()` computes the same. *Rows*: mode
+"sample" equals masking. *Saved*: of a step's time with every second block closed, roughly.
 """
 
 
@@ -52,7 +53,7 @@ def _exact(row: dict[str, Any]) -> str:
 
 def _table(rows: dict[str, dict[str, Any]]) -> str:
     lines = [
-        "| family | model | found | expected | exact | still | skipped | fold | rows | saved | notes |",
+        "| family | model | found | expected | exact | still | how | fold | rows | saved | note |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for family, row in rows.items():

@@ -141,7 +141,7 @@ class _Flow:
             if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
                 yield node.left, node.right
             elif isinstance(node, ast.Call) and "add" in _name(node.func).split("_"):
-                # dropout_add(x, residual), torch.add(x, y), x.add(y), quantizable.add(x, y)
+                # As in `dropout_add(x, residual)` and `x.add(y)`.
                 pair = node.args[:2]
                 if len(pair) == 1 and isinstance(node.func, ast.Attribute):
                     pair = [node.func.value, *pair]
@@ -153,7 +153,7 @@ class _Flow:
         """The parts of an expression that are computed, not the statements in a statement."""
         if isinstance(node, ast.IfExp):
             test = compile(ast.Expression(node.test), "<condition>", "eval")
-            holds = eval(test, self._frame.f_globals, self._frame.f_locals)  # noqa: S307
+            holds = eval(test, self._frame.f_globals, self._frame.f_locals)
             return [node.body if holds else node.orelse]
         return [part for part in ast.iter_child_nodes(node) if not isinstance(part, ast.stmt)]
 

@@ -6,21 +6,16 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from coveragelib import transformers_models
-from coveragelib.drop_path_calls import drop_path_calls, with_all_drop_paths
-from coveragelib.source_additions import source_additions
-from stochastic_depth.discovery import Discovery
-from stochastic_depth.discovery.additions import is_affine, residual_additions
-from stochastic_depth.discovery.branches import member_calls
-from stochastic_depth.discovery.recording import Call
-
+from coveragelib.drop_path_calls import with_all_drop_paths
 
 _SMALL_SIZES = (64, 112, 128)  # pixels that are tried, so that a model is quick
 
@@ -51,7 +46,7 @@ class Subject:
                     tensor.uniform_(-0.2, 0.2)  # zero heads, tiny layer scales
         return model.eval()
 
-    def example(self, model: nn.Module, batch: int) -> Any:
+    def example(self, model: Any, batch: int) -> Any:
         """Arguments to call it with."""
         if self.library == "transformers":
             return transformers_models.example(model, batch=batch)
@@ -88,14 +83,10 @@ def timm_families() -> Iterator[Subject]:
 def _parameters(make: Callable[[], nn.Module]) -> int | None:
     """How many parameters a model has; None where it does not take these options."""
     for device in ("meta", "cpu"):  # some need values to be built
-        try:
-            with torch.device(device), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+        with suppress(NotImplementedError, RuntimeError, TypeError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with torch.device(device):
                 return sum(p.numel() for p in make().parameters())
-        except TypeError:
-            return None
-        except (NotImplementedError, RuntimeError):
-            continue
     return None
 
 
@@ -130,18 +121,16 @@ def _no_weights(name: str) -> dict[str, Any]:
 def _from_timm(subject: Subject) -> nn.Module:
     import timm
 
-    make = partial(timm.create_model, subject.name, drop_path_rate=0.0, num_classes=10)
-    usual = timm.models.get_pretrained_cfg(subject.name).input_size
+    make: Any = partial(timm.create_model, subject.name, drop_path_rate=0.0, num_classes=10)
+    channels, *usual = make().default_cfg["input_size"]
     for size in (*_SMALL_SIZES, usual[-1]):
         for options in ({"img_size": size}, {}):
-            try:
+            with suppress(TypeError, RuntimeError, AssertionError, ValueError, IndexError):
                 model = make(**options).eval()
                 with torch.no_grad():
-                    model(torch.zeros(1, usual[0], size, size))
-            except (TypeError, RuntimeError, AssertionError, ValueError, IndexError):
-                continue
-            model.default_cfg["small_size"] = size
-            return with_all_drop_paths(model)
+                    model(torch.zeros(1, channels, size, size))
+                model.default_cfg["small_size"] = size
+                return with_all_drop_paths(model)
     raise RuntimeError(f"{subject.name} runs on no size of images")
 
 
@@ -161,74 +150,6 @@ _MAKERS = {
     "torchvision": _from_torchvision,
     "transformers": _from_transformers,
 }
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where a model can drop a branch: what we find, and what the others say."""
-
-    found: int
-    expected: int
-    agree: bool
-    apart: str  # what is left out of the comparison
-
-
-def places(subject: Subject, model: nn.Module, example: Any, found: Discovery) -> Places:
-    """Our branches beside the ground truth."""
-    if subject.library == "timm":
-        return _beside_drop_paths(model, example, found)
-    run = (lambda: model(**example)) if isinstance(example, dict) else (lambda: model(example))
-    expected = sum(source_additions(model, run).values())
-    count = {
-        affine: sum(
-            len(block.branches) * len(found.groups[block.name])
-            for block in found.blocks
-            if block.affine is affine
-        )
-        for affine in (False, True)
-    }
-    apart = f"{count[True]} affine" if count[True] else ""
-    agree = expected in (count[False], count[False] + count[True])
-    return Places(count[False], expected, agree, apart)
-
-
-def _beside_drop_paths(model: nn.Module, example: Tensor, found: Discovery) -> Places:
-    """Our branches in order, against the drop path calls that an addition follows.
-
-    A call is known by its number; those of an affine branch are left out, as are such branches.
-    """
-    calls = drop_path_calls(model, example)
-    recording = found.recording
-    names = {name for name, _ in calls}
-    recorded = [call for call in recording.calls if call.module in names]
-
-    def drop_path_in(addition: Any) -> int | None:
-        members = member_calls(recording, addition, addition.container)
-        inside = [
-            number
-            for number, call in enumerate(recorded)
-            if any(m.start <= call.start and call.end <= m.end for m in members)
-        ]
-        return inside[-1] if inside else None
-
-    affine = {drop_path_in(a) for a in residual_additions(recording) if a.affine}
-    affine |= {n for n, call in enumerate(recorded) if _is_affine_up_to(found, call)}
-    additions = [a for b in found.blocks if not b.affine for a in found.groups[b.name][0].additions]
-    ours = [drop_path_in(a) for a in sorted(additions, key=lambda a: a.node)]
-    theirs = [n for n, (_, added) in enumerate(calls) if added and n not in affine]
-    no_addition = sum(not added for _, added in calls)
-    parts = ((no_addition, "without an addition"), (len(affine - {None}), "affine"))
-    apart = ", ".join(f"{number} {what}" for number, what in parts if number)
-    return Places(len(ours), len(theirs), ours == theirs, apart)
-
-
-def _is_affine_up_to(found: Discovery, call: Call) -> bool:
-    """Whether the block around a call is affine up to there (parallel convolutions, to be merged)."""
-    recording = found.recording
-    around = recording.calls[call.parent or 0]
-    given, value = next(iter(around.arguments.values())), next(iter(call.arguments.values()))
-    path = tuple(recording.between(given, value))
-    return bool(path) and is_affine(recording, given, path)
 
 
 LIBRARIES: dict[str, Callable[[], Iterator[Subject]]] = {

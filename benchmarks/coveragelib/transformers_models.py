@@ -59,7 +59,7 @@ _SIZES: dict[str, Any] = {
 }
 
 _SWIN = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "patch_size": 4}
-_CONV = {"hidden_sizes": [16, 24], "depths": [2, 2]}
+_CONV = {"hidden_sizes": [16, 24], "depths": [2, 2], "patch_size": 4, "num_stages": 2}
 _SPEECH = {
     "num_hidden_layers": 4,
     "conv_dim": (8, 8),
@@ -111,15 +111,15 @@ _VISION = """
     siglip_vision_model
 """
 TYPES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys((_ENCODERS + _DECODERS + _ENCODER_DECODERS + _VISION).split(), {}),
+    **{kind: {} for kind in (_ENCODERS + _DECODERS + _ENCODER_DECODERS + _VISION).split()},
     **dict.fromkeys(("wav2vec2", "hubert", "wavlm", "unispeech", "sew"), _SPEECH),
     "data2vec-audio": {**_SPEECH, "num_conv_pos_embeddings": 2},
     **dict.fromkeys(("swin", "swinv2"), _SWIN),
     "resnet": {"hidden_sizes": [16, 32], "depths": [2, 2], "embedding_size": 16},
-    **dict.fromkeys(("convnext", "convnextv2"), {**_CONV, "patch_size": 4, "num_stages": 2}),
+    **dict.fromkeys(("convnext", "convnextv2"), _CONV),
     **dict.fromkeys(("clip", "siglip"), _TWO_TOWERS),
-    **dict.fromkeys(("phimoe", "switch_transformers"), {"router_jitter_noise": 0.0}),
-    **dict.fromkeys(("rwkv", "mamba", "falcon_mamba"), {"use_cache": False}),
+    **{kind: {"router_jitter_noise": 0.0} for kind in ("phimoe", "switch_transformers")},
+    **{kind: {"use_cache": False} for kind in ("rwkv", "mamba", "falcon_mamba")},
     "gptj": {"rotary_dim": 4},
     "codegen": {"rotary_dim": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
@@ -164,7 +164,9 @@ def small(kind: str, **options: Any) -> nn.Module:
     }
     config = AutoConfig.for_model(kind, **{**sizes, **dropouts, **options})
     torch.manual_seed(0)
-    return AutoModel.from_config(config).eval()
+    make: Any = AutoModel.from_config
+    model: nn.Module = make(config)
+    return model.eval()
 
 
 def example(model: Any, *, batch: int = 2) -> dict[str, Tensor]:

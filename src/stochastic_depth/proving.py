@@ -19,6 +19,7 @@ from stochastic_depth.discovery.example import Example
 from stochastic_depth.discovery.proofs import branch_not_closed, skip_path, skip_value
 from stochastic_depth.discovery.templates import SkipPath, Template
 from stochastic_depth.discovery.undisturbed import undisturbed
+from stochastic_depth.discovery.unmaterialised import Alone, arguments_of, is_unmaterialised
 from stochastic_depth.discovery.watch import record
 from stochastic_depth.gating.attach import attach, detach
 from stochastic_depth.plan import Plan, Probe
@@ -72,6 +73,8 @@ def _drop_all(
     """Which blocks return their input when dropped, and which are not exact when dropped."""
     whole: dict[str, Template | SkipPath] = {}
     reasons: dict[str, str] = {}
+    containers = {block.container for block in plan.blocks if not block.explicit}
+    calls = arguments_of(model, sorted(containers), example) if is_unmaterialised(model) else None
     for level in sorted({block.nesting for block in plan.blocks}):
         level_blocks = [b for b in plan.blocks if b.nesting == level and not b.explicit]
         if not level_blocks:
@@ -84,9 +87,14 @@ def _drop_all(
         ]
         plan.forced = dict.fromkeys(units, False)
         try:
-            closed = record(
-                model, *example, keep=frozenset(block.container for block in level_blocks)
-            )
+            keep = frozenset(block.container for block in level_blocks)
+            if calls is None:
+                closed = dict.fromkeys(keep, record(model, *example, keep=keep))
+            else:
+                closed = {
+                    name: record(Alone(model, name, calls[name], plan), (), {}, keep=keep)
+                    for name in keep
+                }
         except Exception as error:
             names = level_blocks[0].name if len(level_blocks) == 1 else "its blocks"
             reasons[level_blocks[0].name] = f"with {names} dropped the forward fails: {error}"
@@ -94,10 +102,11 @@ def _drop_all(
         finally:
             plan.forced = None
         for block in level_blocks:
-            stuck = branch_not_closed(found, block, closed)
+            alone = closed[block.container]
+            stuck = branch_not_closed(found, block, alone)
             if stuck is not None:
                 reasons[block.name] = f"{stuck} is not zero when its modules are dropped"
-            elif value := skip_value(found, block, closed) or skip_path(found, block, closed):
+            elif value := skip_value(found, block, alone) or skip_path(found, block, alone):
                 whole[block.name] = value
     return whole, reasons
 
@@ -117,6 +126,9 @@ def _out_of_order(
     held = {name: batches.held(call, None) for name, call in calls.items()}
     folded = [name for name, where in held.items() if any(n > 1 for n in where.each.values())]
     reasons: dict[str, str] = {}
+    if is_unmaterialised(model):
+        why = 'mode="sample": it has several rows for each example, and no weights to try it with'
+        return dict.fromkeys(folded, why)
     if not folded:
         return reasons
     modules = [calls[name].module for name in folded]
@@ -151,6 +163,15 @@ def _run_on_rows(model: nn.Module, plan: Plan, example: Example) -> dict[str, st
     """Which blocks do not come to the same on some rows of the batch alone."""
     (args, kwargs), _ = with_more_rows(example)
     reasons: dict[str, str] = {}
+    if is_unmaterialised(model):
+        watched = {n: b for n, b in enumerate(plan.blocks) if not b.explicit}
+        names = sorted({block.container for block in watched.values()})
+        calls = arguments_of(model, names, (args, kwargs))
+        for number, block in watched.items():
+            alone = Alone(model, block.container, calls[block.container], plan)
+            if why := _differs(alone, plan, [number], (), {}):
+                reasons[block.name] = f'mode="sample": {why}'
+        return reasons
     for level in sorted({block.nesting for block in plan.blocks}):
         blocks = [n for n, b in enumerate(plan.blocks) if b.nesting == level and not b.explicit]
         if not blocks or _differs(model, plan, blocks, args, kwargs) is None:

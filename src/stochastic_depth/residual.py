@@ -91,7 +91,10 @@ class Residual(nn.Module):
             return skip + branch(x, *args)
         if torch.compiler.is_compiling() and not self.training:
             return torch.add(skip, branch(x, *args), alpha=survival(gate))
-        return call_explicit(gate, self, branch, skip, (x, *args))
+        call: Callable[..., Tensor] = call_explicit
+        if torch.compiler.is_compiling():  # only then: it takes seconds to import
+            call = torch.compiler.disable(call_explicit)
+        return call(gate, self, branch, skip, (x, *args))
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What `torch.jit.script` compiles in its place."""

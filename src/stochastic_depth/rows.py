@@ -26,13 +26,33 @@ class Held:
         takes: The leaves of its arguments to take rows of.
         each: How many rows each example has there.
         gives: The leaves of its output to put back.
-        leaves: How many leaves its arguments have.
+        order: How many leaves each argument has, in the order of the call.
     """
 
     takes: Dims
     each: dict[int, int]
     gives: Places
-    leaves: int
+    order: tuple[tuple[int | str, int], ...]
+
+    def reordered(self, order: tuple[tuple[int | str, int], ...]) -> Held:
+        """The same for a call with other arguments, without what it lacks or has otherwise."""
+        starts: dict[tuple[int | str, int], int] = {}
+        start = 0
+        for place, count in order:
+            starts[place, count] = start
+            start += count
+        numbers: dict[int, int] = {}
+        old = 0
+        for place, count in self.order:
+            if (place, count) in starts:
+                numbers |= {old + n: starts[place, count] + n for n in range(count)}
+            old += count
+        return Held(
+            {numbers[n]: dim for n, dim in self.takes.items() if n in numbers},
+            {numbers[n]: each for n, each in self.each.items() if n in numbers},
+            {n: (dim, numbers[m]) for n, (dim, m) in self.gives.items() if m in numbers},
+            order,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from stochastic_depth.discovery.explicit import (
     with_explicit_blocks,
 )
 from stochastic_depth.discovery.recording import Recording
-from stochastic_depth.discovery.watch import record
+from stochastic_depth.discovery.watch import watch_once
 from stochastic_depth.errors import ExampleInputsError, NoResidualBlocksError
 
 __all__ = [
@@ -103,7 +103,7 @@ def watch(
     example = example_for(model, example_inputs, example_kwargs)
     own = " (the example that it carries)" if example_inputs is None else ""
     try:
-        recording = record(model, *example)
+        recording = watch_once(model, example)
     except Exception as error:
         raise ExampleInputsError(
             f"the forward of {type(model).__name__} failed on its example inputs{own}: "

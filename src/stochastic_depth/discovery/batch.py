@@ -18,7 +18,7 @@ from stochastic_depth.discovery.blocks import Discovery, ResidualBlock
 from stochastic_depth.discovery.example import Example
 from stochastic_depth.discovery.recording import Call, Recording
 from stochastic_depth.discovery.templates import Given, Template
-from stochastic_depth.discovery.watch import record
+from stochastic_depth.discovery.watch import watch_once
 from stochastic_depth.draw import Counts
 from stochastic_depth.errors import ExampleInputsError
 from stochastic_depth.rows import Dims, Held, Places
@@ -42,8 +42,12 @@ class Batches:
     def held(self, call: Call, whole: Template | None) -> Held:
         """Of the arguments and the output of a block."""
         takes, gives = self.of_arguments(call), self.places(call, whole) if whole else {}
-        each = {n: call.signature[n][0][dim] // self.rows[0] for n, dim in takes.items()}
-        return Held(takes, each, gives, len(call.given))
+        each = {
+            number: self.few.nodes[node].shape[takes[number]] // self.rows[0]
+            for number, node in enumerate(call.given)
+            if number in takes and node is not None
+        }
+        return Held(takes, each, gives, call.order)
 
     def of_arguments(self, call: Call) -> Dims:
         """Of the leaves of a call's `(args, kwargs)`."""
@@ -95,7 +99,7 @@ def watch_more_rows(model: nn.Module, recording: Recording, example: Example) ->
     """
     more, rows = with_more_rows(example)
     try:
-        many = record(model, *more)
+        many = watch_once(model, more)
     except Exception as error:
         raise _cannot_tell(
             model, f"fails on {rows[1]} rows instead of {rows[0]}: {error}"

@@ -55,7 +55,9 @@ def with_explicit_blocks(found: Discovery, model: nn.Module, inside: frozenset[s
         model: The model that was watched.
         inside: The names of the residual connections.
     """
-    recording, folds, position = found.recording, {}, {}
+    recording = found.recording
+    folds: dict[str, Fold] = {}
+    position: dict[str, int] = {}
     uses, idle = parameter_uses(recording), sharers_not_called(recording, model)
     for addition in residual_additions(recording):
         name = recording.calls[recording.nodes[addition.node].call].module

@@ -49,6 +49,7 @@ class Call:
     end: int = -1
     arguments: dict[Place, int] = field(default_factory=dict)  # tensors among its arguments
     given: tuple[int | None, ...] = ()  # nodes of its arguments' leaves; None: no tensor
+    order: tuple[tuple[Place, int], ...] = ()  # how many leaves each argument has
     outputs: tuple[int | None, ...] = ()  # nodes of its output's leaves; None: no tensor
     template: Template | None = None
     signature: tuple[object, ...] = ()  # of its arguments, with their shapes

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stochastic_depth.errors import ChangedModelError
-from stochastic_depth.torch_private import TreeSpec, tree_flatten, tree_unflatten
+from stochastic_depth.torch_private import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 Place = int | str  # where an argument stands in a call: its position or its keyword
 Form = tuple[tuple[Place, object], ...]  # of a call: its arguments but for their shapes
@@ -166,22 +166,26 @@ def form(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form:
 
     A tensor stands there as its number of dimensions, a plain value with its type.
     """
-    given: list[tuple[Place, Any]] = [*enumerate(args), *sorted(kwargs.items())]
+    given: list[tuple[Place, Any]] = [*enumerate(args), *kwargs.items()]
     return tuple((place, _kind_of(value)) for place, value in given)
 
 
-def same_but_for_nones(called: Form, watched: Form) -> bool:
-    """Whether the calls are alike, but that one has None where the other had a tensor or object.
+def order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Place, int], ...]:
+    """How many leaves each argument has, in the order of the call."""
+    given: list[tuple[Place, Any]] = [*enumerate(args), *kwargs.items()]
+    return tuple((place, len(tree_leaves(value))) for place, value in given)
 
-    A mask that is left out, say, or a cache that is there in inference alone.
+
+def same_tensors(called: Form, watched: Form) -> bool:
+    """Whether a call has no tensor or object in a place where the watched one had another, or none.
+
+    A flag may be added, a mask left out, and a cache be there in inference alone.
     """
-
-    def alike(mine: tuple[Place, object], other: tuple[Place, object]) -> bool:
-        (place, kind), (there, watched_kind) = mine, other
-        left_out = kind == _kind_of(None) and isinstance(watched_kind, int | type)
-        return place == there and (kind == watched_kind or left_out)
-
-    return len(called) == len(watched) and all(map(alike, called, watched))
+    known = dict(watched)
+    return all(
+        isinstance(kind, tuple) or known.get(place) == kind  # a tuple: a plain value
+        for place, kind in called
+    )
 
 
 def _kind_of(value: object) -> object:

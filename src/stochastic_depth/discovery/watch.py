@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stochastic_depth.discovery.example import Example
 from stochastic_depth.discovery.operations import ADDITIONS
 from stochastic_depth.discovery.recording import Call, Node, Recording
-from stochastic_depth.discovery.templates import Place, describe, form, signature
+from stochastic_depth.discovery.templates import Place, describe, form, order, signature
 from stochastic_depth.discovery.undisturbed import undisturbed
+from stochastic_depth.discovery.unmaterialised import is_unmaterialised, without_values
 from stochastic_depth.torch_private import TorchDispatchMode, tree_leaves
 
 
@@ -54,6 +56,14 @@ def record(
             for out in kept[1]
         ]
     return watcher.recording
+
+
+def watch_once(model: nn.Module, example: Example) -> Recording:
+    """The recording of one forward; without values where the model has none."""
+    if not is_unmaterialised(model):
+        return record(model, *example)
+    with without_values(model, example) as fake:
+        return record(model, *fake)
 
 
 class Watcher(TorchDispatchMode):
@@ -164,7 +174,7 @@ class Watcher(TorchDispatchMode):
         leaves = self._nodes((args, kwargs))
         kind = getattr(type(module), "gated_from", type(module))
         call = Call(len(calls), name, kind, parent, len(self.recording.nodes))
-        call.arguments, call.given = arguments, leaves
+        call.arguments, call.given, call.order = arguments, leaves, order(args, kwargs)
         calls.append(call)
         if parent is not None:
             self.recording.children.setdefault(parent, []).append(call)

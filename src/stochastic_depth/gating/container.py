@@ -13,8 +13,17 @@ from torch import Tensor, nn
 
 from stochastic_depth import distributed
 from stochastic_depth.deciding import Batch, Decision, drawn, probed, settled
-from stochastic_depth.discovery.templates import Form, SkipPath, Template, form, same_but_for_nones
+from stochastic_depth.discovery.templates import (
+    Form,
+    Place,
+    SkipPath,
+    Template,
+    form,
+    order,
+    same_tensors,
+)
 from stochastic_depth.errors import ChangedModelError
+from stochastic_depth.gating import hooks
 from stochastic_depth.gating.passage import Gate, Original, Passage, changed, running
 from stochastic_depth.gating.recomputation import remembered
 from stochastic_depth.plan import Plan
@@ -53,7 +62,9 @@ def _run_in_part(
     # Called in another way than it was watched (with a mask, say), the forward may do more than
     # hand its input on: then it runs, with its branches closed.
     whole = gate.whole if called in gate.forms else None
-    if whole is not None and not any(decision.kept) and not _gathers(whole, module):
+    skips = whole is not None and not any(decision.kept)
+    if skips and not _gathers(whole, module) and not hooks.collects(module):
+        assert whole is not None
         output = _dropped(gate, whole, module, args, kwargs)
         if passage.wrapper is not None:
             output = gate.plan.reduction.skip(output, module.parameters())
@@ -83,7 +94,7 @@ def _run(passage: Passage, module: nn.Module, original: Original, args: Any, kwa
     return output
 
 
-def _gathers(whole: Template | SkipPath, module: nn.Module) -> bool:
+def _gathers(whole: Template | SkipPath | None, module: nn.Module) -> bool:
     """Whether the container has to be called for the weights of its skip path to be there."""
     return isinstance(whole, SkipPath) and bool(distributed.sharding(module))
 
@@ -162,7 +173,7 @@ def _batch(gate: Gate, called: Form | None, args: Any, kwargs: Any) -> Batch:
     """The batch that a container is called with."""
     assert called is not None
     leaves = tree_leaves((args, kwargs))
-    known = gate.batch.get(called) or _known_but_for_nones(gate, called, len(leaves))
+    known = gate.batch.get(called) or _known_otherwise(gate, called, order(args, kwargs))
     if known is None:
         raise ChangedModelError(
             f'"{gate.name}" is called with other arguments than in the example, so it cannot be '
@@ -176,10 +187,12 @@ def _batch(gate: Gate, called: Form | None, args: Any, kwargs: Any) -> Batch:
     return Batch(size, leaves[number].device)
 
 
-def _known_but_for_nones(gate: Gate, called: Form, leaves: int) -> Held | None:
-    """What is known of a call that had something where this one has None (a mask left out)."""
-    for watched, known in gate.batch.items():
-        if known.leaves == leaves and same_but_for_nones(called, watched):
-            gate.batch[called] = known
-            return known
+def _known_otherwise(gate: Gate, called: Form, given: tuple[tuple[Place, int], ...]) -> Held | None:
+    """What is known of a call with other flags, or without a mask or a cache."""
+    for watched, known in list(gate.batch.items()):
+        if same_tensors(called, watched):
+            found = known.reordered(given)
+            if found.takes:
+                gate.batch[called] = found
+                return found
     return None

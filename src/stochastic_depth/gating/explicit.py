@@ -24,7 +24,6 @@ def survival(gate: Gate) -> float:
     return inference_factor(gate.plan, block, branch)
 
 
-@torch.compiler.disable
 def call_explicit(
     gate: Gate,
     module: nn.Module,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.errors import ChangedModelError
+from stochastic_depth.gating import hooks
 from stochastic_depth.gating.container import call_container
 from stochastic_depth.gating.passage import Gate, Original, Passage, Role, changed, running
 from stochastic_depth.gating.recomputation import note, recall
@@ -66,7 +67,9 @@ def call_member(
     recomputed = passage not in running.passages
     if not decision.kept[role.branch]:
         with _all_open():
-            out = stand_in(gate, module, args, kwargs, zeros=role.scaled, unread=role.unread)
+            unread = frozenset() if hooks.collects(module) else role.unread
+            out = stand_in(gate, module, args, kwargs, zeros=role.scaled, unread=unread)
+        hooks.show(module, args, kwargs, out)
         if passage.wrapper is not None:
             return gate.plan.reduction.stand_in(out, role.scaled, module)
         if recomputed and torch.is_grad_enabled():

@@ -1,0 +1,74 @@
+"""The modules that end a branch, and hooks that change what comes out there."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+import stochastic_depth as sd
+from stochastic_depth.discovery import Discovery
+from stochastic_depth.discovery.branches import member_calls
+
+
+@dataclass(frozen=True)
+class End:
+    """Where a branch ends: which call of a module in its container, which leaves of its output."""
+
+    container: str
+    module: str
+    position: int
+    leaves: frozenset[int]
+
+
+def ends_of(found: Discovery, block: sd.ResidualBlock) -> Iterator[End]:
+    """Where the branches of a block end, as they were found."""
+    recording, group = found.recording, found.groups[block.name][0]
+    inside = [
+        call
+        for call in recording.calls
+        if group.container.start <= call.start and call.end <= group.container.end
+    ]
+    for addition, branch in zip(group.additions, block.branches, strict=True):
+        calls = member_calls(recording, addition, group.container)
+        for place, leaves in branch.scaled:
+            alike = [call for call in inside if call.module == calls[place].module]
+            position = alike.index(calls[place])
+            yield End(block.container, calls[place].module, position, leaves)
+
+
+@contextmanager
+def changed_at(model: nn.Module, ends: Collection[End], change: Any) -> Iterator[None]:
+    """While hooks change what comes out at these ends: `change(end, value)` takes its place."""
+    counts = {(end.container, end.module): 0 for end in ends}
+
+    def entered(container: str) -> Any:
+        def hook(*_: object) -> None:
+            counts.update({key: 0 for key in counts if key[0] == container})
+
+        return hook
+
+    def left(key: tuple[str, str]) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            here = End(*key, counts[key], frozenset())
+            counts[key] += 1
+            leaves, spec = tree_flatten(output)
+            for end in ends:
+                if here == replace(end, leaves=frozenset()):
+                    for number in end.leaves:
+                        leaves[number] = change(end, leaves[number])
+            return tree_unflatten(leaves, spec)
+
+        return hook
+
+    with ExitStack() as stack:
+        for name in {end.container for end in ends}:
+            hook = model.get_submodule(name).register_forward_pre_hook(entered(name))
+            stack.callback(hook.remove)
+        for key in counts:
+            stack.callback(model.get_submodule(key[1]).register_forward_hook(left(key)).remove)
+        yield

@@ -1,0 +1,83 @@
+"""Promise: what a model hands out beside its result stays complete where blocks are skipped.
+
+transformers takes hidden states and attention weights by forward hooks of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stochastic_depth as sd
+from coveragelib.transformers_models import TYPES, example, small
+
+pytestmark = pytest.mark.filterwarnings("ignore::stochastic_depth.StochasticDepthWarning")
+
+KINDS = ["bert", "llama", "gpt2", "gpt_neox", "vit", "swin", "clip_vision_model", "whisper", "bart"]
+
+
+def collected(model: Any, given: Any) -> dict[str, tuple[Tensor, ...]]:
+    output = model(**given, output_hidden_states=True, output_attentions=True)
+    return {
+        name: tuple(value)
+        for name, value in output.items()
+        if isinstance(value, tuple | list) and name.endswith(("hidden_states", "attentions"))
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_hidden_state_is_missing(kind: str) -> None:
+    pytest.importorskip("transformers")
+    model = small(kind, **TYPES[kind], attn_implementation="eager")
+    given = example(model, batch=4)
+    plain = collected(model.train(), given)
+    depth = sd.apply_stochastic_depth(model, 0.5, example_inputs=given, scale="none")
+    names = [block.name for block in depth.blocks]
+    for dropped in (names[:1], names[1::2], names):
+        with depth.fixed(dict.fromkeys(dropped, False)):
+            ours = collected(model, given)
+        shapes = {name: [x.shape for x in value] for name, value in plain.items()}
+        assert {name: [x.shape for x in value] for name, value in ours.items()} == shapes
+    states = [value for name, value in ours.items() if name.endswith("hidden_states")]
+    pre_norm = kind in ("llama", "gpt2", "gpt_neox", "vit", "clip_vision_model")
+    if pre_norm:  # all dropped: each layer hands on what it was given (behind the last is a norm)
+        assert all(torch.equal(value[0], x) for value in states for x in value[:-1])
+    weights = [value for name, value in ours.items() if name.endswith("attentions")]
+    assert all(not x.any() for value in weights for x in value)
+
+
+def test_a_hook_of_the_users_own_does_not_fire_where_nothing_runs() -> None:
+    pytest.importorskip("transformers")
+    model = small("llama")
+    given = example(model)
+    depth = sd.apply_stochastic_depth(model, 0.5, example_inputs=given)
+    ran: list[nn.Module] = []
+    for name in ("layers.1", "layers.1.mlp"):
+        model.get_submodule(name).register_forward_hook(lambda module, *_: ran.append(module))
+    with depth.fixed({"layers.1": False}):
+        model.train()(**given)
+    assert not ran
+
+
+def test_a_skipped_layer_of_experts_routes_nothing() -> None:
+    """Its router gets no gradient, and the auxiliary loss is that of the layers that ran."""
+    transformers = pytest.importorskip("transformers")
+    small_one: Any = small("mixtral")
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(small_one.config)
+    given = {"input_ids": torch.randint(3, 90, (2, 9)), "labels": torch.randint(3, 90, (2, 9))}
+    depth = sd.apply_stochastic_depth(model, 0.5, example_inputs=given, scale="none")
+    model.config.output_router_logits = True  # the watch would see the loss read every router
+    with depth.fixed({"model.layers.0": False, "model.layers.2": False}):
+        output = model.train()(**given)
+    assert len(output.router_logits) == 2
+    assert output.aux_loss > 0
+    output.loss.backward()
+    routers = [layer.mlp.gate.weight.grad is None for layer in model.model.layers]
+    assert routers == [True, False, True, False]
+    model.config.output_router_logits = True
+    with pytest.raises(sd.RefusedBlockError, match="computes with a value made inside of it"):
+        sd.apply_stochastic_depth(depth.remove(), 0.5, example_inputs=given)

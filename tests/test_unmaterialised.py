@@ -1,0 +1,102 @@
+"""Promise: a model whose weights are still on the meta device is gated as the real one is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import nn
+
+import stochastic_depth as sd
+from networks import NETWORKS, make
+
+pytestmark = pytest.mark.filterwarnings("ignore::stochastic_depth.StochasticDepthWarning")
+
+
+def on_meta(name: str) -> nn.Module:
+    with torch.device("meta"):
+        return NETWORKS[name][0]()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("mode", ["batch", "sample"])
+def test_it_is_gated_and_trains_as_the_real_one(
+    name: str, mode: Literal["batch", "sample"]
+) -> None:
+    real, x = make(name)
+    later: Any = on_meta(name)
+    options: dict[str, Any] = {"mode": mode, "draw": sd.Draw(seed=2)}
+    shown = [
+        str(sd.apply_stochastic_depth(model, 0.5, example_inputs=x, **options))
+        for model in (real, later)
+    ]
+    assert shown[0] == shown[1]
+    assert all(parameter.is_meta for parameter in later.parameters())
+    later.to_empty(device="cpu").load_state_dict(real.state_dict())
+    for _ in range(3):
+        outputs = []
+        for model in (real, later):
+            model.train().zero_grad()
+            outputs.append(model(x))
+            outputs[-1].square().sum().backward()
+        assert torch.equal(outputs[0], outputs[1])
+        for mine, other in zip(real.parameters(), later.parameters(), strict=True):
+            assert (mine.grad is None) == (other.grad is None)
+            assert mine.grad is None or torch.equal(mine.grad, other.grad)
+    assert sd.get_stochastic_depth(real).last_gates == sd.get_stochastic_depth(later).last_gates
+
+
+def test_blocks_are_found_without_a_value() -> None:
+    real, x = make("resnet")
+    found = sd.find_residual_blocks(on_meta("resnet"), x.to("meta"))
+    assert found == sd.find_residual_blocks(real, x)
+
+
+def test_what_is_not_exact_is_refused_as_ever() -> None:
+    class Leaks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + (self.b(self.a(x).relu()) + 1)
+
+    with torch.device("meta"):
+        model = nn.Sequential(*(Leaks() for _ in range(6)))
+    with pytest.raises(sd.RefusedBlockError):
+        sd.apply_stochastic_depth(model, 0.1, example_inputs=torch.randn(2, 4), scale="none")
+
+
+BIG = """
+import resource, torch
+from torch import nn
+import stochastic_depth as sd
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(2048)
+        self.up, self.down = nn.Linear(2048, 10240), nn.Linear(10240, 2048)
+    def forward(self, x):
+        return x + self.down(self.up(self.norm(x)).relu())
+
+with torch.device("meta"):
+    model = nn.Sequential(*(Layer() for _ in range(24)))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=torch.zeros(2, 2048))
+used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+print(sum(p.numel() for p in model.parameters()), used, str(depth).count("skipped whole"))
+"""
+
+
+def test_a_billion_parameters_take_the_memory_of_one_block() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", BIG], capture_output=True, text=True, check=True
+    )
+    parameters, gibibytes, whole = done.stdout.split()
+    assert int(parameters) > 1e9
+    assert float(gibibytes) < 1  # all weights: 3.8; one block: 0.16; the rest is code
+    assert int(whole) == 24
