@@ -29,10 +29,9 @@ TIMM = {
     "xcit xcit": "xcit_nano_12_p8_224",
 }
 TRANSFORMERS = """
-    bert roberta albert deberta gpt2 gpt_neox gptj llama mistral qwen3 gemma t5 bart mixtral
+    bert roberta albert deberta bloom gpt2 gpt_neox gptj llama mistral qwen3 gemma t5 bart mixtral
     vit swin convnext wav2vec2 whisper clip mamba
 """
-WITHOUT_ROWS = {"albert"}  # its layers' own code asks for the number of rows
 SUBJECTS = [
     *(Subject("timm", family, name) for family, name in TIMM.items()),
     Subject("torchvision", "regnet", "regnet_y_400mf"),
@@ -52,8 +51,7 @@ def test_all_branches_are_found_and_skipped_exactly(subject: Subject) -> None:
     for check in ("open_gates", "closed", "nothing_ran"):
         assert row[check] in ("yes", "rounding"), row
     assert row["fold"] == "yes" or row["fold"].startswith("no: "), row
-    if subject.name not in WITHOUT_ROWS:
-        assert row["rows"] in ("yes", "rounding"), row
+    assert row["rows"] in ("yes", "rounding"), row
 
 
 @pytest.mark.parametrize("name", ["vgg11", "alexnet", "densenet121", "googlenet", "squeezenet1_1"])

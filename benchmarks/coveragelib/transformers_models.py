@@ -119,7 +119,7 @@ TYPES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("convnext", "convnextv2"), _CONV),
     **dict.fromkeys(("clip", "siglip"), _TWO_TOWERS),
     **{kind: {"router_jitter_noise": 0.0} for kind in ("phimoe", "switch_transformers")},
-    **{kind: {"use_cache": False} for kind in ("rwkv", "mamba", "falcon_mamba")},
+    **{kind: {"use_cache": False} for kind in ("rwkv", "mamba", "falcon_mamba", "bloom")},
     "gptj": {"rotary_dim": 4},
     "codegen": {"rotary_dim": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},

@@ -70,6 +70,7 @@ class Plan:
     forced: Mapping[str, bool] | None = None
     probe: Probe | None = None
     counts: tuple[Counts, ...] = ()  # of each block: how many rows it may run on
+    in_groups: frozenset[str] = frozenset()  # containers that run once for each kind of row
     disabled: bool = False
     last_gates: dict[str, bool | Rows | range] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)  # of each container in this step

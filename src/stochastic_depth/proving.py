@@ -60,6 +60,9 @@ def prove(
         attach(model, found, plan, whole, batches)
         try:
             reasons = _run_on_rows(model, plan, example)
+            for name in list(reasons):
+                if _runs_in_groups(model, plan, name, example):
+                    del reasons[name]
         finally:
             detach(model, plan)
     if reasons:
@@ -183,10 +186,28 @@ def _run_on_rows(model: nn.Module, plan: Plan, example: Example) -> dict[str, st
     return reasons
 
 
+def _runs_in_groups(model: nn.Module, plan: Plan, name: str, example: Example) -> bool:
+    """Whether the block, where its modules cannot run on some rows, can as a whole.
+
+    Not with BatchNorm: it would see the kept rows in several pieces.
+    """
+    ((number, block),) = [(n, b) for n, b in enumerate(plan.blocks) if b.name == name]
+    alone = [b.container for b in plan.blocks].count(block.container) == 1
+    if not alone or not plan.counts[number].lone or is_unmaterialised(model):
+        return False
+    before, plan.in_groups = plan.in_groups, plan.in_groups | {block.container}
+    (args, kwargs), _ = with_more_rows(example)
+    if _differs(model, plan, [number], args, kwargs) is None:
+        return True
+    plan.in_groups = before
+    return False
+
+
 def _differs(
     model: nn.Module, plan: Plan, blocks: Sequence[int], args: Any, kwargs: Any
 ) -> str | None:
     """How the blocks on some rows alone differ from all rows with the others masked."""
+    in_groups = any(plan.blocks[number].container in plan.in_groups for number in blocks)
     runs: list[list[Tensor]] = []
     for masked in (False, True):
         plan.probe = Probe(frozenset(blocks), masked)
@@ -196,7 +217,7 @@ def _differs(
         except Exception as error:
             return f"it fails on some rows of the batch alone: {error}"
         finally:
-            values, plan.probe = plan.probe.values, None
+            values, plan.probe = plan.probe.values if not in_groups else [], None
         runs.append([*values, *(x for x in tree_leaves(output) if isinstance(x, Tensor))])
     on_rows, masked_rows = runs
     if not all(bool(value.isfinite().all()) for value in masked_rows):

@@ -25,13 +25,15 @@ class Held:
     Attributes:
         takes: The leaves of its arguments to take rows of.
         each: How many rows each example has there.
-        gives: The leaves of its output to put back.
+        gives: The leaves of its output to put back, where a dropped row comes to an argument.
+        outputs: All leaves of its output that hold it.
         order: How many leaves each argument has, in the order of the call.
     """
 
     takes: Dims
     each: dict[int, int]
     gives: Places
+    outputs: Dims
     order: tuple[tuple[int | str, int], ...]
 
     def reordered(self, order: tuple[tuple[int | str, int], ...]) -> Held:
@@ -51,6 +53,7 @@ class Held:
             {numbers[n]: dim for n, dim in self.takes.items() if n in numbers},
             {numbers[n]: each for n, each in self.each.items() if n in numbers},
             {n: (dim, numbers[m]) for n, (dim, m) in self.gives.items() if m in numbers},
+            self.outputs,
             order,
         )
 
@@ -207,6 +210,15 @@ def put_back(output: Any, places: Places, rests: dict[int, Any], rows: Rows) -> 
 def spread(output: Any, dims: Dims, rows: Rows) -> Any:
     """The output for the kept rows, with zeros between."""
     return _each(output, dims, rows.spread)
+
+
+def together(output: Any, other: Any, dims: Dims) -> Any:
+    """The sum of what was made of different rows, each spread; the rest is the first one's."""
+    leaves, spec = tree_flatten(output)
+    others = tree_flatten(other)[0]
+    for number in dims:
+        leaves[number] = leaves[number] + others[number]
+    return tree_unflatten(leaves, spec)
 
 
 def masked(output: Any, dims: Dims, rows: Rows) -> Any:

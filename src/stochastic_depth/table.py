@@ -58,6 +58,8 @@ def _how(plan: Plan, number: int, whole: frozenset[str]) -> str:
         how = "its branch runs on the kept rows"
         if block.name in whole and (plan.unit == "block" or len(block.branches) == 1):
             how = "runs on the kept rows; dropped ones are handed on"
+        if block.container in plan.in_groups:
+            how = "runs once for each kind of row"
         least = plan.counts[number].fewest_dropped
         if any(0 < plan.rate(number, unit) < least for unit in plan.units(number)):
             notes.append(f"{least:.0%} of the rows at once, less often")

@@ -47,7 +47,7 @@ class Batches:
             for number, node in enumerate(call.given)
             if number in takes and node is not None
         }
-        return Held(takes, each, gives, call.order)
+        return Held(takes, each, gives, self.of_output(call), call.order)
 
     def of_arguments(self, call: Call) -> Dims:
         """Of the leaves of a call's `(args, kwargs)`."""

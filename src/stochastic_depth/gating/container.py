@@ -7,6 +7,7 @@ batch or on some, and its members look up what was decided.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from stochastic_depth.discovery.templates import (
 )
 from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.gating import hooks
+from stochastic_depth.gating.groups import run_in_groups
 from stochastic_depth.gating.passage import Gate, Original, Passage, changed, running
 from stochastic_depth.gating.recomputation import remembered
 from stochastic_depth.plan import Plan
@@ -71,12 +73,29 @@ def _run_in_part(
         return output
     rows = _shared_rows(decision) if isinstance(whole, Template) else None
     if rows is None:
+        if gate.name in gate.plan.in_groups and not decision.masked and any(decision.rows):
+            return run_in_groups(
+                gate.batch[called],
+                decision.rows,
+                decision.kept,
+                lambda kept, some, named: _run(
+                    _of_group(passage, decision, kept), module, original, some, named
+                ),
+                (args, kwargs),
+            )
         return _run(passage, module, original, args, kwargs)
     (some, named), rests = take((args, kwargs), gate.batch[called].takes, rows)
     passage.on_rows, passage.unchanged = True, gate.within
     output = _run(passage, module, original, some, named)
     # A dropped row comes to what it is in a dropped block.
     return put_back(output, gate.batch[called].gives, rests, rows)
+
+
+def _of_group(passage: Passage, decision: Decision, kept: tuple[bool, ...]) -> Passage:
+    """The same call for those rows of the batch on which just these branches run."""
+    decided = Decision(kept, decision.factors, (None,) * len(kept))
+    decisions = {passage.gate.blocks[0]: decided}
+    return replace(passage, decisions=decisions, counts={}, visits=0, unchanged=frozenset())
 
 
 def _run(passage: Passage, module: nn.Module, original: Original, args: Any, kwargs: Any) -> Any:
