@@ -16,7 +16,7 @@ LINT := .venv/.examples,test,dev-$(KEY)
 OLDEST := .venv-oldest/.oldest-$(KEY)
 COMPOSER := .venv-oldest/.oldest,composer-test-$(KEY)
 
-.PHONY: test demo check lint oldest test-composer wheel clean
+.PHONY: test demo check lint coverage oldest test-composer wheel clean
 .NOTPARALLEL:
 
 test: $(TEST)
@@ -32,6 +32,10 @@ lint: $(LINT)
 	.venv/bin/ruff check --quiet $(CODE)
 	.venv/bin/mypy --no-error-summary $(CODE)
 	.venv/bin/lint-imports --no-logo
+
+# All models of timm, torchvision and transformers beside what others say of them: an hour or more.
+coverage: $(TEST)
+	PYTHONPATH=examples $(PYTHON) benchmarks/coverage.py
 
 # The tests that say they need torch alone, on the oldest torch that is promised.
 oldest: $(OLDEST)

@@ -120,6 +120,35 @@ def composer() -> str:
     )
 
 
+def coverage() -> str:
+    """How many models' branches are found, as others see them, and skipped exactly."""
+    content = _read("coverage.json")
+    lines = [
+        "| library | families | agree with the ground truth | exact | refused |",
+        "|---|---|---|---|---|",
+    ]
+    for library, rows in content["results"].items():
+        known = [row for row in rows.values() if "found" in row]
+        checked = [row for row in known if row.get("closed")]
+        exact = sum(
+            all(row[check] in ("yes", "rounding") for check in ("open_gates", "closed"))
+            for row in checked
+        )
+        agree = sum(row["agree"] for row in known)
+        refused = sum("refused" in row for row in known)
+        lines.append(
+            f"| {library} | {len(known)} | {agree} ({agree / len(known):.0%}) "
+            f"| {exact} of {len(checked)} | {refused} |"
+        )
+    return (
+        "\n".join(lines)
+        + "\n\nThe ground truth is timm's own drop path calls, one by one and in order; for the "
+        "others the additions in the source of their layers. Exact: outputs and gradients equal "
+        "those of the plain model whose branches hooks force to zero. Each model, and why a few "
+        f"differ: [docs/coverage.md](docs/coverage.md) (`make coverage`; {_machine(content)}).\n"
+    )
+
+
 def sample() -> str:
     """What mode "sample" saves, beside the ways that others have."""
     return _sample("sample.json")
@@ -240,6 +269,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "saving": saving,
     "composer": composer,
+    "coverage": coverage,
     "sample": sample,
     "ranks": ranks,
     "cifar": cifar,

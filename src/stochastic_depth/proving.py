@@ -59,7 +59,7 @@ def prove(
     if batches is not None and not reasons:
         attach(model, found, plan, whole, batches)
         try:
-            reasons = _run_on_rows(model, plan, example)
+            reasons = _run_on_rows(model, plan, example) | _interlaced(plan)
             for name in list(reasons):
                 if _runs_in_groups(model, plan, name, example):
                     del reasons[name]
@@ -184,6 +184,16 @@ def _run_on_rows(model: nn.Module, plan: Plan, example: Example) -> dict[str, st
             if why is not None:
                 reasons[plan.blocks[number].name] = f'mode="sample": {why}'
     return reasons
+
+
+def _interlaced(plan: Plan) -> dict[str, str]:
+    """Which blocks have branches inside of each other that draw their rows one by one."""
+    alone = [block.container for block in plan.blocks]
+    return {
+        block.name: 'mode="sample": one of its branches lies inside of another one'
+        for block in plan.blocks
+        if block.interlaced and (plan.unit == "branch" or alone.count(block.container) > 1)
+    }
 
 
 def _runs_in_groups(model: nn.Module, plan: Plan, name: str, example: Example) -> bool:

@@ -58,6 +58,8 @@ class ResidualBlock:
     affine: bool = field(repr=False)  # left out unless it is asked for by name
     irregular: bool = field(default=False, repr=False)  # its calls differ in structure
     explicit: bool = field(default=False, repr=False)  # made of `Residual`s
+    interlaced: bool = field(default=False, repr=False)
+    """One of its branches lies inside of another one of the same module's forward."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,6 +107,13 @@ def discover(
             for branch in block.branches
         ]
         blocks[name] = replace(block, branches=tuple(branches))
+    for name, block in blocks.items():
+        own, *_ = groups[name]
+        same = [
+            a for g in groups.values() for a in g[0].additions if g[0].container is own.container
+        ]
+        pairs = ((a, b) for a in same for b in same if a in own.additions or b in own.additions)
+        blocks[name] = replace(block, interlaced=any(a.contains(b) for a, b in pairs))
     order = sorted(blocks.values(), key=lambda block: groups[block.name][0].additions[0].node)
     return Discovery(recording, tuple(order), groups)
 

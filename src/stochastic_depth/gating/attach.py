@@ -112,23 +112,30 @@ def _roles(
     Calls inside of a gated member do not count: where the member is dropped they do not happen.
     """
     wanted: dict[int, Role] = {}
-    for number, group in groups.items():
-        block = plan.blocks[number]
-        for position, branch in enumerate(block.branches):
-            scaled = dict(branch.scaled)
-            calls = member_calls(recording, group.additions[position], group.container)
-            rows: Sequence[tuple[Dims, Dims]] = [({}, {})] * len(calls)
-            if batches is not None:
-                rows = rows_of_members(batches, group.additions[position], calls, scaled)
-            for place, call in enumerate(calls):
-                unread = unread_outputs(recording, call, calls)
-                ends = scaled.get(place, frozenset())
-                module = model.get_submodule(call.module)
-                # In mode "batch" what is computed is exact to the last bit.
-                by_weights = ends and plan.mode == "sample"
-                parameters = branch.fold.parameters if by_weights else ()
-                weights = own_weights(module, call.module, parameters)
-                wanted[call.index] = Role(number, position, ends, unread, *rows[place], weights)
+    places = [(n, p) for n, group in groups.items() for p in range(len(group.additions))]
+    # A branch may lie inside of another one: the outer first, then the inner takes its modules.
+    for number, position in sorted(places, key=lambda place: -_length(groups, *place)):
+        group, branch = groups[number], plan.blocks[number].branches[position]
+        scaled = dict(branch.scaled)
+        calls = member_calls(recording, group.additions[position], group.container)
+        rows: Sequence[tuple[Dims, Dims]] = [({}, {})] * len(calls)
+        if batches is not None:
+            rows = rows_of_members(batches, group.additions[position], calls, scaled)
+        for place, call in enumerate(calls):
+            unread = unread_outputs(recording, call, calls)
+            ends = scaled.get(place, frozenset())
+            module = model.get_submodule(call.module)
+            # In mode "batch" what is computed is exact to the last bit.
+            by_weights = ends and plan.mode == "sample"
+            parameters = branch.fold.parameters if by_weights else ()
+            weights = own_weights(module, call.module, parameters)
+            outer = wanted.get(call.index)
+            held: tuple[Dims, Dims] = rows[place]
+            within: tuple[tuple[int, int], ...] = ()
+            if outer is not None:  # it gives its modules the rows
+                held = (outer.takes, outer.gives)
+                within = (*outer.within, (outer.block, outer.branch))
+            wanted[call.index] = Role(number, position, ends, unread, *held, weights, within)
     names = {recording.calls[index].module for index in wanted}
     roles: dict[str, list[Role | None]] = {}
 
@@ -141,6 +148,10 @@ def _roles(
 
     visit(next(iter(groups.values())).container)
     return {name: tuple(found) for name, found in roles.items()}
+
+
+def _length(groups: Mapping[int, Group], number: int, position: int) -> int:
+    return len(groups[number].additions[position].path)
 
 
 def _describe_calls(recording: Recording, gate: Gate) -> None:

@@ -65,7 +65,7 @@ def call_member(
     """Call a module as a member of a branch, in this role."""
     decision = passage.decisions[role.block]
     recomputed = passage not in running.passages
-    if not decision.kept[role.branch]:
+    if not _is_kept(passage, role):
         with _all_open():
             unread = frozenset() if hooks.collects(module) else role.unread
             out = stand_in(gate, module, args, kwargs, zeros=role.scaled, unread=unread)
@@ -100,6 +100,12 @@ def call_member(
     return _with_rows_back(passage, role, gate, output)
 
 
+def _is_kept(passage: Passage, role: Role) -> bool:
+    """Whether its branch runs, and those around it do."""
+    places = ((role.block, role.branch), *role.within)
+    return all(passage.decisions[block].kept[branch] for block, branch in places)
+
+
 def _with_rows_back(passage: Passage, role: Role, gate: Gate, output: Any) -> Any:
     """A member's output, with its rows put back where it ends the branch."""
     decision = passage.decisions[role.block]
@@ -110,7 +116,7 @@ def _with_rows_back(passage: Passage, role: Role, gate: Gate, output: Any) -> An
         output = masked(output, role.ends, rows)
     elif not passage.on_rows:
         output = spread(output, role.gives, rows)
-    if gate.plan.probe is not None:
+    if gate.plan.probe is not None and not role.within:
         _note_value(gate, role, spread(output, role.ends, rows) if passage.on_rows else output)
     return output
 

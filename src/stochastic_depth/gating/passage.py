@@ -32,6 +32,7 @@ class Role:
     takes: Dims = field(default_factory=dict)  # the leaves of its arguments to take rows of
     gives: Dims = field(default_factory=dict)  # the leaves of its output to put back
     weights: tuple[str, ...] = ()  # its own parameters that take the branch's factor in
+    within: tuple[tuple[int, int], ...] = ()  # the branches (block, branch) around this one
 
     @property
     def ends(self) -> Dims:
