@@ -201,6 +201,121 @@ def test_a_watched_one_folds() -> None:
         depth.fold()
 
 
+@pytest.mark.oldest
+def test_one_that_is_called_with_several_branches_folds_all_of_them() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.add = nn.Linear(4, 4), nn.Linear(4, 4), sd.Residual()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.add(x, lambda x: self.a(x.tanh()))
+            return self.add(x, lambda x: self.b(x.tanh()))
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(Twice() for _ in range(6))), vectors(3, 4)
+    depth = sd.apply_stochastic_depth(model, 0.5, example_inputs=x)
+    expected = model.eval()(x)
+    torch.testing.assert_close(depth.fold().eval()(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.oldest
+def test_what_follows_may_work_in_place() -> None:
+    layers = (nn.Sequential(sd.Residual(nn.Linear(4, 4)), nn.ReLU(inplace=True)) for _ in "ab")
+    model, x = nn.Sequential(*layers), vectors(3, 4)
+    depth = sd.apply_stochastic_depth(model, 0.1)
+    before = x.clone()
+    with depth.fixed({"0.0": False, "1.0": False}):
+        assert torch.equal(model.train()(x), before.relu())
+    assert torch.equal(x, before)
+
+
+@torch.no_grad()
+def test_code_that_was_compiled_before_asks_for_the_gate() -> None:
+    torch.compiler.reset()
+    model, x = tanhs().eval(), vectors(3, WIDTH)
+    compiled_model: Any = torch.compile(model, backend="aot_eager")
+    plain = compiled_model(x)
+    for rate in (0.5, 0.2):
+        depth = sd.apply_stochastic_depth(model, rate)
+        assert torch.equal(compiled_model(x), model(x))
+        assert not torch.allclose(compiled_model(x), plain)
+        with depth.fixed({"1": False}):
+            assert torch.equal(compiled_model(x), model(x))
+        depth.remove()
+        assert torch.equal(compiled_model(x), plain)
+
+
+@pytest.mark.oldest
+def test_a_branch_of_another_shape_is_named() -> None:
+    model = nn.Sequential(*(sd.Residual(nn.Linear(4, 1)) for _ in range(6)))
+    sd.apply_stochastic_depth(model, 0.0)
+    with pytest.raises(sd.OptionError, match=r'the branch of "0" .* shape \(2, 1\)'):
+        model(vectors(2, 4))
+
+
+class Uneven(nn.Module):
+    """A layer that calls one of its connections twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.at, self.ff = sd.Residual(), sd.Residual()
+        self.ran: list[str] = []
+
+    def run(self, name: str, x: Tensor) -> Any:
+        self.ran.append(name)
+        return self.get_submodule(name)(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.ran.clear()
+        x = self.at(x, lambda x: self.run("a", x))
+        x = self.at(x, lambda x: self.run("a", x))
+        return self.ff(x, lambda x: self.run("b", x))
+
+
+@pytest.mark.oldest
+def test_the_connections_of_a_layer_draw_together_call_by_call() -> None:
+    model, x = nn.Sequential(*(Uneven() for _ in range(6))), vectors(2, WIDTH)
+    depth = sd.apply_stochastic_depth(model, 0.5, "uniform")
+    both = 0
+    for _ in range(20):
+        model.train()(x)
+        for name, layer in model.named_children():
+            assert isinstance(layer, Uneven)
+            # The second call of the one and that of the other make one round.
+            assert (layer.ran[-1:] == ["b"]) == depth.last_gates[name]
+            assert layer.ran in ([], ["a"], ["a", "b"], ["a", "a", "b"])
+            both += layer.ran[-2:] == ["a", "b"]
+    assert both
+
+
+@pytest.mark.oldest
+def test_batch_norm_never_sees_a_single_row() -> None:
+    rows: list[int] = []
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear, self.add = nn.BatchNorm1d(4), nn.Linear(4, 4), sd.Residual()
+
+        def branch(self, x: Tensor) -> Tensor:
+            rows.append(len(x))
+            return self.norm(self.linear(x))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(6):
+                x = self.add(x, self.branch)
+            return x
+
+    model = Net()
+    sd.apply_stochastic_depth(model, 0.6, mode="sample")
+    for _ in range(20):
+        model.train()(vectors(3, 4))
+    assert 2 in rows
+    assert 1 not in rows
+
+
 def vit() -> tuple[nn.Module, nn.Module, Tensor]:
     timm = pytest.importorskip("timm")
     from explicit_vit import VisionTransformer

@@ -81,3 +81,34 @@ def test_a_skipped_layer_of_experts_routes_nothing() -> None:
     model.config.output_router_logits = True
     with pytest.raises(sd.RefusedBlockError, match="computes with a value made inside of it"):
         sd.apply_stochastic_depth(depth.remove(), 0.5, example_inputs=given)
+
+
+class Scores(nn.Module):
+    """Hands its attention out, which is computed in line in the branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.q, self.o = nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.q(self.norm(x)).softmax(-1)
+        return x + self.o(scores), scores
+
+
+class ReadsScores(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(Scores() for _ in range(6)), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x, scores = layer(x)
+        return self.head(x + scores)
+
+
+@pytest.mark.parametrize("mode", ["batch", "sample"])
+def test_what_others_compute_with_is_refused(mode: Any) -> None:
+    with pytest.raises(sd.RefusedBlockError, match=r"layers.5.*computes with a value made inside"):
+        sd.apply_stochastic_depth(
+            ReadsScores(), 0.5, example_inputs=torch.randn(4, 4), scale="none", mode=mode
+        )

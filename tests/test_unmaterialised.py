@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import stochastic_depth as sd
-from networks import NETWORKS, make
+from networks import NETWORKS, WIDTH, make
 
 pytestmark = pytest.mark.filterwarnings("ignore::stochastic_depth.StochasticDepthWarning")
 
@@ -68,6 +68,52 @@ def test_what_is_not_exact_is_refused_as_ever() -> None:
         model = nn.Sequential(*(Leaks() for _ in range(6)))
     with pytest.raises(sd.RefusedBlockError):
         sd.apply_stochastic_depth(model, 0.1, example_inputs=torch.randn(2, 4), scale="none")
+
+
+class Caches(nn.Module):
+    """Keeps what it has computed, and is given a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.table = nn.Linear(WIDTH, WIDTH), nn.Embedding(1, WIDTH)
+        self.shift: torch.Tensor | None = None
+        self.scale = torch.ones(WIDTH)
+
+    def forward(self, x: torch.Tensor, act: Any, index: torch.Tensor) -> torch.Tensor:
+        if self.shift is None:
+            self.shift = torch.linspace(0, 1, WIDTH, device=x.device)
+        shifted = (x + self.shift) * self.scale.to(x.device)
+        return x + self.linear(act(shifted) + self.table(index))
+
+
+class CachingNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Caches() for _ in range(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        index = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        for layer in self.layers:
+            x = layer(x, lambda x: x.tanh(), index)
+        return x
+
+
+def test_the_watch_leaves_nothing_behind() -> None:
+    with torch.device("meta"):
+        model = CachingNet()
+    x = torch.randn(2, WIDTH)
+    before = [set(vars(module)) for module in model.modules()]
+    depth = sd.apply_stochastic_depth(model, 0.5, example_inputs=x)
+    assert str(depth).count("skipped whole") == 6
+    depth.remove()
+    assert [set(vars(module)) for module in model.modules()] == before
+    assert all(layer.shift is None for layer in model.layers)
+    depth = sd.apply_stochastic_depth(model, 0.5, example_inputs=x)
+    depth.fold()
+    model.to_empty(device="cpu")
+    for layer in model.layers:
+        layer.scale = torch.ones(WIDTH)
+    assert type(model.train()(x)) is torch.Tensor
 
 
 BIG = """

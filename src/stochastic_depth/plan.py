@@ -106,15 +106,33 @@ class Plan:
             return base
         return base * self.schedule(self.clock.step, unit)
 
+    def next_round(self, block: int, branch: int, calls: dict[str, int] | None) -> int:
+        """The same for a `Residual`: those of one layer count together, from call to call of it.
+
+        A new round begins where one is called that was called in this round before.
+        """
+        name, called = self.blocks[block].name, 1 << branch
+        calls = self._calls(calls)
+        seen = calls.get(f"{name}:seen", 0)
+        if not seen or seen & called:
+            calls[name], seen = calls.get(name, 0) + 1, 0
+        calls[f"{name}:seen"] = seen | called
+        return calls[name] - 1
+
     def next_call(self, container: str, calls: dict[str, int] | None) -> int:
         """How often the container was called before, in this step or in the call around it."""
-        if calls is None:
-            if self.calls_in_step != self.clock.step:
-                self.calls_in_step, self.calls = self.clock.step, {}
-            calls = self.calls
+        calls = self._calls(calls)
         number = calls.get(container, 0)
         calls[container] = number + 1
         return number
+
+    def _calls(self, around: dict[str, int] | None) -> dict[str, int]:
+        """The counts of this step, or of the call around."""
+        if around is not None:
+            return around
+        if self.calls_in_step != self.clock.step:
+            self.calls_in_step, self.calls = self.clock.step, {}
+        return self.calls
 
     def advance(self) -> None:
         """One optimizer step; the clock of a copy leaves its original's."""

@@ -10,15 +10,14 @@ from torch import Tensor, nn
 
 from stochastic_depth.errors import OptionError, SetupError
 from stochastic_depth.gating.explicit import call_explicit, survival
-from stochastic_depth.gating.gate import gate_of
 
 
 class Residual(nn.Module):
     """`x + branch(x)`: a residual connection that `apply_stochastic_depth` finds without a watch.
 
     Without stochastic depth it is that sum and nothing else; it has no parameters of its own. With
-    it, a dropped call returns `x` and the branch does not run. The branch may be anything that can
-    be called, so one that ends in a function, and not in a module, is multiplied all the same.
+    it, a dropped call returns a copy of `x` and the branch does not run. The branch may be anything
+    that can be called, so one that ends in a function, not in a module, is multiplied all the same.
 
     Residuals of one layer (a class that the model uses more than once) are the branches of one
     block, named after the layer; any other is a block of its own.
@@ -48,11 +47,12 @@ class Residual(nn.Module):
         >>> depth = sd.apply_stochastic_depth(model, 0.2)
     """
 
-    is_residual = True  # for who looks for blocks
+    _is_stochastic_depth_residual = True  # for who looks for blocks
 
     def __init__(self, branch: nn.Module | None = None) -> None:
         super().__init__()
         self.branch = branch
+        self._stochastic_depth: Any = None  # its gate; an attribute, so that compiled code asks
 
     def forward(
         self,
@@ -72,7 +72,7 @@ class Residual(nn.Module):
                 changes its shape passes a projection of x.
 
         Returns:
-            The sum; the skip itself where the call is dropped for the whole batch.
+            The sum; a copy of the skip where the call is dropped for the whole batch.
 
         Raises:
             OptionError: There is no branch, or two.
@@ -81,15 +81,16 @@ class Residual(nn.Module):
             raise OptionError(
                 f"Residual was called with {'no' if branch is None else 'a second'} branch",
                 expected="one branch, given to the constructor or to the call",
-                instead="call residual(x, branch), or sd.Residual(branch) and residual(x)",
+                instead="call residual(x, branch), or sd.Residual(branch) and residual(x), with "
+                "more arguments of the branch residual(x, None, mask)",
             )
         branch = self.branch if branch is None else branch
         assert branch is not None
         skip = x if skip is None else skip
-        gate = gate_of(self)
+        gate = self._stochastic_depth
         if gate is None:
             return skip + branch(x, *args)
-        if torch.compiler.is_compiling() and not self.training:
+        if torch.compiler.is_compiling() and not self.training and gate.plan.forced is None:
             return torch.add(skip, branch(x, *args), alpha=survival(gate))
         call: Callable[..., Tensor] = call_explicit
         if torch.compiler.is_compiling():  # only then: it takes seconds to import
@@ -98,16 +99,16 @@ class Residual(nn.Module):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What `torch.jit.script` compiles in its place."""
-        gate = gate_of(self)
+        gate = self._stochastic_depth
         if self.branch is None:
             raise SetupError(
                 "torch.jit.script met an sd.Residual whose branch is passed at every call",
                 expected="a branch that is a part of it, since scripts pass no modules",
                 instead="write sd.Residual(branch) and call residual(x); or use torch.export",
             )
-        if gate is not None and self.training:
+        if gate is not None and (self.training or gate.plan.forced is not None):
             raise SetupError(
-                f'torch.jit.script met "{gate.name}" in train mode with stochastic depth',
+                f'torch.jit.script met "{gate.name}" in train mode, or within depth.fixed()',
                 expected="a model for inference",
                 instead="call model.eval() first, or depth.remove()",
             )

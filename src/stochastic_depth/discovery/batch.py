@@ -131,8 +131,9 @@ def with_more_rows(example: Example) -> tuple[Example, tuple[int, int]]:
 
 def allowed_counts(model: nn.Module, found: Discovery, block: ResidualBlock) -> Counts:
     """How many rows a block may run on, by its modules and the shape of what it adds to."""
-    # Which modules make up the branch of a `Residual` is not known: any of the layer's.
-    names = {m for b in block.branches for m in b.modules} if not block.explicit else {block.name}
+    names = {module for branch in block.branches for module in branch.modules}
+    if block.explicit:  # which modules make up the branch is not known: any beside it
+        names = {name.rpartition(".")[0] for name in names}
     parts = [part for name in names for part in model.get_submodule(name).modules()]
     batch_norm = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in parts)
     if block.explicit:

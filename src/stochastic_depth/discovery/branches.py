@@ -117,11 +117,22 @@ def side_effects(
     def is_own(index: int) -> bool:
         return bool(needed >> index & 1) or any(call.holds(index) for call in members)
 
-    waiting = [
-        user
+    made = [
+        index
         for call in members
         for index in range(call.start, call.end)
         if recording.nodes[index].op  # not the parameters, buffers and inputs met on the way
+    ]
+    by_members = sum(1 << index for index in made)
+    made += [  # and what is computed in line from that
+        index
+        for addition in additions
+        for index in addition.path
+        if recording.nodes[index].ancestors & by_members
+    ]
+    waiting = [
+        user
+        for index in dict.fromkeys(made)
         for user in recording.consumers[index]
         if not is_own(user) and user not in sums
     ]

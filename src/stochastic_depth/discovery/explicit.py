@@ -8,8 +8,10 @@ from dataclasses import replace
 
 from torch import nn
 
-from stochastic_depth.discovery.additions import residual_additions
+from stochastic_depth.discovery.additions import Addition
 from stochastic_depth.discovery.blocks import Discovery, ResidualBlock, ResidualBranch
+from stochastic_depth.discovery.operations import ADDITIONS
+from stochastic_depth.discovery.recording import Call, Recording
 from stochastic_depth.discovery.scaling import (
     Fold,
     exclusive,
@@ -23,8 +25,11 @@ _NOT_WATCHED = Fold(obstacle="its branch was not watched: pass example_inputs to
 
 def explicit_residuals(model: nn.Module) -> tuple[str, ...]:
     """The names of all modules that are a residual connection, and nothing else."""
-    marked = [n for n, m in model.named_modules() if getattr(type(m), "is_residual", False)]
-    return tuple(marked)
+    return tuple(name for name, module in model.named_modules() if _is_residual(type(module)))
+
+
+def _is_residual(kind: type) -> bool:
+    return bool(getattr(kind, "_is_stochastic_depth_residual", False))
 
 
 def explicit_blocks(model: nn.Module, folds: Mapping[str, Fold]) -> list[ResidualBlock]:
@@ -42,7 +47,7 @@ def explicit_blocks(model: nn.Module, folds: Mapping[str, Fold]) -> list[Residua
         around = name.rpartition(".")[0]
         holder = type(model.get_submodule(around))
         is_list = issubclass(holder, nn.Sequential | nn.ModuleList | nn.ModuleDict)
-        is_layer = uses[holder] > 1 and not is_list
+        is_layer = uses[holder] > 1 and not is_list and not _is_residual(holder)
         layers.setdefault(around if is_layer else name, []).append(name)
     return [_block(model, layer, names, folds) for layer, names in layers.items()]
 
@@ -59,12 +64,17 @@ def with_explicit_blocks(found: Discovery, model: nn.Module, inside: frozenset[s
     folds: dict[str, Fold] = {}
     position: dict[str, int] = {}
     uses, idle = parameter_uses(recording), sharers_not_called(recording, model)
-    for addition in residual_additions(recording):
-        name = recording.calls[recording.nodes[addition.node].call].module
-        if name in inside:
-            own = fold(recording, addition)
-            folds[name] = exclusive(recording, own, [own], uses, idle)
-            position.setdefault(name, addition.node)
+    for name in inside & recording.calls_of.keys():
+        calls = recording.calls_of[name]
+        own = [fold(recording, addition) for call in calls if (addition := _sum(recording, call))]
+        checked = [exclusive(recording, one, own, uses, idle) for one in own]
+        obstacles = [one.obstacle for one in checked if one.obstacle]
+        folds[name] = Fold(
+            tuple(dict.fromkeys(p for one in checked for p in one.parameters)),
+            tuple(use for one in checked for use in one.uses),
+            obstacles[0] if obstacles else None,
+        )
+        position[name] = calls[0].start
     blocks = explicit_blocks(model, folds)
     for block in found.blocks:
         position[block.name] = found.groups[block.name][0].additions[0].node
@@ -73,6 +83,20 @@ def with_explicit_blocks(found: Discovery, model: nn.Module, inside: frozenset[s
     place |= {b.name: position[b.name] for b in found.blocks}
     ordered = sorted((*found.blocks, *blocks), key=lambda block: place[block.name])
     return replace(found, blocks=tuple(ordered))
+
+
+def _sum(recording: Recording, call: Call) -> Addition | None:
+    """The addition of a residual connection's own forward: the branch is its second operand."""
+    own = [
+        node
+        for node in recording.nodes[call.start : call.end]
+        if node.call == call.index and node.op in ADDITIONS and len(node.inputs) == 2
+    ]
+    if not own or not call.arguments:
+        return None
+    (skip, branch), root = own[-1].inputs, next(iter(call.arguments.values()))
+    path = tuple(recording.between(root, branch))
+    return Addition(own[-1].index, 1, skip, branch, root, path, call, affine=False)
 
 
 def _block(

@@ -11,6 +11,8 @@ import io
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -50,15 +52,21 @@ def without_values(model: nn.Module, example: Example) -> Iterator[Example]:
             )
         return known[id(value)]
 
-    own = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
+    # A module may keep what it has computed: a fake must not stay.
+    own = [(m, dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in model.modules()]
     with mode:
         try:
-            for module, parameters, buffers in own:
+            for module, attributes, parameters, buffers in own:
                 module._parameters.update({k: fake(v) for k, v in parameters.items()})
                 module._buffers.update({k: fake(v) for k, v in buffers.items()})
+                tensors = {k: fake(v) for k, v in attributes.items() if isinstance(v, Tensor)}
+                vars(module).update(tensors)
             yield tree_map(fake, example)
         finally:
-            for module, parameters, buffers in own:
+            for module, attributes, parameters, buffers in own:
+                for added in vars(module).keys() - attributes.keys():
+                    del vars(module)[added]
+                vars(module).update(attributes)
                 module._parameters.update(parameters)
                 module._buffers.update(buffers)
 
@@ -102,6 +110,9 @@ class Alone(nn.Module):
                     tensor.uniform_(0.01, 0.1, generator=generator)
                 else:
                     tensor.zero_()
+        for module in block.modules():  # tensors that are neither parameters nor buffers
+            plain = {k: v for k, v in vars(module).items() if isinstance(v, Tensor)}
+            vars(module).update({k: _some(v.shape, v.dtype) for k, v in plain.items()})
         self.calls, self.name = calls, name
         *around, last = name.split(".")
         holder: nn.Module = self
@@ -122,18 +133,21 @@ def _frozen(value: Any) -> Callable[[], Any]:
 
     A cache is filled as the model goes on: the block alone gets what there was before its call.
     """
-    tensors: list[tuple[torch.Size, torch.dtype]] = []
+    kept: list[Callable[[], Any]] = []
 
     class Freezer(pickle.Pickler):
         def persistent_id(self, given: Any) -> int | None:
-            if not isinstance(given, Tensor):
+            if isinstance(given, Tensor):
+                kept.append(partial(_some, given.shape, given.dtype))
+            elif isinstance(given, FunctionType | MethodType | nn.Module):
+                kept.append(lambda: given)
+            else:
                 return None
-            tensors.append((given.shape, given.dtype))
-            return len(tensors) - 1
+            return len(kept) - 1
 
     class Thawer(pickle.Unpickler):
-        def persistent_load(self, number: int) -> Tensor:
-            return _some(*tensors[number])
+        def persistent_load(self, number: int) -> Any:
+            return kept[number]()
 
     content = io.BytesIO()
     Freezer(content).dump(value)
@@ -144,4 +158,5 @@ def _some(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     if dtype.is_floating_point:  # not below zero: it may come out of a ReLU
         generator = torch.Generator().manual_seed(0)
         return torch.randn(shape, generator=generator, device="cpu").abs().to(dtype)
-    return torch.ones(shape, dtype=dtype, device="cpu")
+    # A mask lets everything through; a number may be an index.
+    return torch.full(shape, int(dtype is torch.bool), dtype=dtype, device="cpu")

@@ -167,9 +167,7 @@ def decide(
                 (),
                 wrapper,
             )
-        around = _passage_around(plan) if running.passages else None
-        number = plan.next_call(gate.name, around.calls if around and around.path else None)
-        path = (*(around.path if around else ()), number)
+        path = _path(gate)
         given = batch() if plan.mode == "sample" else None
         return {block: drawn(plan, block, path, given) for block in gate.blocks}, path, wrapper
 
@@ -181,6 +179,19 @@ def decide(
     return Passage(
         gate, decisions, training, path, wrapper=wrapper, plain=plain, unchanged=unchanged
     )
+
+
+def _path(gate: Gate) -> tuple[int, ...]:
+    """The number of this call, behind those of the calls around it."""
+    around = _passage_around(gate.plan) if running.passages else None
+    calls = around.calls if around and around.path else None
+    if gate.branch is None:
+        number = gate.plan.next_call(gate.name, calls)
+    elif around is not None and around.gate.blocks == gate.blocks:
+        return around.path  # a branch inside of a branch of the same layer
+    else:
+        number = gate.plan.next_round(gate.blocks[0], gate.branch, calls)
+    return (*(around.path if around else ()), number)
 
 
 def _passage_around(plan: Plan) -> Passage | None:

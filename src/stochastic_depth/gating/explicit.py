@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.deciding import Batch, inference_factor
-from stochastic_depth.errors import SetupError
+from stochastic_depth.errors import OptionError, SetupError
 from stochastic_depth.gating.container import decide
 from stochastic_depth.gating.passage import Gate, Passage, running
 from stochastic_depth.rows import Rows, put_back, take
@@ -53,10 +53,10 @@ def call_explicit(
     if decision.kept[number]:
         run = partial(_run, passage, branch, decision.factors[number])
         out = _on_rows(decision.rows[number], run, skip, args)
-    elif passage.wrapper is not None:
-        out = plan.reduction.skip(skip, _parameters_of(gate, owners))
     else:
-        out = skip
+        out = skip.clone()  # what follows may change it in place
+        if passage.wrapper is not None:
+            out = plan.reduction.skip(out, _parameters_of(gate, branch, owners))
     if passage.wrapper is not None and not backward_is_running():
         differ = plan.ranks_differ or plan.forced is not None
         plan.reduction.expect(passage.wrapper, (out, skip, args), differ=differ)
@@ -72,7 +72,22 @@ def _run(
         value = branch(*args)
     finally:
         running.passages.pop()
+    _check(passage.gate.name, value, skip)
     return skip + value if factor == 1.0 else torch.add(skip, value, alpha=factor)
+
+
+def _check(name: str, value: Any, skip: Tensor) -> None:
+    """Raises where a branch's value cannot be added to the skip as it is."""
+    tracing: bool = torch._C._get_tracing_state() is not None  # there sizes are tensors
+    if tracing or (isinstance(value, Tensor) and value.shape == skip.shape):
+        return
+    what = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "that is no tensor"
+    raise OptionError(
+        f'the branch of "{name}" returned a value {what}',
+        expected=f"a tensor of shape {tuple(skip.shape)}, as what it is added to",
+        instead="pass skip= with a projection where the branch changes the shape; and in mode "
+        '"sample" what else holds the batch as arguments, residual(x, branch, mask)',
+    )
 
 
 def _on_rows(
@@ -92,29 +107,41 @@ def _on_rows(
     return out
 
 
-def _parameters_of(gate: Gate, owners: list[nn.Module]) -> list[nn.Parameter]:
+def _parameters_of(gate: Gate, branch: Any, owners: list[nn.Module]) -> list[nn.Parameter]:
     """The parameters that a dropped branch may have; more do no harm."""
-    if not owners:
+    found = [part for part in _parts(branch) if isinstance(part, nn.Parameter)]
+    found += [parameter for owner in owners for parameter in owner.parameters()]
+    if not found:
         raise SetupError(
-            f'"{gate.name}" is dropped under DistributedDataParallel, and its branch is a function '
-            "that holds no module",
+            f'"{gate.name}" is dropped under DistributedDataParallel, and no module is found in '
+            "its branch",
             expected="a branch whose parameters can be told",
             instead="pass a module, or a method of one, as the branch",
         )
-    return list(dict.fromkeys(p for owner in owners for p in owner.parameters()))
+    return list(dict.fromkeys(found))
 
 
 def _modules_of(branch: Any) -> Iterator[nn.Module]:
     """The modules that a branch is, belongs to, or holds."""
-    if isinstance(branch, nn.Module):
-        yield branch
-    elif isinstance(branch, partial):
-        for part in (branch.func, *branch.args, *branch.keywords.values()):
-            yield from _modules_of(part)
-    else:
-        owner = getattr(branch, "__self__", None)
-        if isinstance(owner, nn.Module):
-            yield owner
-        for cell in getattr(branch, "__closure__", None) or ():
-            if isinstance(cell.cell_contents, nn.Module):
-                yield cell.cell_contents
+    return (part for part in _parts(branch) if isinstance(part, nn.Module))
+
+
+def _parts(value: Any, depth: int = 4) -> Iterator[Any]:
+    """Modules and parameters in a function: in its closure, defaults, and functions it calls."""
+    if isinstance(value, nn.Module | nn.Parameter):
+        yield value
+        return
+    inside: list[Any] = []
+    if isinstance(value, partial):
+        inside += [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, list | tuple):
+        inside += value
+    elif isinstance(value, dict):
+        inside += value.values()
+    elif callable(value):
+        inside.append(getattr(value, "__self__", None))
+        inside += getattr(value, "__defaults__", None) or ()
+        inside += (getattr(value, "__kwdefaults__", None) or {}).values()
+        inside += [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+    for part in inside if depth else ():
+        yield from _parts(part, depth - 1)

@@ -28,8 +28,9 @@ def swap_in(module: nn.Module, gate: Gate) -> None:
 def swap_out(module: nn.Module) -> None:
     """Give a gated module its own class back."""
     gate: Gate = module.__dict__.pop(KEY)
-    if gate.branch is not None:
-        return  # a `Residual`, whose class looks for its gate itself
+    if gate.branch is not None:  # a `Residual`, whose class looks for its gate itself
+        module.__dict__[KEY] = None
+        return
     own: Any = type(module)
     if "gated_from" in vars(own):
         module.__class__ = own.gated_from
