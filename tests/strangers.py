@@ -197,3 +197,33 @@ class SharedLayer(nn.Module):
         for _ in range(6):
             x = self.layer(x)
         return x
+
+
+class Local(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x.tanh())
+
+
+class Beside(nn.Module):
+    """A layer that runs residual blocks of its own before its branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.local, self.g = nn.Sequential(Local(), Local()), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.local(x)
+        return x + self.g(x.sigmoid())
+
+
+class BesideNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.layers = nn.Conv2d(3, 4, 3), nn.Sequential(*(Beside() for _ in range(2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(self.stem(x))

@@ -66,6 +66,20 @@ CASES = [
         },
         tuple(f"layers.{i}" for i in range(4)),
     ),
+    Case(
+        strangers.BesideNet,
+        (2, 3, 8, 8),
+        {
+            name: [end]
+            for i in range(2)
+            for name, end in [
+                (f"layers.{i}.local.0", "f"),
+                (f"layers.{i}.local.1", "f"),
+                (f"layers.{i}", "g"),
+            ]
+        },
+        tuple(f"layers.{i}.local.{n}" for i in range(2) for n in range(2)),
+    ),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.network.__name__)
 

@@ -30,7 +30,10 @@ PLACES = {
         _POSITIONS,
     ),
 }
+_PART = "adds to a part of its channels: the others are made by the branch alone"
 LEFT_OUT = {
+    "timm:rexnet rexnet": _PART,
+    "timm:rexnet rexnetr": _PART,
     **dict.fromkeys(("transformers:t5", "transformers:mt5", "transformers:longt5"), _FIRST),
     "transformers:switch_transformers": _FIRST,
     "transformers:wavlm": "the first layer computes the position bias of all: left out by name",

@@ -79,6 +79,8 @@ def _is_affine_up_to(found: Discovery, call: Call) -> bool:
     """Whether the block around a call is affine up to there (parallel convolutions)."""
     recording = found.recording
     around = recording.calls[call.parent or 0]
+    if not around.arguments or not call.arguments:
+        return False
     given, value = next(iter(around.arguments.values())), next(iter(call.arguments.values()))
     path = tuple(recording.between(given, value))
     return bool(path) and is_affine(recording, given, path)

@@ -44,7 +44,7 @@ class Residual(nn.Module):
         >>> model = nn.Sequential(*(Block() for _ in range(6)))
         >>> [block.name for block in sd.find_residual_blocks(model)]
         ['0', '1', '2', '3', '4', '5']
-        >>> depth = sd.apply_stochastic_depth(model, 0.2)
+        >>> depth = sd.apply_stochastic_depth(model, 0.2, scale="train")
     """
 
     _is_stochastic_depth_residual = True  # for who looks for blocks

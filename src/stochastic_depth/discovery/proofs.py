@@ -34,7 +34,7 @@ def branch_not_closed(found: Discovery, block: ResidualBlock, closed: Recording)
 
 def skip_value(found: Discovery, block: ResidualBlock, closed: Recording) -> Template | None:
     """What the dropped block returns, built from its arguments; None where it has to run."""
-    if [b.container for b in found.blocks].count(block.container) > 1:
+    if _holds_others(found, block):
         return None
     templates: list[Template | None] = []
     for group in found.groups[block.name]:
@@ -49,7 +49,7 @@ def skip_value(found: Discovery, block: ResidualBlock, closed: Recording) -> Tem
 
 def skip_path(found: Discovery, block: ResidualBlock, closed: Recording) -> SkipPath | None:
     """The one module that the dropped block still runs, where that is all it does."""
-    if [b.container for b in found.blocks].count(block.container) > 1:
+    if _holds_others(found, block):
         return None
     twins = [_same_call(found.recording, g.container, closed) for g in found.groups[block.name]]
     paths = {None if twin is None else _skip_path(closed, twin) for twin in twins}
@@ -58,6 +58,23 @@ def skip_path(found: Discovery, block: ResidualBlock, closed: Recording) -> Skip
     if path is None or any(f"{name}.".startswith(f"{path.module}.") for name in gated):
         return None  # what is gated is called by its own container alone
     return path
+
+
+def _holds_others(found: Discovery, block: ResidualBlock) -> bool:
+    """Whether its module runs other blocks beside its own branches: those are not skipped with it.
+
+    While everything is closed they come to their input, too, so the proof cannot tell.
+    """
+    own = found.groups[block.name][0]
+    return any(
+        other is not block
+        and own.container.start <= group.container.start
+        and group.container.end <= own.container.end
+        and not any(a.contains(group.additions[0]) for a in own.additions)
+        for other in found.blocks
+        if not other.explicit
+        for group in found.groups[other.name]
+    )
 
 
 def _skip_path(closed: Recording, call: Call) -> SkipPath | None:
