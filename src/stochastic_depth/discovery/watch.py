@@ -175,6 +175,8 @@ class Watcher(TorchDispatchMode):
         kind = getattr(type(module), "gated_from", type(module))
         call = Call(len(calls), name, kind, parent, len(self.recording.nodes))
         call.arguments, call.given, call.order = arguments, leaves, order(args, kwargs)
+        # Now: a list among them may be longer when the call returns.
+        call.signature, call.form = signature(args, kwargs), form(args, kwargs)
         calls.append(call)
         if parent is not None:
             self.recording.children.setdefault(parent, []).append(call)
@@ -192,7 +194,6 @@ class Watcher(TorchDispatchMode):
         call.outputs = self._nodes(output)
         call.end = len(self.recording.nodes)
         call.template = describe(output, args, kwargs)
-        call.signature, call.form = signature(args, kwargs), form(args, kwargs)
         if call.module in self.keep:
             given = {p: a for p, a in [*enumerate(args), *kwargs.items()] if isinstance(a, Tensor)}
             self.kept[call.index] = (given, tuple(leaves))
