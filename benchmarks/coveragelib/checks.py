@@ -196,14 +196,7 @@ def _time_saved(
 
 
 def _folds(model: nn.Module, example: Any, keep: list[str] | None) -> str:
-    """In double precision where the model can: random networks make much of rounding."""
-    folded = copy.deepcopy(model).double()
-    given = tree_map(lambda x: x.double() if _is_floating(x) else x, example)
-    try:
-        with torch.no_grad():
-            run_forward(folded, given)
-    except RuntimeError:
-        folded, given = copy.deepcopy(model), example
+    folded, given = _in_double(model, example)
     try:
         depth = sd.apply_stochastic_depth(folded, 0.3, example_inputs=given, blocks=keep)
     except sd.RefusedBlockError as error:
@@ -222,12 +215,25 @@ def _folds(model: nn.Module, example: Any, keep: list[str] | None) -> str:
     return "yes"
 
 
+def _in_double(model: nn.Module, example: Any) -> tuple[nn.Module, Any]:
+    """A copy in double precision where it can: random networks make much of rounding."""
+    doubled = copy.deepcopy(model).double()
+    given = tree_map(lambda x: x.double() if _is_floating(x) else x, example)
+    try:
+        with torch.no_grad():
+            run_forward(doubled, given)
+    except RuntimeError:
+        return copy.deepcopy(model), example
+    return doubled, given
+
+
 def _is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _rows_equal_masks(model: nn.Module, example: Any, ends: Mapping[str, list[End]]) -> str:
-    gated, reference = copy.deepcopy(model), copy.deepcopy(model)
+    gated, example = _in_double(model, example)
+    reference = copy.deepcopy(gated)
     try:
         depth = sd.apply_stochastic_depth(
             gated, 0.5, "uniform", example_inputs=example, mode="sample", blocks=list(ends)
