@@ -5,6 +5,8 @@ transformers takes hidden states and attention weights by forward hooks of its o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -47,6 +49,33 @@ def test_no_hidden_state_is_missing(kind: str) -> None:
         assert all(torch.equal(value[0], x) for value in states for x in value[:-1])
     weights = [value for name, value in ours.items() if name.endswith("attentions")]
     assert all(not x.any() for value in weights for x in value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_row_of_them_is_missing_in_mode_sample(kind: str) -> None:
+    pytest.importorskip("transformers")
+    model = small(kind, **TYPES[kind], attn_implementation="eager")
+    given = example(model, batch=4)
+    depth = sd.apply_stochastic_depth(
+        model, 0.5, "uniform", example_inputs=given, mode="sample", scale="none"
+    )
+    with depth.fixed({}):
+        plain = collected(model.train(), given)
+    shapes = {name: [x.shape for x in value] for name, value in plain.items()}
+    partly = 0
+    for _ in range(3):
+        ours = collected(model, given)
+        partly += sum(0 < len(kept) < 4 for kept in depth.last_gates.values())
+        assert {name: [x.shape for x in value] for name, value in ours.items()} == shapes
+    assert partly
+    if kind != "swin":  # there the stages are asked, not the layers
+        assert "its branch masked: its library collects its outputs" in str(depth)
+    if kind in ("llama", "gpt2", "vit"):
+        for number, kept in enumerate(depth.last_gates.values()):
+            before, after = ours["hidden_states"][number : number + 2]
+            if number < len(depth.last_gates) - 1:  # behind the last is a norm
+                for row in range(4):
+                    assert torch.equal(before[row], after[row]) is (row not in kept)
 
 
 def test_a_hook_of_the_users_own_does_not_fire_where_nothing_runs() -> None:
@@ -112,3 +141,81 @@ def test_what_others_compute_with_is_refused(mode: Any) -> None:
         sd.apply_stochastic_depth(
             ReadsScores(), 0.5, example_inputs=torch.randn(4, 4), scale="none", mode=mode
         )
+
+
+@dataclass
+class Output:
+    value: Tensor
+    scores: Tensor
+    note: str = "as it was"
+
+
+class Scoring(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.linear(x)
+        return y, y.softmax(-1)
+
+
+class Structured(nn.Module):
+    """A block that hands out more than its value, in this structure."""
+
+    def __init__(self, structure: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.norm, self.scoring, self.structure = nn.LayerNorm(4), Scoring(), structure
+
+    def forward(self, x: Tensor) -> Any:
+        y, scores = self.scoring(self.norm(x))
+        return self.structure(x + y, scores)
+
+
+class Chain(nn.Module):
+    def __init__(
+        self, structure: Callable[[Tensor, Tensor], Any], parts: Callable[[Any], tuple[Any, Any]]
+    ) -> None:
+        super().__init__()
+        self.blocks, self.parts = nn.ModuleList(Structured(structure) for _ in range(6)), parts
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Any], list[Any]]:
+        scores, outputs = [], []
+        for block in self.blocks:
+            outputs.append(block(x))
+            x, own = self.parts(outputs[-1])
+            scores.append(own)
+        return x, scores, outputs
+
+
+STRUCTURES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "tuple": (lambda x, scores: (x, (scores, None)), lambda out: (out[0], out[1][0])),
+    "dict": (
+        lambda x, scores: {"value": x, "scores": scores},
+        lambda out: (out["value"], out["scores"]),
+    ),
+    "dataclass": (Output, lambda out: (out.value, out.scores)),
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("mode", ["batch", "sample"])
+def test_outputs_keep_their_structure(name: str, mode: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Chain(*STRUCTURES[name]), torch.randn(4, 4)
+    plain = [type(output) for output in model(x)[2]]
+    depth = sd.apply_stochastic_depth(
+        model, 0.5, "uniform", example_inputs=x, mode=mode, scale="none"
+    )
+    with depth.fixed({"blocks.1": False}):
+        value, scores, outputs = model.train()(x)
+    assert [type(output) for output in outputs] == plain
+    assert [own.shape for own in scores] == [(4, 4)] * 6
+    assert [bool(own.any()) for own in scores] == [True, False, True, True, True, True]
+    assert torch.equal(STRUCTURES[name][1](outputs[0])[0], STRUCTURES[name][1](outputs[1])[0])
+    _, scores, outputs = model(x)
+    assert [type(output) for output in outputs] == plain
+    for own, kept in zip(scores, depth.last_gates.values(), strict=True):
+        rows = set(kept) if mode == "sample" else set(range(4)) if kept else set()
+        assert {row for row in range(4) if own[row].any()} == rows
+    assert value.shape == x.shape

@@ -188,6 +188,31 @@ def test_inside_of_a_lightning_module() -> None:
     assert set(depth.last_gates) == {f"backbone.{n}" for n in range(6)}
 
 
+def test_a_resnet_in_a_real_lightning_module() -> None:
+    lightning = pytest.importorskip("lightning")
+    models = pytest.importorskip("torchvision.models")
+
+    class Module(lightning.LightningModule):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = models.resnet18(num_classes=3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+        def training_step(self, batch: Tensor, number: int) -> Tensor:
+            return self(batch).square().mean()
+
+    module, x = Module(), vectors(2, 3, 32, 32)
+    depth = sd.apply_stochastic_depth(module, 0.5, example_inputs=x)
+    names = [f"net.layer{stage}.{number}" for stage in range(1, 5) for number in range(2)]
+    assert [block.name for block in depth.blocks] == names
+    with depth.fixed({"net.layer1.1": False}):
+        module.train().training_step(x, 0).backward()
+    assert module.net.layer1[1].conv1.weight.grad is None
+    assert module.net.layer1[0].conv1.weight.grad is not None
+
+
 def test_two_towers_have_stochastic_depth_of_their_own() -> None:
     model = settled(TwoTowers)
     given = (vectors(3, WIDTH), vectors(3, 5, 3))

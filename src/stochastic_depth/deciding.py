@@ -151,7 +151,7 @@ def inference_factor(plan: Plan, block: int, branch: int) -> float:
     """What one branch is multiplied by in inference, in a way that torch.compile can follow."""
     units = plan.units(block)
     rate = plan.rate(block, units[branch if len(units) > 1 else 0])
-    return 1.0 - rate if plan.scale == "eval" else 1.0
+    return _factors(plan, [rate], training=False)[0]
 
 
 def probed(plan: Plan, block: int, batch: int) -> Decision:

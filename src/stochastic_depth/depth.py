@@ -193,8 +193,7 @@ def _warn(model: nn.Module, plan: Plan) -> None:
 
 def _active_dropouts(model: nn.Module, plan: Plan) -> list[str]:
     """The dropout modules inside of the gated blocks."""
-    around = {b.container.rpartition(".")[0] if b.explicit else b.container for b in plan.blocks}
-    containers = tuple(f"{name}." for name in around if name)
+    containers = tuple(f"{block.scope}." for block in plan.blocks if block.scope)
     return [
         f"{name} p={module.p:g}"
         for name, module in model.named_modules()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from stochastic_depth.discovery.blocks import ResidualBlock
+from stochastic_depth.gating import hooks
 from stochastic_depth.plan import Plan
 
 
@@ -29,7 +30,11 @@ def table(model: nn.Module, plan: Plan, whole: frozenset[str]) -> str:
         total += size
         rates = [plan.rate(number, unit) for unit in plan.units(number)]
         shown = ", ".join(dict.fromkeys(f"{rate:.4g}" for rate in rates))
-        rows.append((block.name, block.kind, shown, f"{size:,}", _how(plan, number, whole)))
+        how = _how(plan, number, whole)
+        if hooks.collects(model.get_submodule(block.container)):
+            how = "its branch masked" if plan.mode == "sample" else "its branch skipped"
+            how += ": its library collects its outputs"
+        rows.append((block.name, block.kind, shown, f"{size:,}", how))
     mode = 'mode="sample", ' if plan.mode == "sample" else ""
     head = (
         f"Stochastic depth on {type(model).__name__}: {len(plan.blocks)} blocks, "

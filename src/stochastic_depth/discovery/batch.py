@@ -133,7 +133,7 @@ def allowed_counts(model: nn.Module, found: Discovery, block: ResidualBlock) -> 
     """How many rows a block may run on, by its modules and the shape of what it adds to."""
     names = {module for branch in block.branches for module in branch.modules}
     if block.explicit:  # which modules make up the branch is not known: any beside it
-        names = {name.rpartition(".")[0] for name in names}
+        names = {block.scope}
     parts = [part for name in names for part in model.get_submodule(name).modules()]
     batch_norm = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in parts)
     if block.explicit:

@@ -61,6 +61,11 @@ class ResidualBlock:
     interlaced: bool = field(default=False, repr=False)
     """One of its branches lies inside of another one of the same module's forward."""
 
+    @property
+    def scope(self) -> str:
+        """The module whose parts its branches are made of."""
+        return self.container.rpartition(".")[0] if self.explicit else self.container
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Discovery:
@@ -107,13 +112,17 @@ def discover(
             for branch in block.branches
         ]
         blocks[name] = replace(block, branches=tuple(branches))
+    in_call: dict[int, list[Addition]] = {}
+    for first, *_ in groups.values():
+        in_call.setdefault(first.container.index, []).extend(first.additions)
     for name, block in blocks.items():
-        own, *_ = groups[name]
-        same = [
-            a for g in groups.values() for a in g[0].additions if g[0].container is own.container
-        ]
-        pairs = ((a, b) for a in same for b in same if a in own.additions or b in own.additions)
-        blocks[name] = replace(block, interlaced=any(a.contains(b) for a, b in pairs))
+        first = groups[name][0]
+        interlaced = any(
+            own.contains(other) or other.contains(own)
+            for own in first.additions
+            for other in in_call[first.container.index]
+        )
+        blocks[name] = replace(block, interlaced=interlaced)
     order = sorted(blocks.values(), key=lambda block: groups[block.name][0].additions[0].node)
     return Discovery(recording, tuple(order), groups)
 

@@ -44,6 +44,10 @@ def call_container(
     # Only in mode "sample" is it asked for before anything is decided.
     called = form(args, kwargs) if gate.batch else None
     passage = decide(gate, module, lambda: _batch(gate, called, args, kwargs))
+    if gate.batch and gate.plan.probe is None and hooks.collects(module):
+        # On some rows alone it would show its library those rows alone.
+        for block, decision in passage.decisions.items():
+            passage.decisions[block] = replace(decision, masked=True)
     if passage.plain:
         output = _run(passage, module, original, args, kwargs)
     else:

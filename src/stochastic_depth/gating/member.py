@@ -113,7 +113,7 @@ def _with_rows_back(passage: Passage, role: Role, gate: Gate, output: Any) -> An
     if rows is None:
         return output
     if decision.masked:
-        output = masked(output, role.ends, rows)
+        output = masked(output, role.gives, rows)
     elif not passage.on_rows:
         output = spread(output, role.gives, rows)
     if gate.plan.probe is not None and not role.within:
