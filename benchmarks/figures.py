@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from coveragelib.page import counts
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md")
@@ -128,17 +130,10 @@ def coverage() -> str:
         "|---|---|---|---|---|",
     ]
     for library, rows in content["results"].items():
-        known = [row for row in rows.values() if "found" in row]
-        checked = [row for row in known if row.get("closed")]
-        exact = sum(
-            all(row[check] in ("yes", "rounding") for check in ("open_gates", "closed"))
-            for row in checked
-        )
-        agree = sum(row["agree"] for row in known)
-        refused = sum("refused" in row for row in known)
+        n = counts(rows)
         lines.append(
-            f"| {library} | {len(known)} | {agree} ({agree / len(known):.0%}) "
-            f"| {exact} of {len(checked)} | {refused} |"
+            f"| {library} | {n.known} | {n.agree} ({n.agree / n.known:.0%}) "
+            f"| {n.exact} of {n.checked} | {n.refused} |"
         )
     return (
         "\n".join(lines)

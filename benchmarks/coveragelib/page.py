@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 _TITLES = {
@@ -33,15 +34,35 @@ def page(content: dict[str, Any]) -> str:
     return "".join(parts)
 
 
-def _summary(rows: dict[str, dict[str, Any]]) -> str:
+@dataclass(frozen=True)
+class Counts:
+    """How many of a library's models there are, and how many of them came out well."""
+
+    known: int
+    agree: int
+    checked: int  # have blocks that can be skipped
+    exact: int
+    refused: int
+
+
+def counts(rows: dict[str, dict[str, Any]]) -> Counts:
+    """Counted over the rows of a library."""
     known = [row for row in rows.values() if "found" in row]
-    agree = sum(row["agree"] for row in known)
     checked = [row for row in known if row.get("closed")]
-    exact = sum(_exact(row) in ("yes", "rounding") for row in checked)
-    refused = sum("refused" in row for row in known)
+    return Counts(
+        known=len(known),
+        agree=sum(row["agree"] for row in known),
+        checked=len(checked),
+        exact=sum(_exact(row) in ("yes", "rounding") for row in checked),
+        refused=sum("refused" in row for row in known),
+    )
+
+
+def _summary(rows: dict[str, dict[str, Any]]) -> str:
+    n = counts(rows)
     return (
-        f"{agree} of {len(known)} agree ({agree / len(known):.0%}). {exact} of {len(checked)} "
-        f"that have blocks to skip are exact; {refused} are refused."
+        f"{n.agree} of {n.known} agree ({n.agree / n.known:.0%}). {n.exact} of {n.checked} "
+        f"that have blocks to skip are exact; {n.refused} are refused."
     )
 
 
