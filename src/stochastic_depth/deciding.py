@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from stochastic_depth.distributed import place
+from stochastic_depth.distributed.groups import place
 from stochastic_depth.draw import Counts, balanced, kept_count, order_of_rows, uniform
 from stochastic_depth.plan import Plan
 from stochastic_depth.rows import Rows
@@ -69,16 +69,36 @@ def drawn(plan: Plan, block: int, call: tuple[int, ...], batch: Batch | None) ->
         kept = [found != 0 for found in rows]
         some = [found if isinstance(found, Rows) else None for found in rows]
         return _spread(plan, block, kept, factors, some)
-    if plan.draw.sampling == "balanced":
-        all_kept = _balanced(plan, number)
-        kept = [all_kept[unit] for unit in units]
-    else:
-        kept = [
-            rate == 0.0 or _uniform(plan, number, unit) >= rate
-            for unit, rate in zip(units, rates, strict=True)
-        ]
+    kept = _kept(plan, units, rates, number)
     plan.last_gates.update(zip(units, kept, strict=True))
     return _spread(plan, block, kept, factors)
+
+
+def _kept(
+    plan: Plan, units: Sequence[str], rates: Sequence[float], call: tuple[int, ...]
+) -> list[bool]:
+    if plan.draw.sampling == "balanced":
+        all_kept = _balanced(plan, call)
+        return [all_kept[unit] for unit in units]
+    return [
+        rate == 0.0 or _uniform(plan, call, unit) >= rate
+        for unit, rate in zip(units, rates, strict=True)
+    ]
+
+
+def keeps_any(plan: Plan, block: int, *, training: bool) -> bool:
+    """Whether the next call of a block, not inside of another's, will run a branch; mode "batch".
+
+    Nothing is counted or noted.
+    """
+    units = plan.units(block)
+    if not training or plan.disabled or plan.forced is not None:
+        forced = None if plan.disabled else plan.forced
+        return any(settled(plan, block, training=training, forced=forced).kept)
+    number = (
+        () if plan.draw.redraw == "step" else (plan.calls_so_far(plan.blocks[block].container),)
+    )
+    return any(_kept(plan, units, [plan.rate(block, unit) for unit in units], number))
 
 
 def _uniform(plan: Plan, call: tuple[int, ...], name: object) -> float:

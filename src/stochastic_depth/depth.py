@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from torch import nn
 
-from stochastic_depth.discovery import ResidualBlock, plain_model, watch
+from stochastic_depth.discovery import ResidualBlock, plain_model, to_watch, watch
 from stochastic_depth.discovery.batch import allowed_counts, watch_more_rows
 from stochastic_depth.discovery.existing import refuse_active_drop_path
-from stochastic_depth.distributed import refuse_sharded
+from stochastic_depth.distributed.layout import refuse_wrappers
 from stochastic_depth.distributions import Distribution, DropRate, resolve_rates
 from stochastic_depth.draw import Draw, check_choice
 from stochastic_depth.errors import OptionError, warn
@@ -121,10 +121,11 @@ def apply_stochastic_depth(
             instead="pass the model itself",
         )
     model = plain_model(model)
-    refuse_sharded(model)
+    refuse_wrappers(model)
     refuse_active_drop_path(model)
-    found, example = watch(model, example_inputs, example_kwargs)
-    chosen = select(model, found, blocks)
+    watched = to_watch(model)
+    found, example = watch(watched, example_inputs, example_kwargs)
+    chosen = select(watched, found, blocks)
     _refuse_gated(model, chosen)
     plan = Plan(
         blocks=chosen,
@@ -138,10 +139,10 @@ def apply_stochastic_depth(
     units = [name for number in range(len(chosen)) for name in plan.units(number)]
     plan.schedule = resolve_schedule(schedule, units)
     plan.counts = tuple(allowed_counts(model, found, block) for block in chosen)
-    watched = not all(block.explicit for block in chosen)
-    by_rows = watched and mode == "sample"
-    batches = watch_more_rows(model, found.recording, example) if by_rows else None
-    whole = prove(model, found, plan, example, batches) if watched else {}
+    by_watching = not all(block.explicit for block in chosen)
+    by_rows = by_watching and mode == "sample"
+    batches = watch_more_rows(watched, found.recording, example) if by_rows else None
+    whole = prove(watched, found, plan, example, batches) if by_watching else {}
     _warn(model, plan)  # before anything is changed: a warning may be an error
     attach(model, found, plan, whole, batches)
     return StochasticDepth(model, plan)

@@ -41,6 +41,10 @@ class Draw:
             wrapping around (of half of it: either half), which is fastest; "random" any rows.
         process_group: The ranks among which draws differ: those that train on different data.
             None: all. Copies share it; pickling leaves it out.
+        check_every: Where ranks have to draw the same (`fully_shard`, tensor parallel): in every
+            how many forwards they compare what they draw from, in one collective of 16 bytes on the
+            CPU. Rarer than in each (1), a difference is noticed late: a wrong step, or a hang, may
+            come first. 0: never.
 
     Raises:
         OptionError: An option has a value that it cannot take.
@@ -56,6 +60,7 @@ class Draw:
     redraw: Redraw = "forward"
     rows: Rows = "contiguous"
     process_group: Any = None
+    check_every: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
@@ -63,6 +68,12 @@ class Draw:
                 f"Draw(seed={self.seed!r})",
                 expected="an integer",
                 instead="pass any integer; the same one gives the same draws",
+            )
+        if isinstance(self.check_every, bool) or not isinstance(self.check_every, int):
+            raise OptionError(
+                f"Draw(check_every={self.check_every!r})",
+                expected="a number of forwards",
+                instead="pass 1 to compare in every forward, 0 for never",
             )
         choices = {
             "sampling": get_args(Sampling),
@@ -75,6 +86,7 @@ class Draw:
 
     def __repr__(self) -> str:
         group = "" if self.process_group is None else f", process_group={self.process_group!r}"
+        group += "" if self.check_every == 1 else f", check_every={self.check_every}"
         return (
             f"Draw(seed={self.seed}, sampling={self.sampling!r}, "
             f"across_ranks={self.across_ranks!r}, redraw={self.redraw!r}, rows={self.rows!r}"

@@ -15,7 +15,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from stochastic_depth.discovery.blocks import ResidualBlock
-from stochastic_depth.distributed import Reduction
+from stochastic_depth.distributed.agreement import check_agreement
+from stochastic_depth.distributed.reduction import Reduction
 from stochastic_depth.draw import Counts, Draw
 from stochastic_depth.errors import warn
 from stochastic_depth.rows import Rows
@@ -81,6 +82,8 @@ class Plan:
     warned: bool = False
     reduction: Reduction = field(default_factory=Reduction)
     together: tuple[Any, dict[str, Any]] = (None, {})  # what was last drawn for all units at once
+    agreed: set[str] = field(default_factory=set)  # containers called since ranks were compared
+    forwards: int = 0  # in which they had to agree
 
     @property
     def ranks_differ(self) -> bool:
@@ -126,6 +129,10 @@ class Plan:
         calls[container] = number + 1
         return number
 
+    def calls_so_far(self, container: str) -> int:
+        """How often it was called in this step."""
+        return self._calls(None).get(container, 0)
+
     def _calls(self, around: dict[str, int] | None) -> dict[str, int]:
         """The counts of this step, or of the call around."""
         if around is not None:
@@ -133,6 +140,44 @@ class Plan:
         if self.calls_in_step != self.clock.step:
             self.calls_in_step, self.calls = self.clock.step, {}
         return self.calls
+
+    def agree(self, container: str, ranks: tuple[int, ...] | None, *, training: bool) -> None:
+        """Have all ranks compare what they draw from, at the first call of each forward.
+
+        Args:
+            container: Whose call it is.
+            ranks: Those that have to agree; None: all.
+            training: Whether it trains.
+
+        Raises:
+            SetupError: On all ranks, where they differ.
+        """
+        begins = not self.agreed or container in self.agreed
+        self.agreed = {container} if begins else self.agreed | {container}
+        if not begins:
+            return
+        self.forwards += 1
+        every = self.draw.check_every
+        if every and (self.forwards - 1) % every == 0:
+            check_agreement(container, ranks, lambda: self._drawn_from(training=training))
+
+    def _drawn_from(self, *, training: bool) -> dict[str, object]:
+        """All that the draws of the next forward follow from."""
+        by_name = self.schedule.by_name
+        return {
+            "seed": self.draw.seed,
+            "training": training,
+            "the step": self.clock.step,
+            "what is disabled": self.disabled,
+            "what is fixed": sorted(self.forced.items()) if self.forced is not None else None,
+            "the drop rates": self.rates,
+            "the number of calls in this step": sorted(self._calls(None).items()),
+            "the drop rates at this step": [
+                self.rate(n, unit)
+                for n in range(len(self.blocks) if by_name else 0)
+                for unit in self.units(n)
+            ],
+        }
 
     def advance(self) -> None:
         """One optimizer step; the clock of a copy leaves its original's."""
@@ -171,7 +216,7 @@ class Plan:
         memo[id(self)] = twin
         twin.clock = Clock(follows=self.clock)
         twin.looked_at, twin.changes, twin.reduction = None, 0, Reduction()
-        twin.together = (None, {})
+        twin.together, twin.agreed = (None, {}), set()
         twin.calls, twin.last_gates = dict(self.calls), dict(self.last_gates)
         twin.following = twin.handle = twin.forced = None
         twin.disabled = False
@@ -182,4 +227,5 @@ class Plan:
         # saved beside its original still follows it.
         alone: dict[str, Any] = {"following": None, "handle": None, "forced": None}
         alone |= {"disabled": False, "reduction": Reduction(), "together": (None, {})}
+        alone["agreed"] = set()
         return {**self.__dict__, **alone}

@@ -16,6 +16,11 @@ _CheckpointFrame
 queue_callback                  None instead of zeros for what no     import fails: no support
                                 rank ran, after the reduction
 _active_ddp_module              "is this DistributedDataParallel?"    training under it hangs
+_is_fsdp_managed_module,        telling who holds a module's          a block whose unit lies around
+_fsdp_flattened                 parameters                            it is taken for whole: hangs
+_get_fsdp_state, _state_ctx,    what fully_shard casts, and what it   a skipped block's input keeps
+_mp_policy, _states_to_*_       prefetches by explicit lists          its dtype; such lists gather
+prefetch, _post_forward_indices                                       skipped blocks
 activation_relu_or_gelu         calling the parts of torch's own      inference under no_grad
                                 encoder layer in inference, too       raises
 ==============================  ====================================  ============================
@@ -47,18 +52,28 @@ __all__ = [
     "TorchDispatchMode",
     "TreeSpec",
     "after_backward",
+    "awaits_backward",
     "backward_is_running",
     "backward_task",
     "checkpoint_frames",
     "fake_mode",
+    "holds_fsdp1",
     "inside_ddp",
-    "inside_fsdp",
+    "inside_fsdp1",
+    "is_fully_sharded_unit",
+    "is_managed_by_fsdp",
+    "mesh_of",
+    "modules_of_unit",
+    "prefetched_by",
+    "set_prefetched",
+    "sharded_dtypes",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
     "tree_unflatten",
     "without_fused_path",
     "without_modes",
+    "without_sharding",
 ]
 
 
@@ -176,17 +191,98 @@ def after_backward(call: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(call)
 
 
-def inside_fsdp(module: nn.Module) -> str:
-    """The name of the sharding wrapper that holds the module's parameters, or ""."""
+def is_fully_sharded_unit(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called on it."""
+    sharded = sys.modules.get("torch.distributed.fsdp")  # importing it takes seconds
+    return sharded is not None and isinstance(module, sharded.FSDPModule)
+
+
+def is_managed_by_fsdp(module: nn.Module) -> bool:
+    """Whether its parameters belong to a unit of `fully_shard`, or of FSDP1."""
+    return any(getattr(part, "_is_fsdp_managed_module", False) for part in module.modules())
+
+
+def inside_fsdp1(module: nn.Module) -> bool:
+    """Whether a FullyShardedDataParallel around it or in it holds its parameters."""
+    parameters = list(module.parameters())
+    if any(getattr(parameter, "_fsdp_flattened", False) for parameter in parameters):
+        return True
+    # While its forward runs they are plain tensors, or not even listed.
+    listed = bool(parameters) and all(isinstance(p, nn.Parameter) for p in parameters)
+    return is_managed_by_fsdp(module) and not listed
+
+
+def holds_fsdp1(model: nn.Module) -> bool:
+    """Whether it is, holds or lies in a FullyShardedDataParallel, told while no forward runs."""
+    named = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+    in_parts = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+    units = any(map(is_fully_sharded_unit, model.modules()))
+    return named or (is_managed_by_fsdp(model) and not in_parts and not units)
+
+
+def mesh_of(module: nn.Module) -> tuple[tuple[int, ...] | None, int]:
+    """The ranks that hold a part of its parameters each, and along how many dimensions of a mesh.
+
+    None and 0 where they are no distributed tensors.
+    """
+    ranks, dims = None, 0
     for parameter in module.parameters():
         if hasattr(parameter, "device_mesh"):
-            return "fully_shard"
-        if getattr(parameter, "_is_fsdp_flattened", False):
-            return "FullyShardedDataParallel"
-    for handle in module.modules():
-        if hasattr(handle, "_is_fsdp_managed_module"):  # both set it
-            from torch.distributed.fsdp import FSDPModule
+            ranks = tuple(sorted(parameter.device_mesh.mesh.flatten().tolist()))
+            shards = [p for p in getattr(parameter, "placements", ()) if p.is_shard()]
+            dims = max(dims, len(shards))
+    return ranks, dims
 
-            inside = any(isinstance(part, FSDPModule) for part in module.modules())
-            return "fully_shard" if inside else "fully_shard or FullyShardedDataParallel"
-    return ""
+
+def sharded_dtypes(module: nn.Module) -> tuple[torch.dtype | None, torch.dtype | None]:
+    """What a unit of `fully_shard` casts the inputs of its module to, and its outputs."""
+    policy = _sharding_state(module)._mp_policy
+    inputs = policy.param_dtype if policy.cast_forward_inputs else None
+    return inputs, policy.output_dtype
+
+
+def set_prefetched(unit: nn.Module, forward: Any, backward: Any) -> None:
+    """Replace the lists of units that a unit of `fully_shard` prefetches, in its whole model.
+
+    Args:
+        unit: Any unit.
+        forward: Makes a new list of the old one.
+        backward: The same for the backward.
+    """
+    for state in _sharding_state(unit)._state_ctx.all_states:
+        state._states_to_forward_prefetch = forward(state._states_to_forward_prefetch)
+        state._states_to_backward_prefetch = backward(state._states_to_backward_prefetch)
+
+
+def prefetched_by(state: Any, *, forward: bool) -> list[Any]:
+    """The states of the units that a unit prefetches."""
+    name = "_states_to_forward_prefetch" if forward else "_states_to_backward_prefetch"
+    found: list[Any] = getattr(state, name)
+    return found
+
+
+def modules_of_unit(state: Any) -> tuple[nn.Module, ...]:
+    """The modules that a unit of `fully_shard` was made of."""
+    modules: tuple[nn.Module, ...] = state._modules
+    return modules
+
+
+def awaits_backward(state: Any) -> bool:
+    """Whether a unit ran in a forward whose backward is not over."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # torch before 2.11 has one for each unit
+        groups = [state._fsdp_param_group]
+    return any(group is not None and group._post_forward_indices for group in groups)
+
+
+def _sharding_state(module: nn.Module) -> Any:
+    return module._get_fsdp_state()  # type: ignore[operator]
+
+
+def without_sharding(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of a module before `fully_shard` put its own over it."""
+    sharded = sys.modules.get("torch.distributed.fsdp")
+    if sharded is None or not issubclass(kind, sharded.FSDPModule):
+        return kind
+    place = kind.__mro__.index(sharded.FSDPModule)
+    return kind.__mro__[place + 1]

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stochastic_depth import distributed
 from stochastic_depth.deciding import Batch, Decision, drawn, probed, settled
 from stochastic_depth.discovery.templates import (
     Form,
@@ -23,14 +22,21 @@ from stochastic_depth.discovery.templates import (
     order,
     same_tensors,
 )
+from stochastic_depth.distributed.layout import WHOLE, wrapper_of
+from stochastic_depth.distributed.sharded import cast_as_unit
 from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.gating import hooks
 from stochastic_depth.gating.groups import run_in_groups
+from stochastic_depth.gating.parts import hung_on, layout_for, make_sure_ranks_agree
 from stochastic_depth.gating.passage import Gate, Original, Passage, changed, running
 from stochastic_depth.gating.recomputation import remembered
 from stochastic_depth.plan import Plan
 from stochastic_depth.rows import Held, Rows, put_back, take
-from stochastic_depth.torch_private import backward_is_running, tree_leaves
+from stochastic_depth.torch_private import (
+    backward_is_running,
+    is_fully_sharded_unit,
+    tree_leaves,
+)
 
 
 def call_container(
@@ -69,11 +75,11 @@ def _run_in_part(
     # hand its input on: then it runs, with its branches closed.
     whole = gate.whole if called in gate.forms else None
     skips = whole is not None and not any(decision.kept)
-    if skips and not _gathers(whole, module) and not hooks.collects(module):
+    if skips and not _has_to_run(passage, whole, module):
         assert whole is not None
         output = _dropped(gate, whole, module, args, kwargs)
-        if passage.wrapper is not None:
-            output = gate.plan.reduction.skip(output, module.parameters())
+        if passage.hung is not None:
+            output = passage.hung.skip(output, module.parameters())
         return output
     rows = _shared_rows(decision) if isinstance(whole, Template) else None
     if rows is None:
@@ -117,9 +123,14 @@ def _run(passage: Passage, module: nn.Module, original: Original, args: Any, kwa
     return output
 
 
-def _gathers(whole: Template | SkipPath | None, module: nn.Module) -> bool:
-    """Whether the container has to be called for the weights of its skip path to be there."""
-    return isinstance(whole, SkipPath) and bool(distributed.sharding(module))
+def _has_to_run(passage: Passage, whole: Template | SkipPath | None, module: nn.Module) -> bool:
+    """Whether the forward of a block without branches has to run all the same.
+
+    For somebody who looks on; for the weights of its skip path to be gathered, or because others
+    may run the block and wait for this rank's part of its weights.
+    """
+    gathers = passage.layout.unit and (isinstance(whole, SkipPath) or passage.hung is not None)
+    return gathers or hooks.collects(module)
 
 
 def _dropped(
@@ -127,7 +138,8 @@ def _dropped(
 ) -> Any:
     """What a container comes to without its branches; its forward does not run."""
     if isinstance(whole, Template):
-        return whole.build(args, kwargs, positional=gate.positional)
+        value = whole.build(args, kwargs, positional=gate.positional)
+        return cast_as_unit(module, value) if is_fully_sharded_unit(module) else value
     skip = module.get_submodule(whole.module.removeprefix(f"{gate.name}."))
     value = skip(whole.argument.find(args, kwargs, gate.positional))
     if not whole.relu:
@@ -154,34 +166,44 @@ def decide(
     """
     plan, training = gate.plan, module.training
 
-    def make() -> tuple[dict[int, Decision], tuple[int, ...], Any]:
-        alike = plan.mode == "batch" and not plan.ranks_differ
-        held = module if holder is None else holder
-        wrapper = distributed.wrapper_of(held, gate.name, alike=alike) if training else None
+    def make() -> tuple[dict[int, Decision], tuple[int, ...], Any, Any, Any]:
         if plan.probe is not None:
             size = batch().size
-            return {block: probed(plan, block, size) for block in gate.blocks}, (), None
+            return {n: probed(plan, n, size) for n in gate.blocks}, (), None, None, WHOLE
+        layout = layout_for(gate, module if holder is None else holder)
+        wrapper = wrapper_of(gate.name) if training else None
+        if layout.in_parts:
+            make_sure_ranks_agree(gate, module, layout)
+        hung = hung_on(plan, layout, wrapper)
         if not training or plan.disabled or plan.forced is not None:
             forced = None if plan.disabled else plan.forced
             return (
-                {
-                    block: settled(plan, block, training=training, forced=forced)
-                    for block in gate.blocks
-                },
+                {n: settled(plan, n, training=training, forced=forced) for n in gate.blocks},
                 (),
                 wrapper,
+                hung,
+                layout,
             )
         path = _path(gate)
         given = batch() if plan.mode == "sample" else None
-        return {block: drawn(plan, block, path, given) for block in gate.blocks}, path, wrapper
+        decided = {n: drawn(plan, n, path, given) for n in gate.blocks}
+        return decided, path, wrapper, hung, layout
 
-    decisions, path, wrapper = remembered(gate, make, may_recompute=training)
+    decisions, path, wrapper, hung, layout = remembered(gate, make, may_recompute=training)
     plain = all(decision.changes_nothing for decision in decisions.values())
     unchanged = gate.alone if plain else frozenset()
     if not plain and all(decision.all_on_all_rows for decision in decisions.values()):
         unchanged = gate.within
     return Passage(
-        gate, decisions, training, path, wrapper=wrapper, plain=plain, unchanged=unchanged
+        gate,
+        decisions,
+        training,
+        path,
+        wrapper=wrapper,
+        hung=hung,
+        layout=layout,
+        plain=plain,
+        unchanged=unchanged,
     )
 
 

@@ -55,8 +55,8 @@ def call_explicit(
         out = _on_rows(decision.rows[number], run, skip, args)
     else:
         out = skip.clone()  # what follows may change it in place
-        if passage.wrapper is not None:
-            out = plan.reduction.skip(out, _parameters_of(gate, branch, owners))
+        if passage.hung is not None:
+            out = passage.hung.skip(out, _parameters_of(gate, branch, owners))
     if passage.wrapper is not None and not backward_is_running():
         differ = plan.ranks_differ or plan.forced is not None
         plan.reduction.expect(passage.wrapper, (out, skip, args), differ=differ)

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from stochastic_depth.torch_private import without_sharding
+
 
 def collects(module: nn.Module) -> bool:
     """Whether the module has such a hook."""
@@ -30,8 +32,8 @@ def show(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
 
 def _of_its_library(module: nn.Module) -> Iterator[tuple[int, Any]]:
     """The hooks that come out of the package which the module's class is from."""
-    package, dot, _ = type(module).__module__.partition(".")
-    if dot:  # else it is a script's own
+    package, dot, _ = without_sharding(type(module)).__module__.partition(".")
+    if dot and package != "torch":  # else it is a script's own; torch's hooks do not collect
         for number, hook in module._forward_hooks.items():
             if getattr(hook, "__module__", "").startswith(f"{package}."):
                 yield number, hook

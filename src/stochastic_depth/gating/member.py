@@ -36,13 +36,13 @@ def role_in(gate: Gate) -> tuple[Passage, Role] | None:
         role = roles[position]
         if role is None:
             return None
-        noted = (passage.decisions, role, passage.wrapper, passage.on_rows)
+        noted = (passage.decisions, role, passage.hung, passage.on_rows)
         note(gate, noted, may_recompute=passage.training)
         return passage, role
     recomputed, recalled = recall(gate)
     if recalled is not None:
-        decisions, role, wrapper, on_rows = recalled
-        return Passage(gate, decisions, training=True, wrapper=wrapper, on_rows=on_rows), role
+        decisions, role, hung, on_rows = recalled
+        return Passage(gate, decisions, training=True, hung=hung, on_rows=on_rows), role
     if recomputed or gate.used_elsewhere:
         return None  # what runs plain leaves nothing to recall
     container = next(iter(gate.roles))
@@ -70,8 +70,8 @@ def call_member(
             unread = frozenset() if hooks.collects(module) else role.unread
             out = stand_in(gate, module, args, kwargs, zeros=role.scaled, unread=unread)
         hooks.show(module, args, kwargs, out)
-        if passage.wrapper is not None:
-            return gate.plan.reduction.stand_in(out, role.scaled, module)
+        if passage.hung is not None:
+            return passage.hung.stand_in(out, role.scaled, module)
         if recomputed and torch.is_grad_enabled():
             # A reentrant checkpoint around nothing but the branch insists on a gradient.
             _require_gradients(out, role.scaled)

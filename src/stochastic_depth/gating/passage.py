@@ -14,6 +14,8 @@ from typing import Any
 
 from stochastic_depth.deciding import Decision
 from stochastic_depth.discovery.templates import Form, SkipPath, Template
+from stochastic_depth.distributed.layout import WHOLE, Layout
+from stochastic_depth.distributed.reduction import Reduction
 from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.plan import Plan
 from stochastic_depth.rows import Dims, Held
@@ -61,6 +63,7 @@ class Gate:
     alone: frozenset[Gate] = frozenset()
     """A container's: its members that are nothing else, nor called anywhere else."""
     within: frozenset[Gate] = frozenset()  # a container's: those of them that end no branch
+    layouts: dict[object, Layout] = field(default_factory=dict)  # a container's, as it was found
 
 
 @dataclass(slots=True, eq=False)
@@ -74,6 +77,8 @@ class Passage:
     counts: dict[str, int] = field(default_factory=dict)  # calls of each member so far
     calls: dict[str, int] = field(default_factory=dict)  # calls of the containers inside
     wrapper: Any = None  # the DistributedDataParallel around it
+    hung: Reduction | None = None  # hangs what is skipped on the graph, where ranks reduce it
+    layout: Layout = WHOLE  # where its parameters are
     on_rows: bool = False  # its forward is given the kept rows alone
     plain: bool = False  # all branches run, on all rows, and are not multiplied
     unchanged: frozenset[Gate] = frozenset()  # its members that nothing need be looked up for

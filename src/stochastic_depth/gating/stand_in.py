@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.discovery.templates import Template, describe, signature
+from stochastic_depth.discovery.unsharded import full_parameters
 from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.torch_private import fake_mode, tree_map, without_modes
 
@@ -49,7 +50,7 @@ def _look_up(name: str, module: nn.Module, args: Any, kwargs: Any) -> Template:
     # The counters of BatchNorm hold real numbers under fake tensors, too, and count.
     counters = [(buffer, buffer.clone()) for buffer in module.buffers() if buffer.numel() == 1]
     detached = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
-    with without_modes(), fake_mode() as mode, torch.no_grad():
+    with without_modes(), fake_mode() as mode, full_parameters(module), torch.no_grad():
         fake_args, fake_kwargs = tree_map(
             lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, detached
         )

@@ -8,6 +8,7 @@ those, too. Parameters, state-dict keys, `isinstance` and `__name__` stay. As in
 from __future__ import annotations
 
 import copyreg
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -34,10 +35,15 @@ def swap_out(module: nn.Module) -> None:
     own: Any = type(module)
     if "gated_from" in vars(own):
         module.__class__ = own.gated_from
-    else:  # a class that a parametrization made from the gated one since; copies share it
-        bases = tuple(vars(base).get("gated_from", base) for base in own.__bases__)
-        content = {k: v for k, v in vars(own).items() if k not in ("__dict__", "__weakref__")}
-        module.__class__ = type(own)(own.__name__, bases, content)
+    else:  # a class that fully_shard or a parametrization made from the gated one since
+        module.__class__ = _rebuilt_without_gate(own)
+
+
+@cache  # blocks of one class go on sharing one
+def _rebuilt_without_gate(own: Any) -> Any:
+    bases = tuple(vars(base).get("gated_from", base) for base in own.__bases__)
+    content = {k: v for k, v in vars(own).items() if k not in ("__dict__", "__weakref__")}
+    return type(own)(own.__name__, bases, content)
 
 
 def _gated(original: type[nn.Module]) -> type[nn.Module]:

@@ -1,9 +1,12 @@
-"""What DistributedDataParallel and fully_shard need of a skipped block.
+"""The parameters of what is skipped: how a reduction over the ranks gets along without them.
 
 The reducer of DistributedDataParallel waits for every parameter. A skipped block hangs its
 parameters on the graph, where they come out without a gradient, so that the reduction starts at
 once. It hands out zeros for them; where no rank ran the block they are made None again, as on one
 process, so that momentum and weight decay leave it alone.
+
+`fully_shard` reduces what has a gradient on this rank. Where others may have run what this one
+skipped, the parameters get zeros for a gradient.
 """
 
 from __future__ import annotations
@@ -17,83 +20,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from stochastic_depth.errors import NotYetSupportedError, SetupError
+from stochastic_depth.distributed.groups import on_cpu
 from stochastic_depth.torch_private import (
     after_backward,
     backward_task,
-    inside_ddp,
-    inside_fsdp,
     tree_flatten,
     tree_leaves,
     tree_unflatten,
 )
 
 
-def is_running() -> bool:
-    """Whether this process is one of several that know each other."""
-    return dist.is_available() and dist.is_initialized()
-
-
-def place(process_group: Any) -> tuple[int, int]:
-    """This process's rank, and how many there are in the group (None: all)."""
-    if not is_running():
-        return 0, 1
-    return dist.get_rank(process_group), dist.get_world_size(process_group)
-
-
-def wrapper_of(module: nn.Module, block: str, *, alike: bool) -> DistributedDataParallel | None:
-    """The DistributedDataParallel whose forward runs just now.
-
-    Args:
-        module: The container of a gated block.
-        block: Its name.
-        alike: Whether all ranks skip the same blocks, as a whole.
-
-    Raises:
-        SetupError: Its graph is static.
-        NotYetSupportedError: The block is sharded in a way that is not yet supported.
-    """
-    if not is_running():
-        return None
-    refuse_sharded(module, block, alike=alike)
-    wrapper = inside_ddp()
-    if wrapper is not None and wrapper.static_graph:
-        raise SetupError(
-            f'block "{block}" is trained under DistributedDataParallel(static_graph=True)',
-            expected="a wrapper that does not take the first step's graph for that of every step: "
-            "stochastic depth changes it, and the gradients would silently be wrong",
-            instead="leave static_graph=True out; find_unused_parameters is not needed either",
-        )
-    return wrapper
-
-
-def sharding(module: nn.Module) -> str:
-    """The name of the wrapper that shards the module's parameters, or ""."""
-    return inside_fsdp(module) if is_running() else ""
-
-
-def refuse_sharded(module: nn.Module, block: str = "", *, alike: bool = False) -> None:
-    """Raises where the module's parameters are sharded, but for what is supported."""
-    kind = sharding(module)
-    if not kind or (kind == "fully_shard" and alike):
-        return
-    what = f'block "{block}"' if block else type(module).__name__
-    raise NotYetSupportedError(
-        f"{what} is trained under {kind}, which is not yet supported like this",
-        expected="a model that was sharded with fully_shard after stochastic depth was applied, in "
-        'mode="batch" with across_ranks="same"; or DistributedDataParallel',
-        instead="apply stochastic depth first, then fully_shard each block and the model",
-    )
-
-
 class _Anchor(torch.autograd.Function):
-    """Hands a value on, and hangs parameters on the graph that get no gradient from it."""
+    """Hands a value on, and hangs parameters on the graph that get no gradient, or zeros."""
 
     @staticmethod
     def forward(
         ctx: Any,
         value: Tensor,
-        reduction: Reduction,
+        reduction: Reduction | None,
         fresh: bool,  # noqa: FBT001  (`apply` takes no keywords)
         *parameters: Tensor,
     ) -> Tensor:
@@ -105,6 +49,8 @@ class _Anchor(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> Any:
+        if ctx.reduction is None:
+            return gradient, None, None, *map(torch.zeros_like, ctx.anchored)
         ctx.reduction.without_gradient.update(dict.fromkeys(ctx.anchored))
         return gradient, None, None, *[None for _ in ctx.anchored]
 
@@ -117,6 +63,7 @@ class Reduction:
     waiting: list[nn.Parameter] = field(default_factory=list)  # for the end of their branch
     task: int = -1  # the backward that is under way
     ranks_differ: bool = False  # in it: a block that this rank skipped may have run elsewhere
+    zeros: bool = False  # for a gradient, instead of none
 
     def skip(self, output: Any, parameters: Iterable[nn.Parameter]) -> Any:
         """What a block that is skipped whole returns, with its parameters hung on."""
@@ -142,7 +89,7 @@ class Reduction:
         trained = [p for p in parameters if p.requires_grad]
         if not trained or not torch.is_grad_enabled():
             return value
-        return cast(Tensor, _Anchor.apply(value, self, fresh, *trained))
+        return cast(Tensor, _Anchor.apply(value, None if self.zeros else self, fresh, *trained))
 
     def expect(self, wrapper: DistributedDataParallel, values: Any, *, differ: bool) -> None:
         """Be told when the backward of this forward has come to one of these values."""
@@ -177,18 +124,6 @@ def _held_anywhere(wrapper: DistributedDataParallel, held: set[Tensor]) -> set[T
     """The parameters that have a gradient on one rank at least."""
     parameters = list(wrapper.module.parameters())
     flags = torch.tensor([p in held for p in parameters], dtype=torch.uint8, device="cpu")
-    dist.all_reduce(flags, dist.ReduceOp.MAX, group=_on_cpu(wrapper.process_group))
+    ranks = tuple(dist.get_process_group_ranks(wrapper.process_group))
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=on_cpu(ranks))
     return {p for p, flag in zip(parameters, flags.tolist(), strict=True) if flag}
-
-
-_cpu_groups: dict[Any, Any] = {}
-
-
-def _on_cpu(group: Any) -> Any:
-    """A group of the same ranks whose collectives do not wait for a device."""
-    if dist.get_backend(group) == "gloo":
-        return group
-    if group not in _cpu_groups:
-        ranks = dist.get_process_group_ranks(group)
-        _cpu_groups[group] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-    return _cpu_groups[group]

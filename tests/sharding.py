@@ -1,0 +1,187 @@
+"""Networks sharded by `fully_shard`, trained beside themselves on one process."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+import stochastic_depth as sd
+from ddp_cases import NETWORKS, averaged, containers, same
+from networks import settled
+
+RATES = [0.3, 0.5, 0.6, 0.7, 0.8, 0.9]
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How the network is sharded and trained."""
+
+    sharded_first: bool = False
+    reshard: bool = True
+    microbatches: int = 1
+    synced: bool = True  # whether each microbatch is reduced, or the last one alone
+    prefetch: bool = False
+    root_alone: bool = False  # one unit for everything
+    checkpoint: bool = False
+    hybrid: bool = False  # copies of shards (HSDP), on four ranks
+    on_meta: bool = False
+
+
+SETUPS = {
+    "plain": Setup(),
+    "sharded first": Setup(sharded_first=True),
+    "kept gathered": Setup(reshard=False),
+    "kept gathered, sharded first": Setup(reshard=False, sharded_first=True),
+    "accumulated": Setup(microbatches=3),
+    "accumulated without reduction": Setup(microbatches=2, synced=False),
+    "prefetch": Setup(prefetch=True),
+    "one unit": Setup(root_alone=True),
+    "checkpoint": Setup(checkpoint=True),
+    "checkpoint, accumulated": Setup(checkpoint=True, microbatches=2),
+    "from meta": Setup(on_meta=True),
+    "from meta, sharded first": Setup(on_meta=True, sharded_first=True),
+}
+DRAWS: dict[str, dict[str, Any]] = {
+    "same": {},
+    "balanced": {"draw": sd.Draw(sampling="balanced")},
+    "branch": {"unit": "branch"},
+    "different": {"draw": sd.Draw(across_ranks="different")},
+    "rows": {"mode": "sample", "draw": sd.Draw(seed=2)},
+    "rows, branch": {"mode": "sample", "unit": "branch", "draw": sd.Draw(rows="random")},
+}
+
+
+def blocks_of(model: Any) -> list[nn.Module]:
+    return [block for stage in containers(model) for block in stage]
+
+
+def shard(model: nn.Module, setup: Setup = Setup(), **options: Any) -> None:
+    mesh = None
+    if setup.hybrid:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    options = {**options, "reshard_after_forward": setup.reshard, "mesh": mesh}
+    units: list[Any] = [] if setup.root_alone else blocks_of(model)
+    for unit in [*units, model]:
+        fully_shard(unit, **options)
+    if setup.prefetch:
+        for unit, following in itertools.pairwise(units):
+            unit.set_modules_to_forward_prefetch([following])
+            following.set_modules_to_backward_prefetch([unit])
+
+
+def checkpointed(model: nn.Module) -> None:
+    for stage in containers(model):
+        for number, block in enumerate(stage):
+            stage[number] = checkpoint_wrapper(block)
+
+
+def full(gradient: Any) -> Tensor | None:
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
+
+def fill(model: nn.Module, source: nn.Module) -> None:
+    """Give a model from the meta device, sharded by now, the weights of another."""
+    model.to_empty(device="cpu")
+    values = dict(source.state_dict())
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            value = values[name]
+            if isinstance(tensor, DTensor):
+                value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
+            tensor.copy_(value)
+
+
+def pair(
+    network: str, setup: Setup, options: dict[str, Any]
+) -> tuple[nn.Module, sd.StochasticDepth, nn.Module, sd.StochasticDepth, tuple[int, ...]]:
+    """A sharded network and one that is whole, with the same stochastic depth."""
+    maker, shape = NETWORKS[network]
+    model, alone = settled(maker), settled(maker)
+    if setup.on_meta:
+        model = model.to("meta")
+    if setup.checkpoint:
+        checkpointed(model)
+        checkpointed(alone)
+    if setup.sharded_first:
+        shard(model, setup)
+    depth = sd.apply_stochastic_depth(model, RATES, example_inputs=torch.randn(shape), **options)
+    twin = sd.apply_stochastic_depth(alone, RATES, example_inputs=torch.randn(shape), **options)
+    if not setup.sharded_first:
+        shard(model, setup)
+    if setup.on_meta:
+        fill(model, alone)
+    return model, depth, alone, twin, shape
+
+
+def trained_as_alone(
+    network: str,
+    setup: Setup,
+    options: dict[str, Any],
+    patterns: Sequence[dict[str, bool]] = (),
+) -> None:
+    """After each step the gradients are those of the average, or none, and so are the weights."""
+    model, depth, alone, twin, shape = pair(network, setup, options)
+    optimizers = [
+        torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9) for net in (model, alone)
+    ]
+    following = [depth.follow(optimizers[0]), twin.follow(optimizers[1])]
+    skipped = 0
+    for step in range(STEPS):
+        torch.manual_seed(100 * step + dist.get_rank())
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        for number in range(setup.microbatches):
+            batch = torch.randn(shape)
+            if not setup.synced:
+                assert isinstance(model, FSDPModule)
+                model.set_requires_gradient_sync(number == setup.microbatches - 1)
+            pattern = patterns[(step + number) % len(patterns)] if patterns else None
+            for net, handle in ((model, depth), (alone, twin)):
+                with handle.fixed(pattern) if pattern else nullcontext():
+                    net.train()(batch).square().mean().div(setup.microbatches).backward()
+            skipped += pattern is not None or not all(depth.last_gates.values())
+            assert depth.last_gates == twin.last_gates
+        gradients_agree(model, alone, setup, options)
+        for name, parameter in alone.named_parameters():
+            gradient = full(model.get_parameter(name).grad)
+            parameter.grad = None if gradient is None else gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert skipped
+    for each in following:
+        each.remove()
+    weights_agree(model, alone)
+
+
+def gradients_agree(
+    model: nn.Module, alone: nn.Module, setup: Setup, options: dict[str, Any]
+) -> None:
+    """The sharded network's are the average of what the ranks have alone, or none."""
+    differ = "different" in str(options) or options.get("mode") == "sample"
+    rounded = setup.microbatches > 1 or setup.hybrid  # sums of more than two, in any order
+    expected = averaged(alone)
+    for name, parameter in model.named_parameters():
+        ours, theirs = full(parameter.grad), expected[name]
+        if differ and theirs is None and ours is not None:
+            assert not ours.any()  # for all that this rank knows another may have run it
+        elif rounded and ours is not None and theirs is not None:
+            assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6), name
+        else:
+            assert same(ours, theirs), f"{name}: {ours} instead of {theirs}"
+
+
+def weights_agree(model: nn.Module, alone: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        assert torch.equal(full(parameter.detach()), alone.get_parameter(name)), name  # type: ignore[arg-type]
