@@ -57,7 +57,7 @@ def _parser() -> Parser:
     text = "gpt (default), or transformers:TYPE, a small gpt2, llama, gpt_neox ..."
     add("--model", metavar="NAME", default="gpt", help=text)
     text = "a file to learn from; its last tenth is held out"
-    add("--data", metavar="text:PATH", type=_text, required=True, help=text)
+    add("--data", metavar="text:PATH", type=text_path, required=True, help=text)
     text = "what is predicted: characters (default) or bytes"
     add("--level", choices=("char", "byte"), default="char", help=text)
     text = "of each variant (default: 1500)"
@@ -82,7 +82,7 @@ def _parser() -> Parser:
     return parser
 
 
-def _text(text: str) -> Path:
+def text_path(text: str) -> Path:
     kind, _, path = text.partition(":")
     if kind != "text" or not path:
         raise argparse.ArgumentTypeError(f"{text!r} is not text:PATH")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.torch_private import (
     awaits_backward,
+    is_fully_sharded_unit,
     modules_of_unit,
     prefetched_by,
     set_prefetched,
@@ -25,12 +26,22 @@ from stochastic_depth.torch_private import (
 Runs = Callable[[nn.Module], bool]
 
 
-def cast_as_unit(module: nn.Module, value: Any) -> Any:
-    """What a skipped unit hands on, in the dtypes that its hooks cast its inputs and outputs to."""
+def as_unit_would(module: nn.Module, value: Any) -> Any:
+    """What a skipped block hands on, as if it had been called.
+
+    A unit casts its inputs and outputs. Where the unit lies around the block, its hooks want no
+    view of its own input for an output.
+    """
+    if not is_fully_sharded_unit(module):
+        return tree_map(_no_view, value)
     for dtype in sharded_dtypes(module):
         if dtype is not None:
             value = tree_map(lambda x, to=dtype: _cast(x, to), value)
     return value
+
+
+def _no_view(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) and value._is_view() else value
 
 
 def _cast(value: Any, dtype: Any) -> Any:

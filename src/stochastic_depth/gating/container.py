@@ -22,8 +22,8 @@ from stochastic_depth.discovery.templates import (
     order,
     same_tensors,
 )
-from stochastic_depth.distributed.layout import WHOLE, wrapper_of
-from stochastic_depth.distributed.sharded import cast_as_unit
+from stochastic_depth.distributed.layout import WHOLE, Layout, wrapper_of
+from stochastic_depth.distributed.sharded import as_unit_would
 from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.gating import hooks
 from stochastic_depth.gating.groups import run_in_groups
@@ -32,11 +32,7 @@ from stochastic_depth.gating.passage import Gate, Original, Passage, changed, ru
 from stochastic_depth.gating.recomputation import remembered
 from stochastic_depth.plan import Plan
 from stochastic_depth.rows import Held, Rows, put_back, take
-from stochastic_depth.torch_private import (
-    backward_is_running,
-    is_fully_sharded_unit,
-    tree_leaves,
-)
+from stochastic_depth.torch_private import backward_is_running, tree_leaves
 
 
 def call_container(
@@ -77,7 +73,7 @@ def _run_in_part(
     skips = whole is not None and not any(decision.kept)
     if skips and not _has_to_run(passage, whole, module):
         assert whole is not None
-        output = _dropped(gate, whole, module, args, kwargs)
+        output = _dropped(gate, passage.layout, whole, module, args, kwargs)
         if passage.hung is not None:
             output = passage.hung.skip(output, module.parameters())
         return output
@@ -134,12 +130,17 @@ def _has_to_run(passage: Passage, whole: Template | SkipPath | None, module: nn.
 
 
 def _dropped(
-    gate: Gate, whole: Template | SkipPath, module: nn.Module, args: Any, kwargs: Any
+    gate: Gate,
+    layout: Layout,
+    whole: Template | SkipPath,
+    module: nn.Module,
+    args: Any,
+    kwargs: Any,
 ) -> Any:
     """What a container comes to without its branches; its forward does not run."""
     if isinstance(whole, Template):
         value = whole.build(args, kwargs, positional=gate.positional)
-        return cast_as_unit(module, value) if is_fully_sharded_unit(module) else value
+        return as_unit_would(module, value) if layout.sharded else value
     skip = module.get_submodule(whole.module.removeprefix(f"{gate.name}."))
     value = skip(whole.argument.find(args, kwargs, gate.positional))
     if not whole.relu:

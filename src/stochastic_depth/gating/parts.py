@@ -6,6 +6,8 @@ run all the same, without its branches, so that its weights are gathered and red
 
 from __future__ import annotations
 
+import weakref
+
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,6 +21,8 @@ from stochastic_depth.gating.passage import Gate, running
 from stochastic_depth.plan import Plan
 from stochastic_depth.torch_private import is_fully_sharded_unit
 
+_layouts: weakref.WeakKeyDictionary[Gate, dict[object, Layout]] = weakref.WeakKeyDictionary()
+
 
 def layout_for(gate: Gate, module: nn.Module) -> Layout:
     """How a container's parameters lie over the processes; looked up once for each way of it.
@@ -26,12 +30,13 @@ def layout_for(gate: Gate, module: nn.Module) -> Layout:
     Raises:
         SetupError: They lie in a way that cannot be served.
     """
+    known = _layouts.setdefault(gate, {})
     key = (type(module), type(next(module.parameters(), None)), module.__dict__.get("_is_replica"))
-    if key not in gate.layouts:
+    if key not in known:
         layout = layout_of(module, gate.name)
         _refuse_to_differ(gate, layout)
-        gate.layouts[key] = layout
-    return gate.layouts[key]
+        known[key] = layout
+    return known[key]
 
 
 def make_sure_ranks_agree(gate: Gate, module: nn.Module, layout: Layout) -> None:

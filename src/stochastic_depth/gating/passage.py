@@ -63,7 +63,6 @@ class Gate:
     alone: frozenset[Gate] = frozenset()
     """A container's: its members that are nothing else, nor called anywhere else."""
     within: frozenset[Gate] = frozenset()  # a container's: those of them that end no branch
-    layouts: dict[object, Layout] = field(default_factory=dict)  # a container's, as it was found
 
 
 @dataclass(slots=True, eq=False)
