@@ -18,6 +18,8 @@ queue_callback                  None instead of zeros for what no     import fai
 _active_ddp_module              "is this DistributedDataParallel?"    training under it hangs
 activation_relu_or_gelu         calling the parts of torch's own      inference under no_grad
                                 encoder layer in inference, too       raises
+ProcessGroup.unbox,             among which ranks a collective is,    a collective in a branch is
+_resolve_process_group          seen as an operation                  not refused, and may hang
 ==============================  ====================================  ============================
 
 `tests/test_private_torch_names.py` fails loudly where one of them changed its meaning.
@@ -51,6 +53,7 @@ __all__ = [
     "backward_task",
     "checkpoint_frames",
     "fake_mode",
+    "group_of_collective",
     "inside_ddp",
     "inside_fsdp",
     "tree_flatten",
@@ -174,6 +177,20 @@ def inside_ddp() -> DistributedDataParallel | None:
 def after_backward(call: Callable[[], None]) -> None:
     """Call this at the end of the backward that runs just now, behind what is queued already."""
     torch.autograd.Variable._execution_engine.queue_callback(call)
+
+
+def group_of_collective(operation: Any, args: tuple[Any, ...]) -> Any:
+    """The process group that an operation talks to; None where it talks to nobody."""
+    if operation.namespace not in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
+        return None
+    processes: Any = torch.distributed.distributed_c10d
+    for argument, given in zip(operation._schema.arguments, args, strict=False):
+        if argument.name == "group_name":
+            return processes._resolve_process_group(given)
+        if argument.name == "process_group":
+            kind = processes.ProcessGroup
+            return given if isinstance(given, kind) else kind.unbox(given)
+    return None
 
 
 def inside_fsdp(module: nn.Module) -> str:

@@ -6,13 +6,15 @@ batch or on some, and its members look up what was decided.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from stochastic_depth import distributed
+from stochastic_depth.collectives import Refusal, may_part
 from stochastic_depth.deciding import Batch, Decision, drawn, probed, settled
 from stochastic_depth.discovery.templates import (
     Form,
@@ -106,7 +108,8 @@ def _run(passage: Passage, module: nn.Module, original: Original, args: Any, kwa
     """The container's own forward, in which its members look up what was decided."""
     running.passages.append(passage)
     try:
-        output = original(module, *args, **kwargs)
+        with without_collectives(passage) if passage.may_part else nullcontext():
+            output = original(module, *args, **kwargs)
     finally:
         running.passages.pop()
     if passage.visits != passage.gate.expected:
@@ -115,6 +118,16 @@ def _run(passage: Passage, module: nn.Module, original: Original, args: Any, kwa
         why = f"{made}, perhaps by a fused inference path" if fused else made
         raise changed(passage.gate, why)
     return output
+
+
+@contextmanager
+def without_collectives(passage: Passage) -> Iterator[None]:
+    """Raises where a collective begins in a block that other ranks may drop."""
+    plan, name = passage.gate.plan, passage.gate.name
+    with Refusal(plan, name):
+        yield
+    if all(all(decision.kept) for decision in passage.decisions.values()):
+        plan.silent.add(name)
 
 
 def _gathers(whole: Template | SkipPath | None, module: nn.Module) -> bool:
@@ -153,9 +166,9 @@ def decide(
         holder: Who holds the branch's parameters; None: the module.
     """
     plan, training = gate.plan, module.training
+    alike = plan.mode == "batch" and not plan.ranks_differ
 
     def make() -> tuple[dict[int, Decision], tuple[int, ...], Any]:
-        alike = plan.mode == "batch" and not plan.ranks_differ
         held = module if holder is None else holder
         wrapper = distributed.wrapper_of(held, gate.name, alike=alike) if training else None
         if plan.probe is not None:
@@ -176,12 +189,20 @@ def decide(
         return {block: drawn(plan, block, path, given) for block in gate.blocks}, path, wrapper
 
     decisions, path, wrapper = remembered(gate, make, may_recompute=training)
+    apart = bool(path) and not alike and may_part(plan, gate.name, gate.blocks)
     plain = all(decision.changes_nothing for decision in decisions.values())
     unchanged = gate.alone if plain else frozenset()
     if not plain and all(decision.all_on_all_rows for decision in decisions.values()):
         unchanged = gate.within
     return Passage(
-        gate, decisions, training, path, wrapper=wrapper, plain=plain, unchanged=unchanged
+        gate,
+        decisions,
+        training,
+        path,
+        wrapper=wrapper,
+        plain=plain,
+        unchanged=unchanged,
+        may_part=apart,
     )
 
 
