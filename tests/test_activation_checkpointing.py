@@ -110,6 +110,8 @@ def gradients(
     inner: bool | None = None,
     unit: Any = "block",
     redraw: Any = "forward",
+    mode: Any = "batch",
+    rows: Any = "contiguous",
     steps: int = 3,
 ) -> list[Tensor | None]:
     """All gradients of some steps, each with some forwards before their backwards."""
@@ -121,8 +123,9 @@ def gradients(
         "uniform",
         example_inputs=torch.randn(2, 4),
         unit=unit,
+        mode=mode,
         scale="train",
-        draw=sd.Draw(seed=3, redraw=redraw),
+        draw=sd.Draw(seed=3, redraw=redraw, rows=rows),
     )
     found: list[Tensor | None] = []
     for step in range(steps):
@@ -164,6 +167,20 @@ def test_reentrant_with_one_forward(shape: str, unit: Any) -> None:
 @pytest.mark.parametrize("unit", ["block", "branch"])
 def test_inside_of_a_block(unit: Any, reentrant: bool) -> None:
     assert same(gradients(plainly, inner=reentrant, unit=unit), gradients(plainly, unit=unit))
+
+
+@pytest.mark.parametrize("rows", ["contiguous", "random"])
+@pytest.mark.parametrize("unit", ["block", "branch"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows(shape: str, unit: Any, rows: Any) -> None:
+    drawn = {"mode": "sample", "unit": unit, "rows": rows}
+    expected = gradients(plainly, **drawn)
+    assert same(gradients(SHAPES[shape](False), **drawn), expected)
+    assert same(gradients(SHAPES[shape](True), **drawn), expected)
+    assert same(gradients(plainly, inner=False, **drawn), expected)
+    assert same(gradients(plainly, inner=True, **drawn), expected)
+    expected = gradients(plainly, forwards=2, **drawn)
+    assert same(gradients(SHAPES[shape](False), inner=False, forwards=2, **drawn), expected)
 
 
 @pytest.mark.parametrize("forwards", [1, 2])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -92,3 +96,27 @@ def test_user_modes_do_not_see_what_is_hidden_from_them() -> None:
 
     with Mode(), torch_private.without_modes():  # type: ignore[no-untyped-call]
         torch.ones(2)
+
+
+def test_collectives_are_operations_that_tell_their_group() -> None:
+    found = []
+    processes: Any = dist
+
+    class Mode(torch_private.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            group = torch_private.group_of_collective(func, args)
+            if group is not None:
+                found.append((func.overloadpacket.__name__, dist.get_process_group_ranks(group)))
+            return func(*args, **(kwargs or {}))
+
+    dist.init_process_group("gloo", store=processes.HashStore(), rank=0, world_size=1)
+    try:
+        group = processes.new_group([0])
+        with Mode():  # type: ignore[no-untyped-call]
+            x = torch.ones(2)
+            dist.all_reduce(x)
+            dist.all_to_all_single(torch.empty(2), x, group=group)
+            functional.all_reduce(x, "sum", group) + 1
+    finally:
+        dist.destroy_process_group()
+    assert found == [("allreduce_", [0]), ("alltoall_base_", [0]), ("all_reduce", [0])]

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from stochastic_depth.collectives import synchronised
 from stochastic_depth.discovery import ResidualBlock, plain_model, to_watch, watch
 from stochastic_depth.discovery.batch import allowed_counts, watch_more_rows
 from stochastic_depth.discovery.existing import refuse_active_drop_path
@@ -138,6 +139,7 @@ def apply_stochastic_depth(
     )
     units = [name for number in range(len(chosen)) for name in plan.units(number)]
     plan.schedule = resolve_schedule(schedule, units)
+    plan.synchronised = synchronised(model, plan)
     plan.counts = tuple(allowed_counts(model, found, block) for block in chosen)
     by_watching = not all(block.explicit for block in chosen)
     by_rows = by_watching and mode == "sample"

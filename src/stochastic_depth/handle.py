@@ -22,7 +22,7 @@ from stochastic_depth.errors import (
     warn,
 )
 from stochastic_depth.gating.attach import detach, gated_modules
-from stochastic_depth.gating.gate import gate_of
+from stochastic_depth.gating.gate import KEY
 from stochastic_depth.plan import Plan
 from stochastic_depth.rows import rows_of
 from stochastic_depth.table import table
@@ -280,7 +280,8 @@ class StochasticDepth:
 
     def _is_gated(self, name: str) -> bool:
         try:
-            gate = gate_of(self._model.get_submodule(name))
+            # A wrapper around it (a checkpoint's, say) hands its attributes on.
+            gate = getattr(self._model.get_submodule(name), KEY, None)
         except AttributeError:  # not even there any more
             return False
         return gate is not None and gate.plan is self._plan

@@ -71,6 +71,8 @@ class Plan:
     forced: Mapping[str, bool] | None = None
     probe: Probe | None = None
     counts: tuple[Counts, ...] = ()  # of each block: how many rows it may run on
+    synchronised: Mapping[str, str] = field(default_factory=dict)  # SyncBatchNorms, by container
+    silent: set[str] = field(default_factory=set)  # containers that talk to no other rank
     in_groups: frozenset[str] = frozenset()  # containers that run once for each kind of row
     disabled: bool = False
     last_gates: dict[str, bool | Rows | range] = field(default_factory=dict)

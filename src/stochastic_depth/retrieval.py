@@ -11,6 +11,8 @@ from stochastic_depth.gating.attach import gated_modules
 from stochastic_depth.gating.passage import Gate
 from stochastic_depth.handle import StochasticDepth
 
+_WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod")  # what lies in a wrapper put around later
+
 
 def get_stochastic_depth(model: nn.Module, *, blocks: str | None = None) -> StochasticDepth:
     """The handle of a gated model again: after `torch.load`, `deepcopy`, in a callback.
@@ -54,6 +56,7 @@ def get_stochastic_depth(model: nn.Module, *, blocks: str | None = None) -> Stoc
 
 def _root(name: str, gate: Gate) -> str | None:
     """Where the model that was watched lies; None where only a part of it is at hand."""
+    name = ".".join(part for part in name.split(".") if part not in _WRAPPED)
     if not gate.name or name == gate.name:
         return name if not gate.name else ""
     return name.removesuffix(f".{gate.name}") if name.endswith(f".{gate.name}") else None

@@ -10,12 +10,16 @@ from stochastic_depth.plan import Plan
 
 
 def save(plan: Plan) -> dict[str, Any]:
-    """The state as plain numbers, strings and dicts: `torch.load(weights_only=True)` takes it."""
+    """The state as plain numbers, strings and lists: `torch.load(weights_only=True)` takes it.
+
+    Lists of pairs, no dicts: `torch.distributed.checkpoint` loads a dict by the keys that are there
+    already, and a new run has called nothing yet.
+    """
     current = plan.calls_in_step == plan.clock.step
     return {
         **_identity(plan),
         "step": plan.clock.step,
-        "calls": dict(plan.calls) if current else {},
+        "calls": [[name, count] for name, count in plan.calls.items()] if current else [],
     }
 
 
@@ -50,9 +54,9 @@ def _identity(plan: Plan) -> dict[str, Any]:
         "mode": plan.mode,
         "rows": plan.draw.rows,
         "scale": plan.scale,
-        "drop_rates": {
-            block.name: rate for block, rate in zip(plan.blocks, plan.rates, strict=True)
-        },
+        "drop_rates": [
+            [block.name, rate] for block, rate in zip(plan.blocks, plan.rates, strict=True)
+        ],
     }
 
 
@@ -65,7 +69,7 @@ def _differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> Any:
     missing = [key for key in ("step", "calls") if key not in saved]
     if missing:
         yield f"it has no {missing[0]}"
-    rates, own_rates = dict(saved.get("drop_rates", {})), own["drop_rates"]
+    rates, own_rates = dict(saved.get("drop_rates", ())), dict(own["drop_rates"])
     for name in {**rates, **own_rates}:
         if name not in own_rates or name not in rates:
             yield f'block "{name}" is gated {"here" if name in own_rates else "there"} only'

@@ -23,6 +23,8 @@ _mp_policy, _states_to_*_       prefetches by explicit lists          its dtype;
 prefetch, _post_forward_indices                                       skipped blocks
 activation_relu_or_gelu         calling the parts of torch's own      inference under no_grad
                                 encoder layer in inference, too       raises
+ProcessGroup.unbox,             among which ranks a collective is,    a collective in a branch is
+_resolve_process_group          seen as an operation                  not refused, and may hang
 ==============================  ====================================  ============================
 
 `tests/test_private_torch_names.py` fails loudly where one of them changed its meaning.
@@ -55,8 +57,10 @@ __all__ = [
     "awaits_backward",
     "backward_is_running",
     "backward_task",
+    "called_by_fully_shard",
     "checkpoint_frames",
     "fake_mode",
+    "group_of_collective",
     "holds_fsdp1",
     "inside_ddp",
     "inside_fsdp1",
@@ -191,6 +195,20 @@ def after_backward(call: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(call)
 
 
+def group_of_collective(operation: Any, args: tuple[Any, ...]) -> Any:
+    """The process group that an operation talks to; None where it talks to nobody."""
+    if operation.namespace not in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
+        return None
+    processes: Any = torch.distributed.distributed_c10d
+    for argument, given in zip(operation._schema.arguments, args, strict=False):
+        if argument.name == "group_name":
+            return processes._resolve_process_group(given)
+        if argument.name == "process_group":
+            kind = processes.ProcessGroup
+            return given if isinstance(given, kind) else kind.unbox(given)
+    return None
+
+
 def is_fully_sharded_unit(module: nn.Module) -> bool:
     """Whether `fully_shard` was called on it."""
     sharded = sys.modules.get("torch.distributed.fsdp")  # importing it takes seconds
@@ -232,6 +250,16 @@ def mesh_of(module: nn.Module) -> tuple[tuple[int, ...] | None, int]:
             shards = [p for p in getattr(parameter, "placements", ()) if p.is_shard()]
             dims = max(dims, len(shards))
     return ranks, dims
+
+
+def called_by_fully_shard() -> bool:
+    """Whether it is a hook of `fully_shard` that runs just now."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if "_fully_shard" in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def sharded_dtypes(module: nn.Module) -> tuple[torch.dtype | None, torch.dtype | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,7 +22,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     numpy_state = numpy.random.get_state() if numpy else None
     python_state = random.getstate()
     fast = torch.backends.mha.get_fastpath_enabled()
-    with torch.random.fork_rng(devices=cuda), _eagerly():
+    with torch.random.fork_rng(devices=cuda), _eagerly(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what there is to warn about comes again in the training
         try:
             torch.backends.mha.set_fastpath_enabled(False)  # it hides the modules' calls
             for module, _, _ in modules:

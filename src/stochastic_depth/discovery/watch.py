@@ -5,7 +5,6 @@ The model is left as it was: buffers, random generators, modes, hooks and gradie
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from contextlib import ExitStack
 from typing import Any
@@ -44,9 +43,6 @@ def record(
         for name, module in model.named_modules():
             stack.callback(watcher.hook_into(name, module))
         stack.enter_context(torch.no_grad())
-        # What there is to warn about comes again in the training.
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
         stack.enter_context(watcher)
         model(*args, **kwargs)
     for call in watcher.recording.calls:

@@ -6,12 +6,14 @@ batch or on some, and its members look up what was decided.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from stochastic_depth.collectives import Refusal, may_part
 from stochastic_depth.deciding import Batch, Decision, drawn, probed, settled
 from stochastic_depth.discovery.templates import (
     Form,
@@ -108,7 +110,8 @@ def _run(passage: Passage, module: nn.Module, original: Original, args: Any, kwa
     """The container's own forward, in which its members look up what was decided."""
     running.passages.append(passage)
     try:
-        output = original(module, *args, **kwargs)
+        with without_collectives(passage) if passage.may_part else nullcontext():
+            output = original(module, *args, **kwargs)
     finally:
         running.passages.pop()
     if passage.visits != passage.gate.expected:
@@ -117,6 +120,16 @@ def _run(passage: Passage, module: nn.Module, original: Original, args: Any, kwa
         why = f"{made}, perhaps by a fused inference path" if fused else made
         raise changed(passage.gate, why)
     return output
+
+
+@contextmanager
+def without_collectives(passage: Passage) -> Iterator[None]:
+    """Raises where a collective begins in a block that other ranks may drop."""
+    plan, name = passage.gate.plan, passage.gate.name
+    with Refusal(plan, name):
+        yield
+    if all(all(decision.kept) for decision in passage.decisions.values()):
+        plan.silent.add(name)
 
 
 def _has_to_run(passage: Passage, whole: Template | SkipPath | None, module: nn.Module) -> bool:
@@ -166,6 +179,7 @@ def decide(
         holder: Who holds the branch's parameters; None: the module.
     """
     plan, training = gate.plan, module.training
+    alike = plan.mode == "batch" and not plan.ranks_differ
 
     def make() -> tuple[dict[int, Decision], tuple[int, ...], Any, Any, Any]:
         if plan.probe is not None:
@@ -191,6 +205,7 @@ def decide(
         return decided, path, wrapper, hung, layout
 
     decisions, path, wrapper, hung, layout = remembered(gate, make, may_recompute=training)
+    apart = bool(path) and not alike and may_part(plan, gate.name, gate.blocks)
     plain = all(decision.changes_nothing for decision in decisions.values())
     unchanged = gate.alone if plain else frozenset()
     if not plain and all(decision.all_on_all_rows for decision in decisions.values()):
@@ -205,6 +220,7 @@ def decide(
         layout=layout,
         plain=plain,
         unchanged=unchanged,
+        may_part=apart,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.deciding import Batch, inference_factor
 from stochastic_depth.errors import OptionError, SetupError
-from stochastic_depth.gating.container import decide
+from stochastic_depth.gating.container import decide, without_collectives
 from stochastic_depth.gating.passage import Gate, Passage, running
 from stochastic_depth.rows import Rows, put_back, take
 from stochastic_depth.torch_private import backward_is_running
@@ -69,7 +70,8 @@ def _run(
     """The sum; gates inside of the branch find what was decided about it."""
     running.passages.append(passage)
     try:
-        value = branch(*args)
+        with without_collectives(passage) if passage.may_part else nullcontext():
+            value = branch(*args)
     finally:
         running.passages.pop()
     _check(passage.gate.name, value, skip)

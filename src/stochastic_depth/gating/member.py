@@ -37,7 +37,7 @@ def role_in(gate: Gate) -> tuple[Passage, Role] | None:
         if role is None:
             return None
         noted = (passage.decisions, role, passage.hung, passage.on_rows)
-        note(gate, noted, may_recompute=passage.training)
+        note(gate, noted, passage.decisions, may_recompute=passage.training)
         return passage, role
     recomputed, recalled = recall(gate)
     if recalled is not None:

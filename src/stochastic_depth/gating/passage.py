@@ -81,6 +81,7 @@ class Passage:
     on_rows: bool = False  # its forward is given the kept rows alone
     plain: bool = False  # all branches run, on all rows, and are not multiplied
     unchanged: frozenset[Gate] = frozenset()  # its members that nothing need be looked up for
+    may_part: bool = False  # other ranks may decide otherwise: nothing inside may wait for them
     visits: int = 0
     inside_member: bool = False
 

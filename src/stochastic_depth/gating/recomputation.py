@@ -27,10 +27,11 @@ _outstanding: weakref.WeakKeyDictionary[Any, Outstanding] = weakref.WeakKeyDicti
 class Outstanding:
     """What was decided in forwards without gradients that may be recomputed later."""
 
-    value: Any
+    values: list[Any]  # of a container one, of a member one for each of its calls in that
+    forward: Any
     step: int
     count: int = 1
-    replayed: bool = False
+    replayed: int = 0
 
 
 def remembered(gate: Any, make: Callable[[], T], *, may_recompute: bool) -> T:
@@ -54,7 +55,7 @@ def remembered(gate: Any, make: Callable[[], T], *, may_recompute: bool) -> T:
     else:
         value = make()
         if may_recompute and not torch.is_grad_enabled():
-            _note(gate, value)
+            _note(gate, value, value)
     for frame in forward_frames:
         _log(frame).setdefault(gate, []).append(value)
     return value
@@ -80,12 +81,12 @@ def recall(gate: Any) -> tuple[bool, Any | None]:
     return recomputed is not None, value
 
 
-def note(gate: Any, value: Any, *, may_recompute: bool) -> None:
-    """Write a decision down for a recomputation that starts inside of the container."""
+def note(gate: Any, value: Any, forward: Any, *, may_recompute: bool) -> None:
+    """Write a decision down for a recomputation that starts inside of the container's `forward`."""
     for frame in checkpoint_frames()[0]:
         _log(frame).setdefault(gate, []).append(value)
     if may_recompute and not torch.is_grad_enabled() and not backward_is_running():
-        _note(gate, value)
+        _note(gate, value, forward)
 
 
 def _log(frame: Any) -> dict[Any, list[Any]]:
@@ -108,12 +109,14 @@ def _replay(gate: Any, frame: Any, cursor: dict[Any, int]) -> Any:
     return decided[position]
 
 
-def _note(gate: Any, value: Any) -> None:
+def _note(gate: Any, value: Any, forward: Any) -> None:
     known, step = _outstanding.get(gate), gate.plan.clock.step
     if known is None or known.replayed or known.step != step:
-        _outstanding[gate] = Outstanding(value, step)
+        _outstanding[gate] = Outstanding([value], forward, step)
+    elif known.forward is forward:
+        known.values.append(value)
     else:
-        known.value, known.count = value, known.count + 1
+        known.values, known.forward, known.count = [value], forward, known.count + 1
 
 
 def _the_outstanding(gate: Any) -> Any:
@@ -127,5 +130,6 @@ def _the_outstanding(gate: Any) -> Any:
             instead="use torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or "
             'sd.Draw(redraw="step"), where all forwards of a step drop the same blocks',
         )
-    known.replayed = True
-    return known.value
+    value = known.values[known.replayed % len(known.values)]
+    known.replayed += 1
+    return value

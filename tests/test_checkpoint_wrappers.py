@@ -1,0 +1,229 @@
+"""Promise: a checkpoint by torch's wrapper or by transformers' switch recomputes what was drawn.
+
+Every gradient is that of the same model without checkpoints, bit by bit, whichever came first, the
+checkpoints or the gates.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+
+import stochastic_depth as sd
+from networks import BasicBlock, PreNormLayer, make
+from networks import batch as batch_of
+
+oldest = pytest.mark.oldest
+ORDERS = ("checkpoints first", "gates first")
+MODES: dict[str, dict[str, Any]] = {
+    "batch": {"draw": sd.Draw(seed=3)},
+    "by branch": {"draw": sd.Draw(seed=3), "unit": "branch"},
+    "one a step": {"draw": sd.Draw(seed=3, redraw="step")},
+    "rows": {"draw": sd.Draw(seed=3), "mode": "sample"},
+    "random rows": {"draw": sd.Draw(seed=3, rows="random"), "mode": "sample", "unit": "branch"},
+}
+Loss = Callable[[int], Tensor]
+
+
+def wrap_blocks(model: nn.Module, reentrant: bool | None) -> None:
+    """With None the wrapper wraps and does nothing: blocks are named after it, and draw by name."""
+    impl = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
+    idle = partial(checkpoint_wrapper, checkpoint_fn=lambda run, *args: run(*args))
+    wrap = partial(checkpoint_wrapper, checkpoint_impl=impl)
+    apply_activation_checkpointing(
+        model,
+        checkpoint_wrapper_fn=idle if reentrant is None else wrap,
+        check_fn=lambda module: isinstance(module, BasicBlock | PreNormLayer),
+    )
+
+
+def gradients(
+    model: nn.Module, depth: sd.StochasticDepth, loss: Loss, *, forwards: int, steps: int = 3
+) -> list[Tensor | None]:
+    """All gradients of some steps, each with some forwards before their backwards."""
+    found: list[Tensor | None] = []
+    model.train()
+    dropped = 0
+    for step in range(steps):
+        model.zero_grad()
+        torch.manual_seed(step)  # dropout
+        losses = []
+        for number in range(forwards):
+            losses.append(loss(10 * step + number))
+            gates = depth.last_gates.values()  # of mode "sample" the rows that are kept, of four
+            dropped += any(gate is False or (gate is not True and len(gate) < 4) for gate in gates)
+        for each in losses:
+            each.backward()
+        found += [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+        depth.step()
+    assert dropped, "nothing was dropped: the case shows nothing"
+    return found
+
+
+def assert_same(mine: list[Tensor | None], theirs: list[Tensor | None]) -> None:
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or b is None or torch.equal(a, b)
+
+
+@oldest
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["resnet", "pre-norm", "post-norm", "explicit"])
+def test_the_wrapper_of_torch(name: str, mode: str, order: str) -> None:
+    """BatchNorm (whose running statistics a recomputation updates again, as ever) and attention."""
+
+    def run(reentrant: bool | None, forwards: int) -> list[Tensor | None]:
+        model, x = make(name)
+        if order == "checkpoints first":
+            wrap_blocks(model, reentrant)
+        depth = sd.apply_stochastic_depth(model, 0.6, "uniform", example_inputs=x, **MODES[mode])
+        if order == "gates first":
+            wrap_blocks(model, reentrant)
+        return gradients(model, depth, lambda n: model(batch_of(x, n)).sum(), forwards=forwards)
+
+    for forwards in (1, 2):
+        assert_same(run(False, forwards), run(None, forwards))
+    assert_same(run(True, 1), run(None, 1))
+    if mode == "one a step":
+        assert_same(run(True, 2), run(None, 2))
+    else:
+        with pytest.raises(sd.RecomputationError, match="use_reentrant=False"):
+            run(True, 2)
+
+
+@oldest
+@pytest.mark.parametrize("name", ["resnet", "pre-norm", "explicit"])
+def test_the_handle_of_a_wrapped_model(name: str) -> None:
+    """It goes on, is found again in a copy, and folds."""
+    model, x = make(name)
+    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=x)
+    wrap_blocks(model, reentrant=False)
+    depth.follow(torch.optim.SGD(model.parameters(), lr=0.1))
+    with depth.disabled():
+        expected = model.eval()(x)
+    assert str(depth).startswith("Stochastic depth on")
+    twin = copy.deepcopy(model)
+    own = sd.get_stochastic_depth(twin)
+    assert [block.name for block in own.blocks] == [block.name for block in depth.blocks]
+    assert torch.equal(twin(x), expected)
+    # A factor in the weights rounds otherwise than one on the output.
+    torch.testing.assert_close(own.fold()(x), expected)
+    torch.testing.assert_close(depth.fold()(x), expected)
+
+
+SMALL: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+
+
+def bert() -> tuple[Any, Loss]:
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(vocab_size=50, max_position_embeddings=16, **SMALL)
+    return text(BertForMaskedLM(config))
+
+
+def gpt2() -> tuple[Any, Loss]:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return text(
+        GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=4, n_head=2))
+    )
+
+
+def llama() -> tuple[Any, Loss]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=50, attention_dropout=0.1, **SMALL)
+    return text(LlamaForCausalLM(config))
+
+
+def text(model: Any) -> tuple[Any, Loss]:
+    def loss(number: int) -> Tensor:
+        tokens = torch.randint(50, (4, 9), generator=torch.Generator().manual_seed(number))
+        mask = torch.ones_like(tokens)
+        mask[1, 5:] = 0
+        return model(input_ids=tokens, attention_mask=mask, labels=tokens).loss
+
+    return model, loss
+
+
+def vit() -> tuple[Any, Loss]:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(image_size=8, patch_size=4, **SMALL)
+    config.hidden_dropout_prob = 0.1
+    model = ViTForImageClassification(config)
+
+    def loss(number: int) -> Tensor:
+        images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(number))
+        return model(pixel_values=images, labels=torch.tensor([0, 1, 0, 1])).loss
+
+    return model, loss
+
+
+FAMILIES = {"BERT": bert, "GPT-2": gpt2, "Llama": llama, "ViT": vit}
+SWITCHES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "non-reentrant": {"gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    "reentrant": {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
+}
+
+
+BOTH = ("batch", "random rows")
+
+
+@pytest.mark.filterwarnings("ignore:dropout is active", "ignore:4 blocks with a drop rate")
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")  # 5.24's
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    ("switch", "mode"), [("default", "batch"), *itertools.product(list(SWITCHES)[1:], BOTH)]
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_switch_of_transformers(family: str, switch: str, mode: str, order: str) -> None:
+    pytest.importorskip("transformers")
+
+    def run(checkpoints: bool, forwards: int) -> list[Tensor | None]:
+        torch.manual_seed(0)
+        model, loss = FAMILIES[family]()
+        model.config.use_cache = False  # as checkpointing does
+        if checkpoints and order == "checkpoints first":
+            model.gradient_checkpointing_enable(**SWITCHES[switch])
+        inputs = example(loss, model)
+        depth = sd.apply_stochastic_depth(model, [0.6] * 4, example_inputs=inputs, **MODES[mode])
+        if checkpoints and order == "gates first":
+            model.gradient_checkpointing_enable(**SWITCHES[switch])
+        return gradients(model, depth, loss, forwards=forwards, steps=2)
+
+    assert_same(run(True, 1), run(False, 1))
+    if switch == "non-reentrant":
+        assert_same(run(True, 2), run(False, 2))
+
+
+def example(loss: Loss, model: nn.Module) -> dict[str, Any]:
+    """What a loss calls its model with."""
+    given: dict[str, Any] = {}
+
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        given.update(kwargs)
+
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    loss(0)
+    hook.remove()
+    return given
