@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 import stochastic_depth as sd
@@ -49,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device = prepare(options)
         train(options, text, device)
     except (InputError, sd.StochasticDepthError, OSError) as error:
-        print("fsdp.py:", " ".join(str(error).split()), file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # the others would say the same
+            print("fsdp.py:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     dist.destroy_process_group()
     return 0
@@ -57,7 +59,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def prepare(options: Options) -> torch.device:
     """The process group, and this rank's device."""
-    dist.init_process_group(timeout=timedelta(seconds=options.timeout))
+    if not dist.is_torchelastic_launched():
+        raise InputError("start it with torchrun: torchrun --nproc-per-node 2 examples/fsdp.py ...")
+    store, rank, ranks = next(rendezvous("env://"))
+    # The store outlives a restart, and with it the addresses of those who are gone.
+    attempt = f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    own = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
+    dist.init_process_group(
+        store=own, rank=rank, world_size=ranks, timeout=timedelta(seconds=options.timeout)
+    )
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -32,6 +32,7 @@ from sharding import (
     Setup,
     blocks_of,
     full,
+    gradients_agree,
     pair,
     shard,
     trained_as_alone,
@@ -44,6 +45,27 @@ def forced(network: str, setup: Setup) -> None:
     names = [b.name for b in sd.find_residual_blocks(settled(maker), torch.randn(shape))]
     patterns = [dict.fromkeys([*names[start::2], names[3]], False) for start in (0, 1)]
     trained_as_alone(network, setup, {}, patterns)
+
+
+def two_forwards(network: str, setup: Setup) -> None:
+    """Before their backwards, which come in either order; each forward has its own draw."""
+    model, depth, alone, twin, shape = pair(network, setup, {})
+    differ = 0
+    for step, in_order in enumerate((True, False, True)):
+        torch.manual_seed(100 * step + dist.get_rank())
+        batches = [torch.randn(shape), torch.randn(shape)]
+        for net, handle in ((model, depth), (alone, twin)):
+            net.zero_grad()
+            losses, gates = [], []
+            for batch in batches:
+                losses.append(net.train()(batch).square().mean())
+                gates.append(handle.last_gates)
+            for loss in losses if in_order else reversed(losses):
+                loss.backward()
+            differ += gates[0] != gates[1]
+        nothing_is_left_gathered(model)
+        gradients_agree(model, alone, replace(setup, microbatches=2), {})
+    assert differ
 
 
 @contextmanager
@@ -310,6 +332,10 @@ def shared_cases() -> dict[str, Callable[[], None]]:
                     trained_as_alone, network, SETUPS[setup], DRAWS[draws]
                 )
     for network in ("resnet", "pre-norm"):
+        for setup in ("plain", "prefetch", "checkpoint"):
+            found[f"{network}, two forwards, {setup}"] = partial(
+                two_forwards, network, SETUPS[setup]
+            )
         found[f"{network}, forced"] = partial(forced, network, Setup())
         found[f"{network}, rows, one unit"] = partial(
             trained_as_alone, network, SETUPS["one unit"], DRAWS["rows"]
