@@ -4,6 +4,7 @@
     python examples/images.py --model resnet20 --data CIFAR --batch-size 128 --drop-warmup 0.1dur
     python examples/images.py --model torchvision:resnet50 --data PHOTOS --image-size 96
     torchrun --nproc-per-node 2 examples/images.py --across-ranks different --sampling balanced
+    torchrun --nproc-per-node 2 --max-restarts 3 examples/images.py --out RUN  # goes on by itself
 
 At the end: a table of what it saved and what it did to the error; and in the output folder
 `metrics.json`, `steps.csv`, `error.png` and `plain.pt`, the weights of the network with stochastic
@@ -55,14 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: Options, ranks: Ranks) -> int:
     fabric = fabric_on(options.device, options.precision, ranks)
     ranks.connect(options.device, options.timeout)
-    ranks.from_first(lambda: refuse_used_folder(options.out, resume=options.resume))
+    resume = options.resume or ranks.restarted
+    ranks.from_first(lambda: refuse_used_folder(options.out, resume=resume))
     fabric.launch()
     data = read_image_data(options.data, options.image_size)
     batches = Batches(data, options.batch_size, options.seed, fabric.device, ranks)
     networks = set_up(options, fabric, batches)
     records = Records()
     checkpoints = Checkpoints(options.out, options.configuration(data.fingerprint, ranks.number))
-    if options.resume:
+    if options.resume or (ranks.restarted and ranks.from_first(checkpoints.any)):
         state = ranks.from_first(checkpoints.load)
         networks.load_state_dict(state["networks"])
         records.load_state_dict(state["records"])

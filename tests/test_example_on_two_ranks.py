@@ -49,7 +49,8 @@ take_step = SideBySide.step
 
 def take_step_or_signal(self, current, *arguments):
     (folder / f"pid {rank}").write_text(str(os.getpid()))
-    if rank == "1" and current == step:
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if rank == "1" and current == step and first:
         (folder / "signalled").touch()
         os.kill(os.getpid(), signal)
     return take_step(self, current, *arguments)
@@ -66,15 +67,16 @@ for run in runs:
 
 
 def start(
-    folder: Path, runs: list[list[str]], step: int = -1, number: int = 0
+    folder: Path, runs: list[list[str]], step: int = -1, number: int = 0, restarts: int = 0
 ) -> subprocess.Popen[str]:
-    """`step`, `number`: of the signal that the second rank sends itself."""
+    """`step`, `number`: of the signal that the second rank sends itself, the first time."""
     folder.mkdir(exist_ok=True)
     (folder / "program.py").write_text(PROGRAM)
     (folder / "task.json").write_text(json.dumps((runs, step, number)))
-    environment = {**os.environ, "PYTHONPATH": EXAMPLES, "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([EXAMPLES, os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(folder / "program.py"), str(folder)]
+    command += [f"--max-restarts={restarts}", str(folder / "program.py"), str(folder)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
 
@@ -228,6 +230,21 @@ def test_a_killed_rank_ends_the_other_and_resumed_they_end_with_the_same_weights
     resumed = start(tmp_path / "resumed", [[*run, "--resume"]])
     _, error = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, error
+    ours, theirs = weights(tmp_path / "out"), weights(ended["finished"].folder)
+    assert ours.keys() == theirs.keys()
+    assert [name for name, value in ours.items() if not value.equal(theirs[name])] == []
+
+
+@pytest.mark.parametrize("step", [3, PER_EPOCH + 9])
+def test_torchrun_restarts_all_ranks_after_one_was_killed(
+    ended: dict[str, Ended], tmp_path: Path, step: int
+) -> None:
+    """Before the first checkpoint from the beginning, else from the last one."""
+    run = [*SHORT, "--epochs=2", f"--out={tmp_path}/out"]
+    restarted = start(tmp_path, [run], step, signal.SIGKILL, restarts=1)
+    _, error = restarted.communicate(timeout=120)
+    assert restarted.returncode == 0, error
+    assert (tmp_path / "signalled").exists()
     ours, theirs = weights(tmp_path / "out"), weights(ended["finished"].folder)
     assert ours.keys() == theirs.keys()
     assert [name for name, value in ours.items() if not value.equal(theirs[name])] == []

@@ -37,6 +37,10 @@ class Checkpoints:
         self.newest = folder / "checkpoint.pt"
         self.before = folder / "checkpoint.before.pt"
 
+    def any(self) -> bool:
+        """Whether there is one."""
+        return self.newest.exists() or self.before.exists()
+
     def save(self, state: dict[str, Any]) -> None:
         with replacing(self.newest) as file:
             torch.save({**state, "configuration": self.configuration}, file)
@@ -80,13 +84,3 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, pickle.PickleError):
         return None
     return state
-
-
-def _refuse_other(theirs: dict[str, object], ours: dict[str, object], path: Path) -> None:
-    differences = [
-        f"{name} was {theirs.get(name)}, now {ours.get(name)}"
-        for name in {**theirs, **ours}
-        if theirs.get(name) != ours.get(name)
-    ]
-    if differences:
-        raise InputError(f"--resume: {path} is of another run: {'; '.join(differences)}")

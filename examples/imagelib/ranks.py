@@ -38,6 +38,7 @@ class Ranks:
     rank: int = 0
     number: int = 1
     store: Any = None  # where they meet before, and beside, the process group
+    restarted: bool = False  # by `torchrun --max-restarts`, after one of them was gone
 
     def connect(self, device: torch.device, seconds: int) -> None:
         """Who does not answer for so many seconds counts as gone."""
@@ -116,14 +117,16 @@ def together() -> Iterator[Ranks]:
         yield Ranks()
         return
     store, rank, number = next(rendezvous("env://"))
-    own = f"images {next(_meetings)}"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # The store outlives a restart, and with it the addresses of those who are gone.
+    own = f"images {attempt}.{next(_meetings)}"
     store = dist.PrefixStore(own, store)  # type: ignore[attr-defined]
     try:
         if rank == 0:
-            yield Ranks(rank, number, store)
+            yield Ranks(rank, number, store, attempt != "0")
         else:
             with _silence():
-                yield Ranks(rank, number, store)
+                yield Ranks(rank, number, store, attempt != "0")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
