@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,11 +11,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from stochastic_depth import torch_private
 
 pytestmark = pytest.mark.oldest
+needs_shards_on_the_cpu = pytest.mark.skipif(
+    torch.__version__.startswith("2.6."), reason="fully_shard of torch 2.6 wants a GPU"
+)
 
 
 def test_dispatch_mode_sees_operations_and_their_schemas() -> None:
@@ -120,3 +126,93 @@ def test_collectives_are_operations_that_tell_their_group() -> None:
     finally:
         dist.destroy_process_group()
     assert found == [("allreduce_", [0]), ("alltoall_base_", [0]), ("all_reduce", [0])]
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """A world of one process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_units_of_fully_shard_are_known(one_process: None) -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2))
+    parts = [*model.modules()]
+    assert not any(map(torch_private.is_fully_sharded_unit, parts))
+    assert not any(map(torch_private.is_managed_by_fsdp, parts))
+    assert torch_private.mesh_of(model) == (None, 0)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
+    fully_shard(model[0], mp_policy=policy)
+    fully_shard(model)
+    units = [part for part in parts if torch_private.is_fully_sharded_unit(part)]
+    assert units == [model, model[0]]
+    assert all(map(torch_private.is_managed_by_fsdp, parts))
+    assert not any(map(torch_private.inside_fsdp1, parts))
+    assert not torch_private.holds_fsdp1(model)
+    assert torch_private.mesh_of(model) == ((0,), 1)
+    assert torch_private.sharded_dtypes(model[0]) == (torch.bfloat16, torch.float32)
+    assert torch_private.without_sharding(type(model[0])) is nn.Sequential
+    assert torch_private.without_sharding(nn.Linear) is nn.Linear
+
+
+@needs_shards_on_the_cpu
+def test_what_units_of_fully_shard_prefetch(one_process: None) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    units: list[Any] = [fully_shard(part) for part in model]
+    fully_shard(model)
+    units[0].set_modules_to_forward_prefetch([units[1]])
+    units[1].set_modules_to_backward_prefetch([units[0]])
+    seen: dict[str, Any] = {"forward": [], "backward": []}
+
+    def noted(direction: str) -> Any:
+        def note(states: list[Any]) -> list[Any]:
+            seen[direction] += [torch_private.modules_of_unit(state) for state in states]
+            return list(states)
+
+        return note
+
+    out = model(torch.ones(1, 2, requires_grad=True))
+    torch_private.set_prefetched(units[0], noted("forward"), noted("backward"))
+    assert seen == {"forward": [(units[1],)], "backward": [(units[0],)]}
+    state = units[0]._get_fsdp_state()
+    (following,) = torch_private.prefetched_by(state, forward=True)
+    assert torch_private.prefetched_by(state, forward=False) == []
+    assert torch_private.awaits_backward(state)
+    assert torch_private.awaits_backward(following)
+    out.sum().backward()
+    assert not torch_private.awaits_backward(state)
+    assert not torch_private.awaits_backward(following)
+
+
+@needs_shards_on_the_cpu
+def test_collectives_of_fully_shard_are_told_from_others(one_process: None) -> None:
+    seen = []
+
+    class Mode(torch_private.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(torch_private.called_by_fully_shard())
+            return func(*args, **(kwargs or {}))
+
+    model: Any = fully_shard(nn.Linear(2, 2))
+    with Mode():  # type: ignore[no-untyped-call]
+        model(torch.ones(1, 2))
+    assert True in seen
+    assert False in seen
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_fsdp1_is_known(one_process: None, use_orig_params: bool) -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2))
+    seen = []
+    model[0].register_forward_pre_hook(
+        lambda module, args: seen.append(torch_private.inside_fsdp1(module))
+    )
+    wrapped = FullyShardedDataParallel(
+        model, device_id=torch.device("cpu"), use_orig_params=use_orig_params
+    )
+    assert torch_private.holds_fsdp1(wrapped)
+    assert torch_private.holds_fsdp1(wrapped.module)
+    wrapped(torch.ones(1, 2))
+    assert seen == [True]
