@@ -35,6 +35,7 @@ class Setup:
     prefetch: bool = False
     root_alone: bool = False  # one unit for everything
     checkpoint: bool = False
+    wrapped_last: bool = False  # in checkpoints, between stochastic depth and shards
     hybrid: bool = False  # copies of shards (HSDP), on four ranks
     on_meta: bool = False
 
@@ -50,6 +51,7 @@ SETUPS = {
     "one unit": Setup(root_alone=True),
     "checkpoint": Setup(checkpoint=True),
     "checkpoint, accumulated": Setup(checkpoint=True, microbatches=2),
+    "checkpoint last": Setup(wrapped_last=True),
     "from meta": Setup(on_meta=True),
     "from meta, sharded first": Setup(on_meta=True, sharded_first=True),
 }
@@ -118,6 +120,9 @@ def pair(
         shard(model, setup)
     depth = sd.apply_stochastic_depth(model, RATES, example_inputs=torch.randn(shape), **options)
     twin = sd.apply_stochastic_depth(alone, RATES, example_inputs=torch.randn(shape), **options)
+    if setup.wrapped_last:
+        checkpointed(model)
+        checkpointed(alone)
     if not setup.sharded_first:
         shard(model, setup)
     if setup.on_meta:

@@ -70,7 +70,9 @@ class Reduction:
         leaves, spec = tree_flatten(output)
         for number, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                leaves[number] = self._anchored(leaf, parameters, fresh=False)
+                # The hooks of a unit around the block want no view of its own input.
+                own = leaf.clone() if self.zeros else leaf
+                leaves[number] = self._anchored(own, parameters, fresh=self.zeros)
                 break
         return tree_unflatten(leaves, spec)
 
