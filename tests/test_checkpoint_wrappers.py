@@ -26,6 +26,7 @@ from networks import BasicBlock, PreNormLayer, make
 from networks import batch as batch_of
 
 oldest = pytest.mark.oldest
+pytestmark = pytest.mark.filterwarnings("ignore:Please specify CheckpointImpl")  # torch 2.6's
 ORDERS = ("checkpoints first", "gates first")
 MODES: dict[str, dict[str, Any]] = {
     "batch": {"draw": sd.Draw(seed=3)},

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import threading
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
-from networks import make
+from networks import assert_same, batch, make, sgd
 
 pytestmark = pytest.mark.oldest
 
@@ -35,3 +38,61 @@ def test_inference_from_several_threads() -> None:
         for thread in threads:
             thread.join()
     assert wrong == []
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "batch": {"draw": sd.Draw(seed=1)},
+    "rows": {"draw": sd.Draw(seed=1, rows="random"), "mode": "sample", "scale": "eval"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", ["resnet", "pre-norm", "post-norm", "explicit"])
+def test_inference_of_copies_while_another_thread_trains(name: str, options: str) -> None:
+    """Of a deepcopied average, whose clock is that of the training, and of a folded one.
+
+    The training is, to the last bit, what it is alone.
+    """
+
+    def prepare() -> tuple[Any, Tensor, torch.optim.Optimizer]:
+        model, x = make(name)
+        depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=x, **OPTIONS[options])
+        optimizer = sgd(model)
+        depth.follow(optimizer)
+        return model.train(), x, optimizer
+
+    def train(model: Any, x: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        for number in range(20):
+            optimizer.zero_grad()
+            run = checkpoint(model, batch(x, number), use_reentrant=False)
+            run.square().mean().backward()
+            optimizer.step()
+
+    alone, x, optimizer = prepare()
+    train(alone, x, optimizer)
+
+    model, x, optimizer = prepare()
+    average = copy.deepcopy(model).eval()
+    folded = copy.deepcopy(average)
+    sd.get_stochastic_depth(folded).fold()
+    with torch.no_grad():
+        expected = {copied: copied(x) for copied in (average, folded)}
+    stop, count = threading.Event(), [0]
+    wrong: list[Any] = []
+
+    def infer() -> None:
+        with torch.no_grad():
+            while not stop.is_set():
+                count[0] += 1
+                wrong.extend(m for m, seen in expected.items() if not torch.equal(m(x), seen))
+
+    threads = [threading.Thread(target=infer) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    train(model, x, optimizer)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert count[0] > 2
+    assert_same(model, alone)

@@ -56,7 +56,7 @@ class Refusal(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.container = container
         # Ranks that differ in their place in a mesh, but not in their data, draw alike.
-        self.apart = set(dist.get_process_group_ranks(plan.draw.process_group))
+        self.apart = set(dist.get_process_group_ranks(plan.draw.process_group or dist.group.WORLD))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stochastic_depth.distributed.groups import place
 from stochastic_depth.draw import Counts, balanced, kept_count, order_of_rows, uniform
+from stochastic_depth.errors import SetupError
 from stochastic_depth.plan import Plan
 from stochastic_depth.rows import Rows
 
@@ -54,7 +55,17 @@ class Batch:
 
 
 def drawn(plan: Plan, block: int, call: tuple[int, ...], batch: Batch | None) -> Decision:
-    """The decision of a training call; `batch` is that of mode "sample"."""
+    """The decision of a training call; `batch` is that of mode "sample".
+
+    Raises:
+        SetupError: torch.export writes the call down, and would write down this draw for good.
+    """
+    if torch.compiler.is_compiling():
+        raise SetupError(
+            f'torch.export met block "{plan.blocks[block].name}" in train mode',
+            expected="a model for inference: a program cannot draw anew",
+            instead="call model.eval() first; or, to export it for training, depth.remove()",
+        )
     units = plan.units(block)
     rates = [plan.rate(block, unit) for unit in units]
     number = () if plan.draw.redraw == "step" else call
