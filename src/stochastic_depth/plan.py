@@ -80,6 +80,8 @@ class Plan:
     changes: int = 0  # of these, while the clock stood still
     warned: bool = False
     reduction: Reduction = field(default_factory=Reduction)
+    compiler: Any = None  # what `depth.compile()` made
+    told_to_compile: bool = False
     together: tuple[Any, dict[str, Any]] = (None, {})  # what was last drawn for all units at once
 
     @property
@@ -182,4 +184,5 @@ class Plan:
         # saved beside its original still follows it.
         alone: dict[str, Any] = {"following": None, "handle": None, "forced": None}
         alone |= {"disabled": False, "reduction": Reduction(), "together": (None, {})}
+        alone |= {"compiler": None}  # as torch does with what it compiled
         return {**self.__dict__, **alone}

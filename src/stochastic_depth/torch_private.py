@@ -16,6 +16,9 @@ _CheckpointFrame
 queue_callback                  None instead of zeros for what no     import fails: no support
                                 rank ran, after the reduction
 _active_ddp_module              "is this DistributedDataParallel?"    training under it hangs
+_dynamo_marked_constant         counting graphs; "does a block run    a graph for every block, and
+                                of which this is a part?", while      blocks that users compiled
+                                torch.compile traces                  run eagerly
 activation_relu_or_gelu         calling the parts of torch's own      inference under no_grad
                                 encoder layer in inference, too       raises
 ==============================  ====================================  ============================
@@ -30,7 +33,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.utils.checkpoint
@@ -39,6 +42,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.checkpoint import _CheckpointFrame
+
+Call = TypeVar("Call", bound=Callable[..., Any])
 
 _TOP_HOOKS: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 _HOOKS_CAN_BE_READ = _TOP_HOOKS is not None
@@ -53,6 +58,7 @@ __all__ = [
     "fake_mode",
     "inside_ddp",
     "inside_fsdp",
+    "once_in_a_trace",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
@@ -164,6 +170,15 @@ def _lifted(hooks: tuple[Any, Any]) -> Iterator[None]:
         yield
     finally:
         torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
+
+
+def once_in_a_trace(function: Call) -> Call:
+    """Have a function run while torch.compile traces a call of it, and its result be a constant.
+
+    As `torch.compiler.assume_constant_result`, which takes a second to import.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def inside_ddp() -> DistributedDataParallel | None:

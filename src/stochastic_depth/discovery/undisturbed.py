@@ -14,23 +14,34 @@ from torch import nn
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode for a while; then modes, buffers and random generators are as before."""
-    modules = [(module, module.training, dict(module._buffers)) for module in model.modules()]
+    modules = [(module, module.training) for module in model.modules()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with restored(model), eagerly():
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)  # it hides the modules' calls
+            for module, _ in modules:
+                module.training = False
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+            for module, training in modules:
+                module.training = training
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Buffers and random generators are afterwards as they were."""
+    modules = [(module, dict(module._buffers)) for module in model.modules()]
     buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy else None
     python_state = random.getstate()
-    fast = torch.backends.mha.get_fastpath_enabled()
-    with torch.random.fork_rng(devices=cuda), _eagerly():
+    with torch.random.fork_rng(devices=cuda):
         try:
-            torch.backends.mha.set_fastpath_enabled(False)  # it hides the modules' calls
-            for module, _, _ in modules:
-                module.training = False
             yield
         finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
-            for module, training, own in modules:
-                module.training = training
+            for module, own in modules:
                 module._buffers.update(own)
             with torch.no_grad():
                 for buffer, version, saved in buffers:
@@ -42,7 +53,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _eagerly() -> Iterator[None]:
+def eagerly() -> Iterator[None]:
     """Compiled modules run eagerly, so that their operations are seen."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
         yield

@@ -25,6 +25,7 @@ from stochastic_depth.discovery.templates import (
 )
 from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.gating import hooks
+from stochastic_depth.gating.compiled import build
 from stochastic_depth.gating.groups import run_in_groups
 from stochastic_depth.gating.passage import Gate, Original, Passage, changed, running
 from stochastic_depth.gating.recomputation import remembered
@@ -48,6 +49,8 @@ def call_container(
         # On some rows alone it would show its library those rows alone.
         for block, decision in passage.decisions.items():
             passage.decisions[block] = replace(decision, masked=True)
+    if gate.beneath is not None and passage.training and gate.plan.probe is None:
+        _build(passage, module, called, args, kwargs)
     if passage.plain:
         output = _run(passage, module, original, args, kwargs)
     else:
@@ -57,6 +60,17 @@ def call_container(
         differ = gate.plan.ranks_differ or gate.plan.forced is not None
         gate.plan.reduction.expect(passage.wrapper, (output, args, kwargs), differ=differ)
     return output
+
+
+def _build(
+    passage: Passage, module: nn.Module, called: Form | None, args: Any, kwargs: Any
+) -> None:
+    """Have the graphs ready that this call of a compiled block may need."""
+    if called is None:
+        build(passage, module, {}, 0, args, kwargs)
+    else:
+        size = _batch(passage.gate, called, args, kwargs).size
+        build(passage, module, passage.gate.batch[called].takes, size, args, kwargs)
 
 
 def _run_in_part(

@@ -61,6 +61,10 @@ class Gate:
     alone: frozenset[Gate] = frozenset()
     """A container's: its members that are nothing else, nor called anywhere else."""
     within: frozenset[Gate] = frozenset()  # a container's: those of them that end no branch
+    end: tuple[int, ...] | None = None
+    """A member's that ends a branch: which of its container's, and the leaves to multiply."""
+    one_graph: bool = True  # a container's: its members are, at each call, what `end` says
+    beneath: Gate | None = None  # a compiled container's: under whose name its forward is noted
 
 
 @dataclass(slots=True, eq=False)

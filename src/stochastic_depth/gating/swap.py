@@ -8,15 +8,17 @@ those, too. Parameters, state-dict keys, `isinstance` and `__name__` stay. As in
 from __future__ import annotations
 
 import copyreg
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from stochastic_depth.gating.compiled import compiled_forward
 from stochastic_depth.gating.gate import KEY, gated_call
 from stochastic_depth.gating.passage import Gate
 from stochastic_depth.torch_private import without_fused_path
 
-_gated_classes: dict[type[nn.Module], type[nn.Module]] = {}
+_gated_classes: dict[tuple[type[nn.Module], bool], type[nn.Module]] = {}
 
 
 def swap_in(module: nn.Module, gate: Gate) -> None:
@@ -31,26 +33,39 @@ def swap_out(module: nn.Module) -> None:
     if gate.branch is not None:  # a `Residual`, whose class looks for its gate itself
         module.__dict__[KEY] = None
         return
+    _exchange(module, lambda original: original)
+
+
+def compile_in(module: nn.Module) -> None:
+    """Have a gated module's forward look for its graph, beneath gate and hooks."""
+    _exchange(module, lambda original: _gated(original, with_graphs=True))
+
+
+def _exchange(module: nn.Module, kind: Callable[[type[nn.Module]], type[nn.Module]]) -> None:
+    """Give a gated module another class that is made from its own one."""
     own: Any = type(module)
     if "gated_from" in vars(own):
-        module.__class__ = own.gated_from
-    else:  # a class that a parametrization made from the gated one since; copies share it
-        bases = tuple(vars(base).get("gated_from", base) for base in own.__bases__)
+        module.__class__ = kind(own.gated_from)
+    else:  # a class that fully_shard or a parametrization made from the gated one since
+        bases = tuple(
+            kind(vars(base)["gated_from"]) if "gated_from" in vars(base) else base
+            for base in own.__bases__
+        )
         content = {k: v for k, v in vars(own).items() if k not in ("__dict__", "__weakref__")}
         module.__class__ = type(own)(own.__name__, bases, content)
 
 
-def _gated(original: type[nn.Module]) -> type[nn.Module]:
+def _gated(original: type[nn.Module], *, with_graphs: bool = False) -> type[nn.Module]:
     """The gated subclass of a class, one for each."""
-    if original in _gated_classes:
-        return _gated_classes[original]
+    if (original, with_graphs) in _gated_classes:
+        return _gated_classes[original, with_graphs]
 
     def reduce_gated(self: nn.Module, protocol: Any) -> Any:
         # No module holds the gated class under its name, so a copy is built from the original.
         reduced: Any = original.__reduce_ex__(self, protocol)
         make, given, *rest = reduced
         if make is copyreg.__newobj__ and given[0] is gated:  # type: ignore[attr-defined]
-            make, given = _new, (original, *given[1:])
+            make, given = _new, (original, with_graphs, *given[1:])
         return (make, given, *rest)
 
     metaclass: Any = type(original)
@@ -60,6 +75,7 @@ def _gated(original: type[nn.Module]) -> type[nn.Module]:
         {
             "gated_from": original,
             **without_fused_path(original),
+            **({"forward": compiled_forward(original.forward)} if with_graphs else {}),
             "__call__": gated_call(original.__call__),
             "__reduce_ex__": reduce_gated,
             "__module__": original.__module__,
@@ -67,11 +83,11 @@ def _gated(original: type[nn.Module]) -> type[nn.Module]:
             "__doc__": original.__doc__,
         },
     )
-    _gated_classes[original] = gated
+    _gated_classes[original, with_graphs] = gated
     return gated
 
 
-def _new(original: type[nn.Module], *args: Any) -> nn.Module:
+def _new(original: type[nn.Module], with_graphs: bool, *args: Any) -> nn.Module:  # noqa: FBT001
     """What `copy` and `pickle` call to make an empty gated module."""
-    gated = _gated(original)
+    gated = _gated(original, with_graphs=with_graphs)
     return gated.__new__(gated, *args)

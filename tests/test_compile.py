@@ -1,0 +1,103 @@
+"""Promise: `depth.compile()` trains as eager does, and no draw needs another graph.
+
+With the backend "aot_eager", which traces and partitions like inductor, and then runs the very
+operations that eager runs: so outputs and gradients are equal bit by bit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import stochastic_depth as sd
+from networks import batch, make
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:dropout is active"),
+    # torch's own, while it traces a graph in the middle of a network
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
+
+
+@pytest.fixture(autouse=True)
+def without_torchs_own_fast_path() -> Iterator[None]:
+    """Attention in inference is one fused operation in eager, which no graph has."""
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(True)
+
+
+def graphs() -> int:
+    """How many graphs torch has made since the last `compiled`."""
+    return int(counters["stats"]["unique_graphs"])
+
+
+def compiled(
+    model: nn.Module, example: Tensor, rate: Any = 0.5, **options: Any
+) -> tuple[nn.Module, sd.StochasticDepth]:
+    """An eager copy of the model with the same draws, and the handle of the compiled one."""
+    torch.compiler.reset()
+    counters.clear()
+    depth = sd.apply_stochastic_depth(model, rate, example_inputs=example[:2], **options)
+    eager = copy.deepcopy(model)
+    depth.compile("aot_eager")
+    return eager, depth
+
+
+def assert_same_step(model: nn.Module, eager: nn.Module, x: Tensor, rounding: float = 0.0) -> None:
+    """Forward and backward of both, and their buffers, to a part of the largest value."""
+    outputs = []
+    for each in (model, eager):
+        each.zero_grad()
+        outputs.append(each(x))
+        outputs[-1].square().mean().backward()
+    close(*outputs, rounding)
+    pairs = zip(model.named_parameters(), eager.parameters(), strict=True)
+    for (name, own), other in pairs:
+        assert (own.grad is None) == (other.grad is None), name
+        if own.grad is not None and other.grad is not None:
+            close(own.grad, other.grad, rounding)
+    for own, other in zip(model.buffers(), eager.buffers(), strict=True):
+        close(own, other, rounding)
+
+
+def close(own: Tensor, other: Tensor, rounding: float) -> None:
+    if not rounding:
+        assert torch.equal(own, other)
+    elif own.numel():
+        assert (own - other).abs().max() <= rounding * max(1.0, float(other.abs().max()))
+
+
+# One graph for each kind of block; the ResNet has three, and no mode needs more.
+BATCH = [
+    ("resnet", 3, {}),
+    ("resnet", 3, {"scale": "train"}),
+    ("pre-norm", 1, {}),
+    ("pre-norm", 1, {"unit": "branch", "scale": "train"}),
+    ("post-norm", 1, {"unit": "branch", "scale": "none"}),
+    ("shared", 1, {"schedule": sd.linear_decay(50), "scale": "train"}),
+]
+
+
+@pytest.mark.parametrize(("name", "kinds", "options"), BATCH)
+def test_batch_mode_is_eager_to_the_bit(name: str, kinds: int, options: dict[str, Any]) -> None:
+    model, x = make(name)
+    eager, depth = compiled(model, x, **options)
+    assert_same_step(model.train(), eager.train(), x)
+    assert graphs() == kinds
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), eager.eval()(x))
+    assert graphs() == 2 * kinds
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for step in range(100):
+            depth.step()
+            assert_same_step(model.train(), eager.train(), batch(x, step))
+            if step % 20 == 0:
+                with torch.no_grad():
+                    assert torch.equal(model.eval()(x), eager.eval()(x))
