@@ -19,7 +19,7 @@ import stochastic_depth as sd
 from networks import batch, make
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:dropout is active"),
+    pytest.mark.filterwarnings("ignore:1 block with a drop rate"),
     # torch's own, while it traces a graph in the middle of a network
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
 ]
@@ -57,14 +57,14 @@ def assert_same_step(model: nn.Module, eager: nn.Module, x: Tensor, rounding: fl
         each.zero_grad()
         outputs.append(each(x))
         outputs[-1].square().mean().backward()
-    close(*outputs, rounding)
+    close(outputs[0], outputs[1], rounding)
     pairs = zip(model.named_parameters(), eager.parameters(), strict=True)
     for (name, own), other in pairs:
         assert (own.grad is None) == (other.grad is None), name
         if own.grad is not None and other.grad is not None:
             close(own.grad, other.grad, rounding)
-    for own, other in zip(model.buffers(), eager.buffers(), strict=True):
-        close(own, other, rounding)
+    for mine, its in zip(model.buffers(), eager.buffers(), strict=True):
+        close(mine, its, rounding)
 
 
 def close(own: Tensor, other: Tensor, rounding: float) -> None:

@@ -16,6 +16,8 @@ _CheckpointFrame
 queue_callback                  None instead of zeros for what no     import fails: no support
                                 rank ran, after the reduction
 _active_ddp_module              "is this DistributedDataParallel?"    training under it hangs
+_dynamo.exc.Unsupported,         blocks that are no graph run eagerly  import fails: no compile
+FailOnRecompileLimitHit
 _dynamo_marked_constant         counting graphs; "does a block run    a graph for every block, and
                                 of which this is a part?", while      blocks that users compiled
                                 torch.compile traces                  run eagerly
@@ -58,6 +60,10 @@ __all__ = [
     "fake_mode",
     "inside_ddp",
     "inside_fsdp",
+    "is_compiled",
+    "is_compiled_wrapper",
+    "left_out_of_graphs",
+    "no_graph",
     "once_in_a_trace",
     "tree_flatten",
     "tree_leaves",
@@ -170,6 +176,31 @@ def _lifted(hooks: tuple[Any, Any]) -> Iterator[None]:
         yield
     finally:
         torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
+
+
+def is_compiled_wrapper(module: nn.Module) -> bool:
+    """Whether the module is what `torch.compile` made around another one."""
+    return "_orig_mod" in module._modules
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a call of the module runs a graph that its user had compiled."""
+    return module._compiled_call_impl is not None or is_compiled_wrapper(module)
+
+
+def no_graph() -> tuple[type[Exception], ...]:
+    """What torch.compile raises with `fullgraph=True` where there is no graph, or too many."""
+    from torch._dynamo import exc
+
+    return exc.Unsupported, getattr(exc, "FailOnRecompileLimitHit", exc.Unsupported)
+
+
+def left_out_of_graphs(function: Call, why: str) -> Call:
+    """A function that torch.compile does not look into; it tells why where it may not do so."""
+    try:
+        return torch.compiler.disable(function, reason=why)
+    except TypeError:  # torch 2.6 takes no reason
+        return torch.compiler.disable(function)
 
 
 def once_in_a_trace(function: Call) -> Call:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+
+_inside: list[Any] = []  # the stance, once for each caller who wants it
+_lock = threading.Lock()
 
 
 @contextmanager
@@ -54,9 +59,16 @@ def restored(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def eagerly() -> Iterator[None]:
-    """Compiled modules run eagerly, so that their operations are seen."""
+    """Compiled modules run eagerly, in all threads: the last one that leaves ends it for all."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
         yield
         return
-    with torch.compiler.set_stance("force_eager"):
+    with _lock:
+        _inside.append(_inside[0] if _inside else torch.compiler.set_stance("force_eager"))
+    try:
         yield
+    finally:
+        with _lock:
+            stance = _inside.pop()
+            if not _inside:
+                stance.__exit__(None, None, None)

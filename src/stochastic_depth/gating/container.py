@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stochastic_depth import distributed
@@ -23,15 +24,17 @@ from stochastic_depth.discovery.templates import (
     order,
     same_tensors,
 )
+from stochastic_depth.discovery.undisturbed import eagerly
 from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.gating import hooks
 from stochastic_depth.gating.compiled import build
 from stochastic_depth.gating.groups import run_in_groups
 from stochastic_depth.gating.passage import Gate, Original, Passage, changed, running
 from stochastic_depth.gating.recomputation import remembered
+from stochastic_depth.gating.traced import outside_of_graphs, tell_to_compile
 from stochastic_depth.plan import Plan
 from stochastic_depth.rows import Held, Rows, put_back, take
-from stochastic_depth.torch_private import backward_is_running, tree_leaves
+from stochastic_depth.torch_private import backward_is_running, is_compiled, tree_leaves, tree_map
 
 
 def call_container(
@@ -86,6 +89,8 @@ def _run_in_part(
     if skips and not _gathers(whole, module) and not hooks.collects(module):
         assert whole is not None
         output = _dropped(gate, whole, module, args, kwargs)
+        if gate.beneath is not None and torch.is_grad_enabled():
+            output = tree_map(_trained, output)
         if passage.wrapper is not None:
             output = gate.plan.reduction.skip(output, module.parameters())
         return output
@@ -118,9 +123,15 @@ def _of_group(passage: Passage, decision: Decision, kept: tuple[bool, ...]) -> P
 
 def _run(passage: Passage, module: nn.Module, original: Original, args: Any, kwargs: Any) -> Any:
     """The container's own forward, in which its members look up what was decided."""
+    passage.compiled = passage.plain and is_compiled(module)
     running.passages.append(passage)
     try:
-        output = original(module, *args, **kwargs)
+        if passage.compiled:
+            return original(module, *args, **kwargs)
+        if is_compiled(module):
+            output = _run_uncompiled(passage, module, original, args, kwargs)
+        else:
+            output = outside_of_graphs(original, module, args, kwargs)
     finally:
         running.passages.pop()
     if passage.visits != passage.gate.expected:
@@ -129,6 +140,16 @@ def _run(passage: Passage, module: nn.Module, original: Original, args: Any, kwa
         why = f"{made}, perhaps by a fused inference path" if fused else made
         raise changed(passage.gate, why)
     return output
+
+
+def _run_uncompiled(
+    passage: Passage, module: nn.Module, original: Original, args: Any, kwargs: Any
+) -> Any:
+    """The same where its user compiled it: the graph knows neither factors nor closed branches."""
+    if all(all(decision.kept) for decision in passage.decisions.values()):
+        tell_to_compile(passage.gate.plan)
+    with eagerly():
+        return original(module, *args, **kwargs)
 
 
 def _gathers(whole: Template | SkipPath | None, module: nn.Module) -> bool:
@@ -147,6 +168,16 @@ def _dropped(
     if not whole.relu:
         return value
     return value.relu_() if whole.in_place else value.relu()
+
+
+def _trained(leaf: Any) -> Any:
+    """What a dropped block hands on, needing a gradient as what it makes: else graphs differ.
+
+    Only in front of all parameters does it need none.
+    """
+    if not isinstance(leaf, Tensor) or leaf.requires_grad or not leaf.is_floating_point():
+        return leaf
+    return leaf.detach().requires_grad_().clone()
 
 
 def _shared_rows(decision: Decision) -> Rows | None:

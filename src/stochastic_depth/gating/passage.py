@@ -81,6 +81,7 @@ class Passage:
     on_rows: bool = False  # its forward is given the kept rows alone
     plain: bool = False  # all branches run, on all rows, and are not multiplied
     unchanged: frozenset[Gate] = frozenset()  # its members that nothing need be looked up for
+    compiled: bool = False  # its user compiled it, and it runs so: its members are in the graph
     visits: int = 0
     inside_member: bool = False
 

@@ -66,6 +66,8 @@ def _gated(original: type[nn.Module], *, with_graphs: bool = False) -> type[nn.M
         make, given, *rest = reduced
         if make is copyreg.__newobj__ and given[0] is gated:  # type: ignore[attr-defined]
             make, given = _new, (original, with_graphs, *given[1:])
+        elif make is gated:  # as what torch.compile makes around a module
+            make, given = _made, (original, self.__dict__[KEY], *given)
         return (make, given, *rest)
 
     metaclass: Any = type(original)
@@ -85,6 +87,13 @@ def _gated(original: type[nn.Module], *, with_graphs: bool = False) -> type[nn.M
     )
     _gated_classes[original, with_graphs] = gated
     return gated
+
+
+def _made(original: type[nn.Module], gate: Gate, *args: Any) -> nn.Module:
+    """The same for a class whose modules are copied by making them anew."""
+    module = original(*args)
+    swap_in(module, gate)
+    return module
 
 
 def _new(original: type[nn.Module], with_graphs: bool, *args: Any) -> nn.Module:  # noqa: FBT001

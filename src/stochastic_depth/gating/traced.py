@@ -11,57 +11,75 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from stochastic_depth.deciding import inference_factor
 from stochastic_depth.errors import warn
 from stochastic_depth.gating.passage import Gate, Original, running
 from stochastic_depth.plan import Plan
-from stochastic_depth.torch_private import once_in_a_trace, tree_flatten, tree_unflatten
+from stochastic_depth.torch_private import (
+    left_out_of_graphs,
+    once_in_a_trace,
+    tree_flatten,
+    tree_unflatten,
+)
 
 Factors = tuple[Any, ...]  # of a container, one for each of its branches; none: not multiplied
 
-# Those of the container that is being traced. Traces alone write it, and leave None behind, so that
+# Those of the container that is being traced. Only traces write it, and leave None behind, so that
 # at run time nobody disturbs anybody.
 _factors: Factors | None = None
+_left_out: Any = None  # `_run`, out of all graphs; made in a trace, for that takes a long import
 _graphs = 0
+_WHY = (
+    "what stochastic depth drops is drawn anew at every call: compile block by block, with "
+    "depth.compile(), or compile the blocks first and apply stochastic depth then"
+)
 
 
 def traced_call(
     gate: Gate, module: nn.Module, original: Original, args: Any, kwargs: Any, eager: Original
 ) -> Any:
     """A gated module's call in a trace; `eager` is what it does outside."""
-    global _factors
     around = _factors
-    if not gate.blocks:
-        if around is None and not _in_a_passage():
-            return torch.compiler.disable(eager)(module, *args, **kwargs)
-        output = original(module, *args, **kwargs)
-    elif module.training or gate.plan.forced is not None or not gate.one_graph:
-        return torch.compiler.disable(_outside)(gate.plan, eager, module, args, kwargs)
+    if gate.blocks:
+        stays_out = module.training or gate.plan.forced is not None or not gate.one_graph
     else:
-        _factors = tuple(
+        stays_out = around is None and not _in_a_compiled_block()
+    if stays_out or not is_dynamo_compiling():  # the latter where torch gave up on this function
+        _open_the_way()
+        return _left_out(gate.plan, eager, module, args, kwargs)
+    if gate.blocks:
+        factors = tuple(
             inference_factor(gate.plan, block, branch)
             for block in gate.blocks
             for branch in range(len(gate.plan.blocks[block].branches))
         )
+        output = open_block(module, original, factors, args, kwargs)
+    else:
         output = original(module, *args, **kwargs)
-        _factors = around
     if around and gate.end is not None:
         number, *leaves = gate.end
         output = _multiplied(output, leaves, around[number])
     return output
 
 
-def open_block(
-    module: nn.Module, forward: Original, factors: Factors, args: Any, kwargs: Any
-) -> Any:
-    """The forward of a container whose branches all run: what a region compiles."""
+def open_block(module: nn.Module, call: Original, factors: Factors, args: Any, kwargs: Any) -> Any:
+    """A container whose branches all run: its call, or for a region its forward alone."""
     global _factors
     _count()
-    _factors = factors
-    output = forward(module, *args, **kwargs)
-    _factors = None
-    return output
+    around, _factors = _factors, factors
+    try:  # in which a graph cannot end: a block is in it as a whole, or not at all
+        return call(module, *args, **kwargs)
+    finally:
+        _factors = around
+
+
+def outside_of_graphs(call: Original, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """A container's call in eager: what it calls is not for torch.compile, should it be around."""
+    if _left_out is None:
+        return call(module, *args, **kwargs)
+    return _left_out(None, call, module, args, kwargs)
 
 
 def graphs() -> int:
@@ -69,16 +87,27 @@ def graphs() -> int:
     return _graphs
 
 
-def _outside(plan: Plan, eager: Original, module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """A block that no graph holds."""
-    if module.training and not plan.told_to_compile:
+def _run(plan: Plan | None, call: Original, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """A call that no graph holds; the plan, where one could have."""
+    if plan is not None and module.training:
+        tell_to_compile(plan)
+    return call(module, *args, **kwargs)
+
+
+def tell_to_compile(plan: Plan) -> None:
+    """Warn, once, where somebody else compiles and the blocks run eagerly all the same."""
+    if not plan.told_to_compile:
         plan.told_to_compile = True
         warn(
-            "torch.compile met a model with stochastic depth: its blocks are left out of the "
-            "graphs and run eagerly while it trains. Call depth.compile() instead, which compiles "
-            "them one by one"
+            "torch.compile met blocks with stochastic depth, which stay out of its graphs and run "
+            "eagerly. Call depth.compile() instead, which compiles them one by one"
         )
-    return eager(module, *args, **kwargs)
+
+
+@once_in_a_trace
+def _open_the_way() -> None:
+    global _left_out
+    _left_out = _left_out or left_out_of_graphs(_run, _WHY)
 
 
 @once_in_a_trace
@@ -88,12 +117,9 @@ def _count() -> None:
 
 
 @once_in_a_trace
-def _in_a_passage() -> bool:
-    """Whether a container is called just now whose forward is compiled on its own.
-
-    It is called like this only where its branches run as they are (`container._run`).
-    """
-    return bool(running.passages)
+def _in_a_compiled_block() -> bool:
+    """Whether this trace is of a container that its user compiled: its branches run as they are."""
+    return bool(running.passages) and running.passages[-1].compiled
 
 
 def _multiplied(output: Any, leaves: list[int], factor: Any) -> Any:
