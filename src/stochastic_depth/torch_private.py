@@ -16,7 +16,8 @@ _CheckpointFrame
 queue_callback                  None instead of zeros for what no     import fails: no support
                                 rank ran, after the reduction
 _active_ddp_module              "is this DistributedDataParallel?"    training under it hangs
-_dynamo.exc.Unsupported,         blocks that are no graph run eagerly  import fails: no compile
+_dynamo.exc.Unsupported,         blocks that are no graph run eagerly  compiling them raises
+UserError,
 FailOnRecompileLimitHit
 _dynamo_marked_constant         counting graphs; "does a block run    a graph for every block, and
                                 of which this is a part?", while      blocks that users compiled
@@ -192,7 +193,8 @@ def no_graph() -> tuple[type[Exception], ...]:
     """What torch.compile raises with `fullgraph=True` where there is no graph, or too many."""
     from torch._dynamo import exc
 
-    return exc.Unsupported, getattr(exc, "FailOnRecompileLimitHit", exc.Unsupported)
+    too_many = getattr(exc, "FailOnRecompileLimitHit", exc.Unsupported)
+    return exc.Unsupported, exc.UserError, too_many
 
 
 def left_out_of_graphs(function: Call, why: str) -> Call:

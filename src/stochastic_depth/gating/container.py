@@ -52,7 +52,7 @@ def call_container(
         # On some rows alone it would show its library those rows alone.
         for block, decision in passage.decisions.items():
             passage.decisions[block] = replace(decision, masked=True)
-    if gate.beneath is not None and passage.training and gate.plan.probe is None:
+    if passage.training and gate.plan.compiler is not None and gate.beneath is not None:
         _build(passage, module, called, args, kwargs)
     if passage.plain:
         output = _run(passage, module, original, args, kwargs)
@@ -89,7 +89,7 @@ def _run_in_part(
     if skips and not _gathers(whole, module) and not hooks.collects(module):
         assert whole is not None
         output = _dropped(gate, whole, module, args, kwargs)
-        if gate.beneath is not None and torch.is_grad_enabled():
+        if gate.plan.compiler is not None and torch.is_grad_enabled():
             output = tree_map(_trained, output)
         if passage.wrapper is not None:
             output = gate.plan.reduction.skip(output, module.parameters())
