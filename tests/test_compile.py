@@ -170,7 +170,7 @@ def test_the_first_forward_builds_what_it_drops_and_leaves_no_trace() -> None:
 
 def test_a_network_without_a_stem_needs_no_graph_for_inputs_without_gradients() -> None:
     model, x = settled(lambda: residuals(6)), vectors(4, WIDTH)
-    eager, depth = compiled(model, x, [0.5] * 6)
+    eager, _ = compiled(model, x, [0.5] * 6)
     assert_same_step(model.train(), eager.train(), x)
     assert graphs() == 2  # the first block's input needs no gradient
     with torch.compiler.set_stance("fail_on_recompile"):

@@ -62,7 +62,7 @@ __all__ = [
     "inside_ddp",
     "inside_fsdp",
     "is_compiled",
-    "is_compiled_wrapper",
+    "is_wrapper",
     "left_out_of_graphs",
     "no_graph",
     "once_in_a_trace",
@@ -179,14 +179,14 @@ def _lifted(hooks: tuple[Any, Any]) -> Iterator[None]:
         torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
 
 
-def is_compiled_wrapper(module: nn.Module) -> bool:
-    """Whether the module is what `torch.compile` made around another one."""
-    return "_orig_mod" in module._modules
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether it is what `torch.compile` or `checkpoint_wrapper` made around another module."""
+    return "_orig_mod" in module._modules or "_checkpoint_wrapped_module" in module._modules
 
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether a call of the module runs a graph that its user had compiled."""
-    return module._compiled_call_impl is not None or is_compiled_wrapper(module)
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
 
 def no_graph() -> tuple[type[Exception], ...]:

@@ -15,7 +15,7 @@ from torch import nn
 from stochastic_depth.discovery.additions import Addition
 from stochastic_depth.discovery.branches import member_calls
 from stochastic_depth.discovery.recording import Call, Recording
-from stochastic_depth.torch_private import is_compiled_wrapper
+from stochastic_depth.torch_private import is_wrapper
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,7 +30,7 @@ class Group:
 def group(recording: Recording, model: nn.Module, additions: list[Addition]) -> list[Group]:
     """The groups in forward order; a module that is called several times has several."""
     kept = [
-        replace(a, container=_compiled_around(recording, model, a.container))
+        replace(a, container=_outermost(recording, model, a.container))
         for a in _without_global_skips(additions)
         if _has_parameters(recording, model, a)
     ]
@@ -48,15 +48,16 @@ def group(recording: Recording, model: nn.Module, additions: list[Addition]) -> 
     ]
 
 
-def _compiled_around(recording: Recording, model: nn.Module, container: Call) -> Call:
-    """The outermost `torch.compile` around nothing but the container, perhaps in other wrappers.
+def _outermost(recording: Recording, model: nn.Module, container: Call) -> Call:
+    """The outermost wrapper around nothing but the container: torch.compile's, a checkpoint's.
 
-    It calls what was bound when it was made, so a gate beneath it would never be asked.
+    What is skipped with it is not even recomputed; and a compiled one calls what was bound when it
+    was made, so that a gate beneath it would never be asked.
     """
     found = call = container
     while call.parent is not None and len(recording.children[call.parent]) == 1:
         call = recording.calls[call.parent]
-        if is_compiled_wrapper(model.get_submodule(call.module)):
+        if is_wrapper(model.get_submodule(call.module)):
             found = call
     return found
 
