@@ -16,12 +16,13 @@ _CheckpointFrame
 queue_callback                  None instead of zeros for what no     import fails: no support
                                 rank ran, after the reduction
 _active_ddp_module              "is this DistributedDataParallel?"    training under it hangs
-_dynamo.exc.Unsupported,         blocks that are no graph run eagerly  compiling them raises
-UserError,
-FailOnRecompileLimitHit
-_dynamo_marked_constant         counting graphs; "does a block run    a graph for every block, and
-                                of which this is a part?", while      blocks that users compiled
-                                torch.compile traces                  run eagerly
+_orig_mod,                      gating the wrapper of a block; "did   a block that its user
+_compiled_call_impl,            its user compile it?"                 compiled raises when called
+_checkpoint_wrapped_module
+_dynamo_marked_constant         what runs while torch.compile traces  a compiled block is traced at
+                                a call, and not when it is made       every call
+Unsupported, UserError,         blocks that are not one graph run     compiling them raises
+FailOnRecompileLimitHit         eagerly
 activation_relu_or_gelu         calling the parts of torch's own      inference under no_grad
                                 encoder layer in inference, too       raises
 ==============================  ====================================  ============================
