@@ -129,7 +129,7 @@ def measure(case: Case) -> dict[str, Any]:
         drop_rows(model, depth, way)
         variants[way] = run(model)
     seconds = take_turns(variants, case.steps, warmup=WARMUP)
-    saved = {name: _possible_saving(plain, images, steps[WARMUP:]) for name, steps in kept.items()}
+    saved = {name: possible_saving(plain, images, steps[WARMUP:]) for name, steps in kept.items()}
     found: dict[str, Any] = {}
     for name in list(variants)[1:]:
         # What others draw is not known step by step: on average it is as much.
@@ -137,7 +137,7 @@ def measure(case: Case) -> dict[str, Any]:
         found[name] = {
             "to_plain": ratio(seconds[name], seconds["plain"]),
             "possible_to_plain": ratio(seconds["plain"] - saving, seconds["plain"]),
-            "share_of_possible": _share(seconds["plain"], seconds[name], saving),
+            "share_of_possible": share(seconds["plain"], seconds[name], saving),
         }
     memory = {n: mean(peak_mebibytes(step, i) for i in range(3)) for n, step in variants.items()}
     return {"batch": number, "pixels": size, "ways": found, "peak_mebibytes": memory}
@@ -151,7 +151,7 @@ def _gated_step(
     kept.append({name: len(rows) for name, rows in depth.last_gates.items()})
 
 
-def _possible_saving(
+def possible_saving(
     plain: nn.Module, images: Tensor, kept: list[dict[str, int]]
 ) -> NDArray[np.float64]:
     """Of each step, the seconds between the blocks on all rows and on the kept ones."""
@@ -217,7 +217,7 @@ def _seconds(module: nn.Module | None, x: Tensor) -> float:
     return taken
 
 
-def _share(
+def share(
     plain: NDArray[np.float64], ours: NDArray[np.float64], saving: NDArray[np.float64]
 ) -> Ratio:
     """Of the steps that nothing else held up, as in `ratio`."""

@@ -59,6 +59,11 @@ def _timm(name: str) -> Callable[[], nn.Module]:
     return make
 
 
+def networks_of(name: str) -> Callable[[], nn.Module]:
+    """How the network of this name is made."""
+    return next(case.make for key, case in CASES.items() if key.startswith(name))
+
+
 CASES = {
     "resnet110-0.5": Case(lambda: CifarResNet(110), (32, 32), (128, 32), 0.5, "linear", 80),
     "resnet50-0.2": Case(_torchvision("resnet50"), (16, 96), (128, 224), 0.2, "linear", 60),

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
@@ -216,3 +217,59 @@ def test_fsdp1_is_known(one_process: None, use_orig_params: bool) -> None:
     assert torch_private.holds_fsdp1(wrapped.module)
     wrapped(torch.ones(1, 2))
     assert seen == [True]
+
+
+def test_wrappers_and_compiled_modules_are_told() -> None:
+    plain, compiled = nn.Linear(2, 2), nn.Linear(2, 2)
+    compiled.compile(backend="eager")
+    wrapper: Any = torch.compile(plain, backend="eager")
+    checkpointed = checkpoint_wrapper(nn.Linear(2, 2))
+    assert [torch_private.is_compiled(m) for m in (plain, compiled, wrapper)] == [False, True, True]
+    wrappers = [torch_private.is_wrapper(m) for m in (plain, compiled, wrapper, checkpointed)]
+    assert wrappers == [False, False, True, True]
+
+
+_traced = 0
+
+
+@torch_private.once_in_a_trace
+def _trace() -> bool:
+    global _traced
+    _traced += 1
+    return True
+
+
+def test_a_function_runs_while_it_is_traced_and_not_again() -> None:
+    torch.compiler.reset()
+
+    def add(x: torch.Tensor) -> torch.Tensor:
+        return x + _trace()
+
+    compiled: Any = torch.compile(add, backend="eager", fullgraph=True)
+    assert [float(compiled(torch.ones(()))) for _ in range(3)] == [2.0] * 3
+    assert _traced == 1
+
+
+def test_what_is_no_graph_is_told() -> None:
+    def breaks(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if float(x) > 0 else x
+
+    torch.compiler.reset()
+    compiled: Any = torch.compile(breaks, backend="eager", fullgraph=True)
+    with pytest.raises(torch_private.no_graph()):
+        compiled(torch.ones(()))
+
+
+def test_what_is_left_out_of_graphs_says_why() -> None:
+    left_out = torch_private.left_out_of_graphs(torch.neg, "because")
+    torch.compiler.reset()
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return left_out(x) * 2
+
+    compiled: Any = torch.compile(call, backend="eager")
+    assert float(compiled(torch.ones(()))) == -2.0
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    with pytest.raises(torch_private.no_graph()) as caught:
+        compiled(torch.ones(()))
+    assert "because" in str(caught.value) or torch.__version__ < "2.7"

@@ -78,10 +78,6 @@ def option(options: dict[str, Any], *says: str, kind: Any = sd.OptionError) -> R
     return Refusal(name, lambda model: gate(model, **options), kind, says)
 
 
-def not_yet(name: str, call: Callable[[nn.Module], Any], *says: str) -> Refusal:
-    return Refusal(name, call, sd.NotYetSupportedError, ("not yet supported", *says))
-
-
 def selection(blocks: Any, *says: str, kind: Any = sd.SelectionError) -> Refusal:
     name = re.sub(r" at 0x\w+", "", f"blocks {blocks!r}")  # the same in every test process
     return Refusal(name, lambda model: gate(model, blocks=blocks), kind, says)
@@ -208,10 +204,6 @@ OPTIONS = [
     ),
 ]
 
-NOT_YET = [
-    not_yet("compile", lambda m: gate(m).compile(), "depth.compile", "train it eagerly"),
-]
-
 SELECTIONS = [
     selection("9", "blocks names '9'", EIGHT),
     selection(["0", "layer1"], "blocks names 'layer1'", EIGHT),
@@ -313,7 +305,7 @@ MODELS = [
 
 @oldest
 @pytest.mark.parametrize(
-    "refusal", [*RATES, *OPTIONS, *NOT_YET, *SELECTIONS, *MODELS], ids=lambda refusal: refusal.name
+    "refusal", [*RATES, *OPTIONS, *SELECTIONS, *MODELS], ids=lambda refusal: refusal.name
 )
 def test_refused_with_its_reason(refusal: Refusal) -> None:
     check(refusal)

@@ -134,6 +134,18 @@ def _rows(
     return Rows(batch.size, start, count)
 
 
+def possible_counts(plan: Plan, block: int, batch: int) -> set[int]:
+    """The numbers of rows that a block may run on as a whole at this step."""
+    counts = plan.counts[block]
+    of_units = [
+        {*counts.around(batch * (1.0 - rate), batch)} if rate else {batch}
+        for rate in (plan.rate(block, unit) for unit in plan.units(block))
+    ]
+    # Branches with rows of their own are run at once where none is dropped.
+    alike = of_units[0] if len(of_units) == 1 else {batch}.intersection(*of_units)
+    return alike - {0}
+
+
 def _chosen(plan: Plan, unit: str, call: tuple[int, ...], batch: Batch, count: int) -> Tensor:
     """The numbers of a unit's rows; those of all units go to the device in one copy."""
     key = (plan.clock.step, _forward_of(call), batch)

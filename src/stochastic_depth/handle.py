@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,6 @@ from stochastic_depth import folding, state
 from stochastic_depth.discovery.templates import Template
 from stochastic_depth.errors import (
     ChangedModelError,
-    NotYetSupportedError,
     OptionError,
     SelectionError,
     nearest,
@@ -23,6 +22,7 @@ from stochastic_depth.errors import (
 )
 from stochastic_depth.gating.attach import detach, gated_modules
 from stochastic_depth.gating.gate import KEY
+from stochastic_depth.gating.regions import compile_blocks
 from stochastic_depth.plan import Plan
 from stochastic_depth.rows import rows_of
 from stochastic_depth.table import table
@@ -214,17 +214,29 @@ class StochasticDepth:
         state.load(self._plan, state_dict)
 
     def compile(
-        self, backend: str = "inductor", mode: str | None = None, options: Any = None
+        self,
+        backend: str | Callable[..., Any] = "inductor",
+        mode: str | None = None,
+        options: Any = None,
     ) -> None:
-        """Compile block by block. Not yet supported.
+        """Compile block by block, beneath the gates, so that no draw needs another graph.
+
+        The first forward in each mode builds the graphs, also for the blocks that it drops: one for
+        each kind of block, shared by those that are alike; in mode "sample" one for each number of
+        rows (two at each rate). Then a schedule, too, brings no other. A block of which only a part
+        runs is run eagerly. Call it before or after wrapping the model; again to compile anew.
+
+        Args:
+            backend: As for `torch.compile`.
+            mode: Likewise.
+            options: Likewise.
 
         Raises:
-            NotYetSupportedError: Always.
+            OptionError: None of the blocks can be compiled.
         """
-        raise NotYetSupportedError(
-            f"depth.compile(backend={backend!r}) is not yet supported",
-            expected="an uncompiled model",
-            instead="train it eagerly",
+        self._check_gates()
+        compile_blocks(
+            self._model, self._plan, {"backend": backend, "mode": mode, "options": options}
         )
 
     def fold(self) -> nn.Module:
@@ -259,6 +271,7 @@ class StochasticDepth:
             scale "eval" loses its inference scale; `fold()` keeps it.
         """
         detach(self._model, self._plan)
+        self._plan.compiler = None
         if self._plan.following is not None:
             self._plan.following.remove()
         return self._model

@@ -83,6 +83,8 @@ class Plan:
     changes: int = 0  # of these, while the clock stood still
     warned: bool = False
     reduction: Reduction = field(default_factory=Reduction)
+    compiler: Any = None  # what `depth.compile()` made
+    told_to_compile: bool = False
     together: tuple[Any, dict[str, Any]] = (None, {})  # what was last drawn for all units at once
     agreed: set[str] = field(default_factory=set)  # containers called since ranks were compared
     forwards: int = 0  # in which they had to agree
@@ -229,5 +231,6 @@ class Plan:
         # saved beside its original still follows it.
         alone: dict[str, Any] = {"following": None, "handle": None, "forced": None}
         alone |= {"disabled": False, "reduction": Reduction(), "together": (None, {})}
+        alone |= {"compiler": None}  # as torch does with what it compiled
         alone["agreed"] = set()
         return {**self.__dict__, **alone}

@@ -21,6 +21,13 @@ _fsdp_flattened                 parameters                            it is take
 _get_fsdp_state, _state_ctx,    what fully_shard casts, and what it   a skipped block's input keeps
 _mp_policy, _states_to_*_       prefetches by explicit lists          its dtype; such lists gather
 prefetch, _post_forward_indices                                       skipped blocks
+_orig_mod,                      gating the wrapper of a block; "did   a block that its user
+_compiled_call_impl,            its user compile it?"                 compiled raises when called
+_checkpoint_wrapped_module
+_dynamo_marked_constant         what runs while torch.compile traces  a compiled block is traced at
+                                a call, and not when it is made       every call
+Unsupported, UserError,         blocks that are not one graph run     compiling them raises
+FailOnRecompileLimitHit         eagerly
 activation_relu_or_gelu         calling the parts of torch's own      inference under no_grad
                                 encoder layer in inference, too       raises
 ProcessGroup.unbox,             among which ranks a collective is,    a collective in a branch is
@@ -37,7 +44,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.utils.checkpoint
@@ -46,6 +53,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.checkpoint import _CheckpointFrame
+
+Call = TypeVar("Call", bound=Callable[..., Any])
 
 _TOP_HOOKS: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 _HOOKS_CAN_BE_READ = _TOP_HOOKS is not None
@@ -64,10 +73,15 @@ __all__ = [
     "holds_fsdp1",
     "inside_ddp",
     "inside_fsdp1",
+    "is_compiled",
     "is_fully_sharded_unit",
     "is_managed_by_fsdp",
+    "is_wrapper",
+    "left_out_of_graphs",
     "mesh_of",
     "modules_of_unit",
+    "no_graph",
+    "once_in_a_trace",
     "prefetched_by",
     "set_prefetched",
     "sharded_dtypes",
@@ -183,6 +197,41 @@ def _lifted(hooks: tuple[Any, Any]) -> Iterator[None]:
         yield
     finally:
         torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether it is what `torch.compile` or `checkpoint_wrapper` made around another module."""
+    return "_orig_mod" in module._modules or "_checkpoint_wrapped_module" in module._modules
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a call of the module runs a graph that its user had compiled."""
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
+
+
+def no_graph() -> tuple[type[Exception], ...]:
+    """What torch.compile raises with `fullgraph=True` where there is no graph, or too many."""
+    from torch._dynamo import exc
+
+    too_many = getattr(exc, "FailOnRecompileLimitHit", exc.Unsupported)
+    return exc.Unsupported, exc.UserError, too_many
+
+
+def left_out_of_graphs(function: Call, why: str) -> Call:
+    """A function that torch.compile does not look into; it tells why where it may not do so."""
+    try:
+        return torch.compiler.disable(function, reason=why)
+    except TypeError:  # torch 2.6 takes no reason
+        return torch.compiler.disable(function)
+
+
+def once_in_a_trace(function: Call) -> Call:
+    """Have a function run while torch.compile traces a call of it, and its result be a constant.
+
+    As `torch.compiler.assume_constant_result`, which takes a second to import.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def inside_ddp() -> DistributedDataParallel | None:

@@ -85,7 +85,7 @@ def find_residual_blocks(
 def plain_model(model: nn.Module) -> nn.Module:
     """The model inside of DistributedDataParallel or `torch.compile`."""
     while True:
-        inner = model._modules.get("_orig_mod")
+        inner = model._modules.get("_orig_mod")  # of torch.compile
         if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
             inner = model.module
         if inner is None:

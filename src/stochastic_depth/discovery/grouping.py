@@ -15,6 +15,7 @@ from torch import nn
 from stochastic_depth.discovery.additions import Addition
 from stochastic_depth.discovery.branches import member_calls
 from stochastic_depth.discovery.recording import Call, Recording
+from stochastic_depth.torch_private import is_wrapper
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,7 +29,11 @@ class Group:
 
 def group(recording: Recording, model: nn.Module, additions: list[Addition]) -> list[Group]:
     """The groups in forward order; a module that is called several times has several."""
-    kept = [a for a in _without_global_skips(additions) if _has_parameters(recording, model, a)]
+    kept = [
+        replace(a, container=_outermost(recording, model, a.container))
+        for a in _without_global_skips(additions)
+        if _has_parameters(recording, model, a)
+    ]
     uses = recording.times_used()
     gathered: dict[tuple[int, str], list[Addition]] = {}
     for addition in kept:
@@ -41,6 +46,20 @@ def group(recording: Recording, model: nn.Module, additions: list[Addition]) -> 
             gathered.items(), key=lambda item: min(a.node for a in item[1])
         )
     ]
+
+
+def _outermost(recording: Recording, model: nn.Module, container: Call) -> Call:
+    """The outermost wrapper around nothing but the container: torch.compile's, a checkpoint's.
+
+    What is skipped with it is not even recomputed; and a compiled one calls what was bound when it
+    was made, so that a gate beneath it would never be asked.
+    """
+    found = call = container
+    while call.parent is not None and len(recording.children[call.parent]) == 1:
+        call = recording.calls[call.parent]
+        if is_wrapper(model.get_submodule(call.module)):
+            found = call
+    return found
 
 
 def _without_global_skips(additions: list[Addition]) -> list[Addition]:

@@ -68,6 +68,7 @@ def attach(
             _describe_calls(found.recording, gate)
         swap_in(model.get_submodule(name), gate)
     _note_alone(gates)
+    _note_ends(gates)
 
 
 def detach(model: nn.Module, plan: Plan) -> None:
@@ -94,6 +95,29 @@ def _note_alone(gates: Mapping[str, Gate]) -> None:
             container.alone |= {gate}
             if not any(role and role.scaled for role in roles):
                 container.within |= {gate}
+
+
+def _note_ends(gates: Mapping[str, Gate]) -> None:
+    """Tell the members which branch they end, in a way that a graph can hold.
+
+    One that is several things in its containers cannot be told.
+    """
+    for gate in gates.values():
+        found = {_end(gates[name], role) for name, roles in gate.roles.items() for role in roles}
+        if len(found) == 1:
+            (gate.end,) = found
+        else:
+            for name in gate.roles:
+                gates[name].one_graph = False
+
+
+def _end(container: Gate, role: Role | None) -> tuple[int, ...] | None:
+    if role is None or not role.scaled:
+        return None
+    branches = container.plan.blocks
+    before = container.blocks[: container.blocks.index(role.block)]
+    number = sum(len(branches[block].branches) for block in before) + role.branch
+    return (number, *sorted(role.scaled))
 
 
 def _positional(module: nn.Module) -> tuple[str, ...]:

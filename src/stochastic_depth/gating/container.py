@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stochastic_depth.collectives import Refusal, may_part
@@ -24,17 +25,20 @@ from stochastic_depth.discovery.templates import (
     order,
     same_tensors,
 )
+from stochastic_depth.discovery.undisturbed import eagerly
 from stochastic_depth.distributed.layout import WHOLE, Layout, wrapper_of
 from stochastic_depth.distributed.sharded import as_unit_would
 from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.gating import hooks
+from stochastic_depth.gating.compiled import build
 from stochastic_depth.gating.groups import run_in_groups
 from stochastic_depth.gating.parts import hung_on, layout_for, make_sure_ranks_agree
 from stochastic_depth.gating.passage import Gate, Original, Passage, changed, running
 from stochastic_depth.gating.recomputation import remembered
+from stochastic_depth.gating.traced import outside_of_graphs, tell_to_compile
 from stochastic_depth.plan import Plan
 from stochastic_depth.rows import Held, Rows, put_back, take
-from stochastic_depth.torch_private import backward_is_running, tree_leaves
+from stochastic_depth.torch_private import backward_is_running, is_compiled, tree_leaves, tree_map
 
 
 def call_container(
@@ -52,6 +56,8 @@ def call_container(
         # On some rows alone it would show its library those rows alone.
         for block, decision in passage.decisions.items():
             passage.decisions[block] = replace(decision, masked=True)
+    if passage.training and gate.plan.compiler is not None and gate.beneath is not None:
+        _build(passage, module, called, args, kwargs)
     if passage.plain:
         output = _run(passage, module, original, args, kwargs)
     else:
@@ -61,6 +67,17 @@ def call_container(
         differ = gate.plan.ranks_differ or gate.plan.forced is not None
         gate.plan.reduction.expect(passage.wrapper, (output, args, kwargs), differ=differ)
     return output
+
+
+def _build(
+    passage: Passage, module: nn.Module, called: Form | None, args: Any, kwargs: Any
+) -> None:
+    """Have the graphs ready that this call of a compiled block may need."""
+    if called is None:
+        build(passage, module, {}, 0, args, kwargs)
+    else:
+        size = _batch(passage.gate, called, args, kwargs).size
+        build(passage, module, passage.gate.batch[called].takes, size, args, kwargs)
 
 
 def _run_in_part(
@@ -76,6 +93,8 @@ def _run_in_part(
     if skips and not _has_to_run(passage, whole, module):
         assert whole is not None
         output = _dropped(gate, passage.layout, whole, module, args, kwargs)
+        if gate.plan.compiler is not None and torch.is_grad_enabled():
+            output = tree_map(_trained, output)
         if passage.hung is not None:
             output = passage.hung.skip(output, module.parameters())
         return output
@@ -108,10 +127,16 @@ def _of_group(passage: Passage, decision: Decision, kept: tuple[bool, ...]) -> P
 
 def _run(passage: Passage, module: nn.Module, original: Original, args: Any, kwargs: Any) -> Any:
     """The container's own forward, in which its members look up what was decided."""
+    passage.compiled = passage.plain and is_compiled(module)
     running.passages.append(passage)
     try:
         with without_collectives(passage) if passage.may_part else nullcontext():
-            output = original(module, *args, **kwargs)
+            if passage.compiled:
+                return original(module, *args, **kwargs)
+            if is_compiled(module):
+                output = _run_uncompiled(passage, module, original, args, kwargs)
+            else:
+                output = outside_of_graphs(original, module, args, kwargs)
     finally:
         running.passages.pop()
     if passage.visits != passage.gate.expected:
@@ -122,11 +147,21 @@ def _run(passage: Passage, module: nn.Module, original: Original, args: Any, kwa
     return output
 
 
+def _run_uncompiled(
+    passage: Passage, module: nn.Module, original: Original, args: Any, kwargs: Any
+) -> Any:
+    """The same where its user compiled it: the graph knows neither factors nor closed branches."""
+    if all(all(decision.kept) for decision in passage.decisions.values()):
+        tell_to_compile(passage.gate.plan)
+    with eagerly():
+        return original(module, *args, **kwargs)
+
+
 @contextmanager
 def without_collectives(passage: Passage) -> Iterator[None]:
     """Raises where a collective begins in a block that other ranks may drop."""
     plan, name = passage.gate.plan, passage.gate.name
-    with Refusal(plan, name):
+    with eagerly(), Refusal(plan, name):  # which sees the operations of no graph
         yield
     if all(all(decision.kept) for decision in passage.decisions.values()):
         plan.silent.add(name)
@@ -159,6 +194,16 @@ def _dropped(
     if not whole.relu:
         return value
     return value.relu_() if whole.in_place else value.relu()
+
+
+def _trained(leaf: Any) -> Any:
+    """What a dropped block hands on, needing a gradient as what it makes: else graphs differ.
+
+    Only in front of all parameters does it need none.
+    """
+    if not isinstance(leaf, Tensor) or leaf.requires_grad or not leaf.is_floating_point():
+        return leaf
+    return leaf.detach().requires_grad_().clone()
 
 
 def _shared_rows(decision: Decision) -> Rows | None:

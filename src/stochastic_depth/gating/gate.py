@@ -7,10 +7,12 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 
 from stochastic_depth.gating.container import call_container
 from stochastic_depth.gating.member import call_member, role_in
 from stochastic_depth.gating.passage import Gate, Original, running
+from stochastic_depth.gating.traced import traced_call
 
 KEY = "_stochastic_depth"  # where a gated module keeps its gate
 
@@ -29,6 +31,9 @@ def gated_call(original: Original) -> Callable[..., Any]:
     """
 
     def call_gated(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():  # False outside of a trace; there, all that follows is left out
+            gate = cast(Gate, self._stochastic_depth)
+            return traced_call(gate, self, original, args, kwargs, call_gated)
         gate, passages = self.__dict__[KEY], running.passages
         if passages and gate in passages[-1].unchanged and torch.is_grad_enabled():
             passage = passages[-1]

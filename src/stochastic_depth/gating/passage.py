@@ -63,6 +63,10 @@ class Gate:
     alone: frozenset[Gate] = frozenset()
     """A container's: its members that are nothing else, nor called anywhere else."""
     within: frozenset[Gate] = frozenset()  # a container's: those of them that end no branch
+    end: tuple[int, ...] | None = None
+    """A member's that ends a branch: which of its container's, and the leaves to multiply."""
+    one_graph: bool = True  # a container's: its members are, at each call, what `end` says
+    beneath: Gate | None = None  # a compiled container's: under whose name its forward is noted
 
 
 @dataclass(slots=True, eq=False)
@@ -82,6 +86,7 @@ class Passage:
     plain: bool = False  # all branches run, on all rows, and are not multiplied
     unchanged: frozenset[Gate] = frozenset()  # its members that nothing need be looked up for
     may_part: bool = False  # other ranks may decide otherwise: nothing inside may wait for them
+    compiled: bool = False  # its user compiled it, and it runs so: its members are in the graph
     visits: int = 0
     inside_member: bool = False
 

@@ -1,0 +1,192 @@
+"""What `depth.compile()` costs and saves: inductor, beside eager.
+
+    export PYTHONPATH=examples                  # from a checkout
+    python benchmarks/compile.py                # all cases, some half an hour on two cores
+    python benchmarks/compile.py vit_tiny-0.4   # some of them; nothing is written
+
+Twice the same comparison, in eager and compiled: the plain network, the gated one, and what could
+be saved. In mode "batch" that is the shortened network of `saving.py`, in mode "sample" the blocks
+on the kept rows of `sample.py`. Compiled means block by block everywhere. A *share* is the part of
+the possible saving that is really saved.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+# Every run compiles anew: how long that takes is one of the figures.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch._dynamo.utils import counters
+
+import stochastic_depth as sd
+from imagelib.shortened import can_be_taken_out, taken_out
+from interleaved import Step, ratio, sharing, take_turns, write
+from sample import possible_saving, share
+from saving import networks_of, training_step
+from stochastic_depth.draw import uniform
+
+WARMUP = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network and how it is trained."""
+
+    network: str
+    images: tuple[int, int]  # how many, how large
+    on_a_gpu: tuple[int, int]  # the same there
+    drop_rate: float
+    distribution: str
+    mode: Literal["batch", "sample"] = "batch"
+
+
+CASES = {
+    "resnet50-0.5": Case("resnet50", (16, 96), (128, 224), 0.5, "linear"),
+    "vit_tiny-0.4": Case("vit_tiny", (8, 224), (256, 224), 0.4, "uniform"),
+    "vit_tiny-0.4-sample": Case("vit_tiny", (16, 224), (256, 224), 0.4, "uniform", "sample"),
+}
+
+
+class Contest:
+    """The plain, the gated and the shortened network, in eager or compiled."""
+
+    def __init__(self, case: Case, plain: nn.Module, batch: Any, *, compiled: bool) -> None:
+        images, _ = batch
+        self.case, self.images = case, images
+        self.plain, self.gated = sharing(plain), sharing(plain)
+        self.depth = sd.apply_stochastic_depth(
+            self.gated,
+            case.drop_rate,
+            case.distribution,
+            example_inputs=images[:2],
+            mode=case.mode,
+        )
+        self.names = [block.name for block in self.depth.blocks]
+        if case.mode == "batch":
+            assert can_be_taken_out(self.plain, self.gated, self.depth, images[:2])
+        self.kept: list[dict[str, int]] = []
+        optimizer = torch.optim.SGD(plain.parameters(), lr=1e-3, momentum=0.9)
+        self._run_plain, self._run_gated = (
+            training_step(model, optimizer, *batch) for model in (self.plain, self.gated)
+        )
+        if compiled:
+            self.depth.compile()
+            for name in self.names:
+                block: Any = torch.compile(self.plain.get_submodule(name), dynamic=False)
+                self.plain.set_submodule(name, block)
+
+    def gated_step(self, step: int) -> None:
+        self.depth.load_state_dict({**self.depth.state_dict(), "step": step, "calls": {}})
+        self._run_gated()
+        if self.case.mode == "sample":
+            self.kept.append({name: len(rows) for name, rows in self.depth.last_gates.items()})
+
+    def plain_step(self, step: int) -> None:
+        self._run_plain()
+
+    def shortened_step(self, step: int) -> None:
+        rates = {block.name: block.drop_rate for block in self.depth.blocks}
+        closed = [name for name, p in rates.items() if uniform(0, step, (0,), name) < p]
+        with taken_out(self.plain, closed):
+            self._run_plain()
+
+    def forced_step(self, step: int, *, is_open: bool) -> None:
+        with self.depth.fixed(dict.fromkeys(self.names, is_open)):
+            self._run_gated()
+
+    def steps(self) -> dict[str, Step]:
+        found: dict[str, Step] = {
+            "plain": self.plain_step,
+            "gated": self.gated_step,
+            "all kept": partial(self.forced_step, is_open=True),
+            "all dropped": partial(self.forced_step, is_open=False),
+        }
+        return found | ({"shortened": self.shortened_step} if self.case.mode == "batch" else {})
+
+    def figures(self, seconds: dict[str, NDArray[np.float64]]) -> dict[str, Any]:
+        if self.case.mode == "batch":
+            saving = seconds["plain"] - seconds["shortened"]
+        else:
+            saving = possible_saving(self.plain, self.images, self.kept[-len(seconds["gated"]) :])
+        return {
+            "seconds": {name: float(statistics.median(each)) for name, each in seconds.items()},
+            "to_plain": ratio(seconds["gated"], seconds["plain"]),
+            "all_kept_to_plain": ratio(seconds["all kept"], seconds["plain"]),
+            "share_of_possible": share(seconds["plain"], seconds["gated"], saving),
+        }
+
+
+def measure(case: Case, steps: int) -> dict[str, Any]:
+    """One case: what there is to say of the graphs, and both contests."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    counters.clear()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    number, size = case.on_a_gpu if device.type == "cuda" else case.images
+    images = torch.randn(number, 3, size, size, device=device)
+    batch = images, torch.randint(0, 10, (number,), device=device)
+    plain = networks_of(case.network)().to(device)
+    eager, compiled = (Contest(case, plain, batch, compiled=each) for each in (False, True))
+    start = time.perf_counter()
+    compiled.gated_step(0)
+    seconds, graphs = time.perf_counter() - start, counters["stats"]["unique_graphs"]
+    draws = _timed(compiled.gated_step, range(100))
+    recompiled = counters["stats"]["unique_graphs"] - graphs
+    variants = {f"eager {name}": step for name, step in eager.steps().items()}
+    variants |= {f"compiled {name}": step for name, step in compiled.steps().items()}
+    times = take_turns(variants, steps, warmup=WARMUP)
+    both = {
+        way: contest.figures({n: times[f"{way} {n}"] for n in contest.steps()})
+        for way, contest in (("eager", eager), ("compiled", compiled))
+    }
+    return {
+        "batch": number,
+        "pixels": size,
+        "steps": steps,
+        "seconds_to_compile": seconds - draws,
+        "graphs": graphs,
+        "graphs_in_100_more_draws": recompiled,
+        **both,
+        "compiled_to_eager": ratio(times["compiled gated"], times["eager gated"]),
+    }
+
+
+def _timed(step: Callable[[int], None], numbers: Sequence[int]) -> float:
+    """The median seconds of these steps."""
+    taken = []
+    for number in numbers:
+        start = time.perf_counter()
+        step(number)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def main(arguments: Sequence[str]) -> None:
+    steps = 40
+    if arguments and arguments[0].isdigit():
+        steps, arguments = int(arguments[0]), arguments[1:]
+    # The plain network's blocks share one function, which torch compiles so often and no more.
+    torch._dynamo.config.recompile_limit = 64
+    results: dict[str, Any] = {}
+    for name in arguments or CASES:
+        results[name] = measure(CASES[name], steps)
+        print(name, {key: str(value) for key, value in results[name].items()}, flush=True)
+    if not arguments:
+        print(write("compile-gpu" if torch.cuda.is_available() else "compile", results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

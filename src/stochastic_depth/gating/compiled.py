@@ -1,0 +1,113 @@
+"""The forward of a compiled container: a graph where all its branches run, else its own code."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from torch.compiler import is_dynamo_compiling
+
+from stochastic_depth.deciding import possible_counts
+from stochastic_depth.gating.passage import Gate, Original, Passage, running
+from stochastic_depth.gating.recomputation import note, recall
+from stochastic_depth.rows import Dims, Rows, take
+
+# Which graph: how many rows it is for, None: all; and what the branches are multiplied by.
+Graph = tuple[int | None, tuple[float, ...]]
+
+
+class NoGraphError(Exception):
+    """There is no graph for a call."""
+
+
+def compiled_forward(forward: Original) -> Original:
+    """What stands in a gated class for its own class's forward."""
+
+    @functools.wraps(forward)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return forward(self, *args, **kwargs)
+        gate: Gate = self.__dict__["_stochastic_depth"]
+        compiler = gate.plan.compiler
+        if compiler is None or running.open_all:
+            return forward(self, *args, **kwargs)
+        passage = running.passages[-1] if running.passages else None
+        if passage is None or passage.gate is not gate:  # a checkpoint begins beneath the gate
+            passage, graph = None, recall(gate.beneath)[1]
+        else:
+            graph = _of(passage)
+            note(gate.beneath, graph, passage.decisions, may_recompute=passage.training)
+        if graph is None:
+            return forward(self, *args, **kwargs)
+        try:
+            output = compiler.run(gate, graph, self, args, kwargs)
+        except NoGraphError:
+            return forward(self, *args, **kwargs)
+        if passage is not None:
+            passage.visits = gate.expected  # its members are parts of the graph
+        return output
+
+    return run
+
+
+def _of(passage: Passage) -> Graph | None:
+    """The graph for what is decided; None where not all branches run on all that is given."""
+    decisions = passage.decisions.values()
+    rows = next(iter(decisions)).rows[0] if passage.on_rows else None
+    for decision in decisions:
+        if not all(decision.kept) or any(some is not rows for some in decision.rows):
+            return None
+    return (None if rows is None else rows.count), _factors(passage)
+
+
+def _factors(passage: Passage) -> tuple[float, ...]:
+    """Those of its branches; none where no step of the schedule would multiply them."""
+    plan = passage.gate.plan
+    factors = tuple(f for decision in passage.decisions.values() for f in decision.factors)
+    trains = passage.training and not plan.disabled
+    multiplies = plan.scale == ("train" if trains else "eval") and any(
+        plan.rates[block] for block in passage.gate.blocks
+    )
+    return factors if multiplies or any(factor != 1.0 for factor in factors) else ()
+
+
+def build(
+    passage: Passage, module: nn.Module, takes: Dims, size: int, args: Any, kwargs: Any
+) -> None:
+    """Build the graphs that this call of a container would need under other draws.
+
+    Weights that are sharded are not there where a block is dropped. Then its graph is built when it
+    runs, on all ranks at once.
+
+    Args:
+        passage: The call, before it runs.
+        module: The container.
+        takes: In mode "sample": the leaves of its arguments that hold the batch.
+        size: In mode "sample": the number of rows; else 0.
+        args: Its arguments.
+        kwargs: The same, by keyword.
+    """
+    gate, compiler = passage.gate, passage.gate.plan.compiler
+    for rows in _other_draws(passage, size):
+        graph = (None if rows is None else rows.count), _factors(passage)
+        if compiler.knows(gate, graph, module) or passage.layout.sharded:
+            continue
+        some = (args, kwargs) if rows is None else take((args, kwargs), takes, rows)[0]
+        region = compiler.region(gate, graph, module, *some)
+        if rows is not None and region is not None and rows.count > 1 and size % rows.count:
+            # A window that wraps around is a copy, whose strides may be others.
+            around = replace(rows, start=size - 1)
+            region.build(graph, module, *take((args, kwargs), takes, around)[0])
+
+
+def _other_draws(passage: Passage, size: int) -> list[Rows | None]:
+    """The rows that a drawn call may run on as a whole."""
+    gate, plan = passage.gate, passage.gate.plan
+    if not size:
+        return [None]
+    if plan.forced is not None or plan.disabled:
+        return []
+    counts = possible_counts(plan, gate.blocks[0], size)
+    return [None if count == size else Rows(size, 0, count) for count in counts]

@@ -1,0 +1,200 @@
+"""`depth.compile()`: the forwards of blocks as graphs, beneath their gates and their hooks.
+
+What is drawn is decided outside, so a graph only ever sees a block whose branches all run. A graph
+holds for all blocks that are alike. Every *region* is a code object of its own: torch keeps graphs
+by code object, few of each, and goes eager without a word where there are more.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from stochastic_depth.discovery.templates import signature
+from stochastic_depth.discovery.undisturbed import restored
+from stochastic_depth.errors import OptionError, warn
+from stochastic_depth.gating.attach import gated_modules
+from stochastic_depth.gating.compiled import Graph, NoGraphError
+from stochastic_depth.gating.passage import Gate, Original
+from stochastic_depth.gating.swap import compile_in
+from stochastic_depth.gating.traced import graphs, open_block
+from stochastic_depth.plan import Plan
+from stochastic_depth.torch_private import no_graph, tree_leaves, tree_map
+
+_FULL = 4  # graphs in a region, where blocks that look alike differ in what their forwards read
+_building = threading.RLock()
+
+
+def compile_blocks(model: nn.Module, plan: Plan, options: Mapping[str, Any]) -> None:
+    """Have the plan's containers run as graphs.
+
+    Raises:
+        OptionError: None of them can.
+    """
+    containers = [(m, gate) for _, m, gate in gated_modules(model) if gate.plan is plan]
+    containers = [(module, gate) for module, gate in containers if gate.blocks]
+    obstacles = {gate.name: why for module, gate in containers if (why := _obstacle(module, gate))}
+    if obstacles:
+        name, why = next(iter(obstacles.items()))
+        some = f'{len(obstacles)} of {len(containers)} blocks ("{name}": {why})'
+        if len(obstacles) == len(containers):
+            raise OptionError(
+                f"depth.compile() cannot compile {some}",
+                expected="blocks whose forwards are known, without blocks in them",
+                instead="leave depth.compile() out, and compile other parts of the model",
+            )
+        warn(f"depth.compile() leaves {some} as they are")
+    plan.compiler = Compiler(dict(options))
+    for module, gate in containers:
+        if gate.name not in obstacles:
+            gate.beneath = Gate(plan, gate.name)
+            compile_in(module)
+
+
+def _obstacle(module: nn.Module, gate: Gate) -> str | None:
+    if gate.branch is not None:
+        return "what a Residual adds is known only when it is called"
+    if any(inner.blocks for _, part, inner in gated_modules(module) if part is not module):
+        return "there are blocks in it"
+    if not gate.one_graph:
+        return "one of its modules ends branches at some of its calls only"
+    return 'its "forward" was replaced' if "forward" in vars(module) else None
+
+
+class Region:
+    """A code object for blocks that look alike, in one mode."""
+
+    def __init__(self, kind: str, options: Mapping[str, Any]) -> None:
+        # Under a name of its own: torch remembers by that which shapes change.
+        code = open_block.__code__.replace(co_name=f"open_{kind}_{id(self):x}")
+        body = FunctionType(code, open_block.__globals__, code.co_name)
+        self._compiled: Original = torch.compile(body, fullgraph=True, **options)
+        self.graphs = 0
+
+    def run(self, graph: Graph, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """The forward of a block."""
+        leaves = tree_leaves((args, kwargs))
+        device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), None)
+        factors = tuple(_scalar(factor, device) for factor in graph[1])
+        forward: Any = type(module).forward
+        return self._compiled(module, forward.__wrapped__, factors, args, kwargs)
+
+    def build(self, graph: Graph, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Run a block without leaving a trace, so that there is a graph for it."""
+        before = graphs()
+        with torch.enable_grad():
+            some, named = tree_map(_apart, (args, kwargs))
+        with restored(module), saved_tensors_hooks(_same, _same):
+            self.run(graph, module, some, named)
+        self.graphs += graphs() > before
+
+
+@dataclass(eq=False)
+class Compiler:
+    """What `depth.compile()` was told, and what it came to so far; copies of a model share it."""
+
+    options: Mapping[str, Any]
+    alike: dict[tuple[Any, ...], list[Region]] = field(default_factory=dict)
+    regions: dict[tuple[Any, ...], Region | None] = field(default_factory=dict)  # of each block
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Compiler:
+        return self
+
+    def knows(self, gate: Gate, graph: Graph, module: nn.Module) -> bool:
+        """Whether there is a region for this graph of a block, or cannot be."""
+        return _key(gate, graph, module) in self.regions
+
+    def region(
+        self, gate: Gate, graph: Graph, module: nn.Module, args: Any, kwargs: Any
+    ) -> Region | None:
+        """The region for this graph of a block; None where its forward is not one graph."""
+        key = _key(gate, graph, module)
+        if key not in self.regions:
+            with _building:
+                self.regions[key] = self._new_region(key, graph, module, args, kwargs)
+        return self.regions[key]
+
+    def run(self, gate: Gate, graph: Graph, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """The forward of a block as a graph.
+
+        Raises:
+            NoGraphError: There is none.
+        """
+        region = self.region(gate, graph, module, args, kwargs)
+        if region is not None:
+            try:
+                return region.run(graph, module, args, kwargs)
+            except no_graph() as error:
+                key = _key(gate, graph, module)
+                self.regions[key] = None
+                _give_up(key, error)
+        raise NoGraphError
+
+    def _new_region(
+        self, key: tuple[Any, ...], graph: Graph, module: nn.Module, args: Any, kwargs: Any
+    ) -> Region | None:
+        leaves = tree_leaves((args, kwargs))
+        trained = tuple(leaf.requires_grad for leaf in leaves if isinstance(leaf, Tensor))
+        kind = (key[1:], _structure(module), signature(args, kwargs), trained)
+        alike = self.alike.setdefault(kind, [])
+        if not alike or alike[-1].graphs >= _FULL:
+            alike.append(Region(type(module).__name__, self.options))
+        if all(map(_is_plain, leaves)):  # else its first call builds the graph
+            try:
+                alike[-1].build(graph, module, args, kwargs)
+            except no_graph() as error:
+                _give_up(key, error)
+                return None
+        return alike[-1]
+
+
+def _give_up(key: tuple[Any, ...], error: BaseException) -> None:
+    reason = str(error).partition("\n")[0]
+    warn(f'depth.compile(): "{key[0]}" runs eagerly, torch has no graph for it ({reason})')
+
+
+def _key(gate: Gate, graph: Graph, module: nn.Module) -> tuple[Any, ...]:
+    rows, factors = graph
+    return (gate.name, rows, bool(factors), module.training, torch.is_grad_enabled())
+
+
+def _is_plain(leaf: Any) -> bool:
+    """Whether a forward cannot leave a trace in it, as in a cache."""
+    return isinstance(leaf, Tensor | int | float | str | None | torch.dtype | torch.device)
+
+
+def _apart(leaf: Any) -> Any:
+    """A copy of a tensor that looks the same from within a graph."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    alone = leaf.detach().requires_grad_(leaf.requires_grad)
+    copy = alone.clone()  # a forward may change it in place
+    return copy if copy.stride() == leaf.stride() else alone
+
+
+def _same(saved: Tensor) -> Tensor:
+    """A hook that keeps what is saved out of the checkpoints around."""
+    return saved
+
+
+def _structure(module: nn.Module) -> tuple[object, ...]:
+    """What blocks have in common that look alike; where they differ in more, torch finds out."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return tuple((name, type(part)) for name, part in module.named_modules()), tuple(
+        (name, t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for name, t in tensors
+    )
+
+
+@lru_cache(maxsize=4096)
+def _scalar(factor: float, device: torch.device | None) -> Tensor:
+    """A factor as a graph's input, so that another one needs no other graph."""
+    with torch.inference_mode(False):  # noqa: FBT003
+        return torch.tensor(factor, dtype=torch.float64, device=device)

@@ -1,0 +1,138 @@
+"""What a gated module does while torch.compile or torch.export looks at it.
+
+Nothing can be drawn in a graph. In a compiled region of ours (`regions`) all branches run, and
+their factors come in as tensors. Elsewhere a block is a part of the graph in inference; in training
+it stays outside of it, and runs as ever.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+
+from stochastic_depth.deciding import inference_factor
+from stochastic_depth.errors import warn
+from stochastic_depth.gating.passage import Gate, Original, running
+from stochastic_depth.plan import Plan
+from stochastic_depth.torch_private import (
+    left_out_of_graphs,
+    once_in_a_trace,
+    tree_flatten,
+    tree_unflatten,
+)
+
+Factors = tuple[Any, ...]  # of a container, one for each of its branches; none: not multiplied
+
+# Those of the container that is being traced. Only traces write it, and leave None behind, so that
+# at run time nobody disturbs anybody.
+_factors: Factors | None = None
+_left_out: Any = None  # `_run`, out of all graphs; made in a trace, for that takes a long import
+_graphs = 0
+_WHY = (
+    "what stochastic depth drops is drawn anew at every call: compile block by block, with "
+    "depth.compile(), or compile the blocks first and apply stochastic depth then"
+)
+
+
+def traced_call(
+    gate: Gate, module: nn.Module, original: Original, args: Any, kwargs: Any, eager: Original
+) -> Any:
+    """A gated module's call in a trace; `eager` is what it does outside."""
+    around = _factors
+    if gate.blocks:
+        stays_out = module.training or gate.plan.forced is not None or not gate.one_graph
+    else:
+        stays_out = around is None and not _in_a_compiled_block()
+    if stays_out or not is_dynamo_compiling():  # the latter where torch gave up on this function
+        _open_the_way()
+        return _left_out(gate.plan, eager, module, args, kwargs)
+    if gate.blocks:
+        factors = tuple(
+            inference_factor(gate.plan, block, branch)
+            for block in gate.blocks
+            for branch in range(len(gate.plan.blocks[block].branches))
+        )
+        output = open_block(module, original, factors, args, kwargs)
+    else:
+        output = original(module, *args, **kwargs)
+    if around and gate.end is not None:
+        number, *leaves = gate.end
+        output = _multiplied(output, leaves, around[number])
+    return output
+
+
+def open_block(module: nn.Module, call: Original, factors: Factors, args: Any, kwargs: Any) -> Any:
+    """A container whose branches all run: its call, or for a region its forward alone."""
+    global _factors
+    _count()
+    around, _factors = _factors, factors
+    try:  # in which a graph cannot end: a block is in it as a whole, or not at all
+        return call(module, *args, **kwargs)
+    finally:
+        _factors = around
+
+
+def outside_of_graphs(call: Original, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """A container's call in eager: what it calls is not for torch.compile, should it be around."""
+    if _left_out is None:
+        return call(module, *args, **kwargs)
+    return _left_out(None, call, module, args, kwargs)
+
+
+def graphs() -> int:
+    """How often `open_block` was traced so far."""
+    return _graphs
+
+
+def _run(plan: Plan | None, call: Original, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """A call that no graph holds; the plan, where one could have."""
+    if plan is not None and module.training:
+        tell_to_compile(plan)
+    return call(module, *args, **kwargs)
+
+
+def tell_to_compile(plan: Plan) -> None:
+    """Warn, once, where somebody else compiles and the blocks run eagerly all the same."""
+    if not plan.told_to_compile:
+        plan.told_to_compile = True
+        warn(
+            "torch.compile met blocks with stochastic depth, which stay out of its graphs and run "
+            "eagerly. Call depth.compile() instead, which compiles them one by one"
+        )
+
+
+@once_in_a_trace
+def _open_the_way() -> None:
+    global _left_out
+    _left_out = _left_out or left_out_of_graphs(_run, _WHY)
+
+
+@once_in_a_trace
+def _count() -> None:
+    global _graphs
+    _graphs += 1
+
+
+@once_in_a_trace
+def _in_a_compiled_block() -> bool:
+    """Whether this trace is of a container that its user compiled: its branches run as they are."""
+    return bool(running.passages) and running.passages[-1].compiled
+
+
+def _multiplied(output: Any, leaves: list[int], factor: Any) -> Any:
+    if isinstance(output, Tensor):
+        return _times(output, factor)
+    values, spec = tree_flatten(output)
+    for number in leaves:
+        values[number] = _times(values[number], factor)
+    return tree_unflatten(values, spec)
+
+
+def _times(value: Tensor, factor: Any) -> Tensor:
+    """The product, with a factor that is not rounded to half a precision before."""
+    if isinstance(factor, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+        return (value.float() * factor).to(value.dtype)
+    return value * factor

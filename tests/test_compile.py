@@ -1,0 +1,180 @@
+"""Promise: `depth.compile()` trains as eager does, and no draw needs another graph.
+
+With the backend "aot_eager", which traces and partitions like inductor, and then runs the very
+operations that eager runs: so outputs and gradients are equal bit by bit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import stochastic_depth as sd
+from networks import WIDTH, batch, make, residuals, settled, vectors
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:depth.compile.. leaves 3 of 9 blocks"),
+    pytest.mark.filterwarnings("ignore:1 block with a drop rate"),
+    # torch's own, while it traces a graph in the middle of a network
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
+
+
+@pytest.fixture(autouse=True)
+def without_torchs_own_fast_path() -> Iterator[None]:
+    """Attention in inference is one fused operation in eager, which no graph has."""
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(True)
+
+
+def graphs() -> int:
+    """How many graphs torch has made since the last `compiled`."""
+    return int(counters["stats"]["unique_graphs"])
+
+
+def compiled(
+    model: nn.Module, example: Tensor, rate: Any = 0.5, **options: Any
+) -> tuple[nn.Module, sd.StochasticDepth]:
+    """An eager copy of the model with the same draws, and the handle of the compiled one."""
+    torch.compiler.reset()
+    counters.clear()
+    depth = sd.apply_stochastic_depth(model, rate, example_inputs=example[:2], **options)
+    eager = copy.deepcopy(model)
+    depth.compile("aot_eager")
+    return eager, depth
+
+
+def assert_same_step(model: nn.Module, eager: nn.Module, x: Tensor, rounding: float = 0.0) -> None:
+    """Forward and backward of both, and their buffers, to a part of the largest value."""
+    outputs = []
+    for each in (model, eager):
+        each.zero_grad()
+        outputs.append(each(x))
+        outputs[-1].square().mean().backward()
+    close(outputs[0], outputs[1], rounding)
+    pairs = zip(model.named_parameters(), eager.parameters(), strict=True)
+    for (name, own), other in pairs:
+        assert (own.grad is None) == (other.grad is None), name
+        if own.grad is not None and other.grad is not None:
+            close(own.grad, other.grad, rounding)
+    for mine, its in zip(model.buffers(), eager.buffers(), strict=True):
+        close(mine, its, rounding)
+
+
+def close(own: Tensor, other: Tensor, rounding: float) -> None:
+    if not rounding:
+        assert torch.equal(own, other)
+    elif own.numel():
+        own, other = own.detach(), other.detach()
+        assert (own - other).abs().max() <= rounding * max(1.0, float(other.abs().max()))
+
+
+# One graph for each kind of block; the ResNet has three, and no mode needs more.
+BATCH = [
+    ("resnet", 3, {}),
+    ("resnet", 3, {"scale": "train"}),
+    ("pre-norm", 1, {}),
+    ("pre-norm", 1, {"unit": "branch", "scale": "train"}),
+    ("post-norm", 1, {"unit": "branch", "scale": "none"}),
+    ("shared", 1, {"schedule": sd.linear_decay(50), "scale": "train"}),
+]
+
+
+@pytest.mark.parametrize(("name", "kinds", "options"), BATCH)
+def test_batch_mode_is_eager_to_the_bit(name: str, kinds: int, options: dict[str, Any]) -> None:
+    model, x = make(name)
+    eager, depth = compiled(model, x, **options)
+    assert_same_step(model.train(), eager.train(), x)
+    assert graphs() == kinds
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), eager.eval()(x))
+    assert graphs() == 2 * kinds
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for step in range(100):
+            depth.step()
+            assert_same_step(model.train(), eager.train(), batch(x, step))
+            if step % 20 == 0:
+                with torch.no_grad():
+                    assert torch.equal(model.eval()(x), eager.eval()(x))
+
+
+# The factor goes into the last module's weights in eager, onto its output in a graph; and a value
+# with three gradients has them added in another order. That is rounding, of single precision.
+ROUNDED = [
+    ("resnet", {"mode": "sample"}, 8),
+    ("pre-norm", {"mode": "sample"}, 8),
+    ("pre-norm", {"mode": "sample", "draw": sd.Draw(rows="random")}, 5),
+    ("pre-norm", {"mode": "sample", "unit": "branch"}, 4),
+    ("shared", {"mode": "sample", "schedule": sd.linear_warmup(5)}, 8),
+    ("nested", {"mode": "batch"}, 4),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "rows"), ROUNDED)
+def test_other_draws_are_eager_to_rounding(name: str, options: Any, rows: int) -> None:
+    model, x = make(name)
+    x = x.repeat(2, *[1] * (x.ndim - 1))[:rows]
+    eager, depth = compiled(model, x, **options)
+    for step in range(6):
+        depth.step()  # up to the end of the warmup
+        assert_same_step(model.train(), eager.train(), batch(x, step), rounding=1e-5)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for step in range(100):
+            depth.step()
+            assert_same_step(model.train(), eager.train(), batch(x, step), rounding=1e-5)
+
+
+class SequenceFirst(nn.Module):
+    """Its blocks hold the batch in the second dimension: a window has the strides of all of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layers = nn.Linear(3, WIDTH), residuals(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(self.embed(x).transpose(0, 1).contiguous())
+
+
+def test_windows_that_wrap_around_need_no_other_graph() -> None:
+    model, x = settled(SequenceFirst), vectors(7, 5, 3)
+    torch.compiler.reset()
+    depth = sd.apply_stochastic_depth(model, 0.5, "uniform", example_inputs=x, mode="sample")
+    depth.compile("aot_eager")
+    model.train()(x).sum().backward()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for _ in range(40):
+            model(x).sum().backward()
+    assert {len(rows) for rows in depth.last_gates.values()} <= {3, 4}
+
+
+def test_the_first_forward_builds_what_it_drops_and_leaves_no_trace() -> None:
+    model, x = make("resnet")
+    eager, depth = compiled(model, x)
+    closed = {block.name: False for block in depth.blocks}
+    state = torch.get_rng_state()
+    with depth.fixed(closed), sd.get_stochastic_depth(eager).fixed(closed):
+        assert_same_step(model.train(), eager.train(), x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert graphs() == 3
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for step in range(10):
+            assert_same_step(model, eager, batch(x, step))
+
+
+def test_a_network_without_a_stem_needs_no_graph_for_inputs_without_gradients() -> None:
+    model, x = settled(lambda: residuals(6)), vectors(4, WIDTH)
+    eager, _ = compiled(model, x, [0.5] * 6)
+    assert_same_step(model.train(), eager.train(), x)
+    assert graphs() == 2  # the first block's input needs no gradient
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for step in range(40):
+            out = model(batch(x, step))
+            assert torch.equal(out, eager(batch(x, step)))
+            out.sum().backward()

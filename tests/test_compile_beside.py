@@ -1,0 +1,269 @@
+"""Promise: a compiled depth works with all that an eager one does.
+
+Checkpoints, copies, hooks, threads, half precision, the ways out; and what has no graph runs
+eagerly and says so.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import threading
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
+
+import stochastic_depth as sd
+from networks import WIDTH, Residual, batch, make, residuals, settled, vectors
+from test_compile import assert_same_step, compiled, graphs, without_torchs_own_fast_path
+
+pytestmark = [
+    # torch's own, while it traces a graph in the middle of a network
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    # and for a reentrant checkpoint
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True"),
+]
+__all__ = ["without_torchs_own_fast_path"]
+
+
+class Checkpointed(nn.Module):
+    """Layers in checkpoints: of one each, or of two."""
+
+    def __init__(self, layer: Callable[[], nn.Module], segment: int, *, reentrant: bool) -> None:
+        super().__init__()
+        self.embed = nn.Linear(3, WIDTH)
+        self.layers = nn.ModuleList(layer() for _ in range(6))
+        self.segment, self.reentrant = segment, reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for start in range(0, 6, self.segment):
+            part = nn.Sequential(*self.layers[start : start + self.segment])
+            x = checkpoint(part, x, use_reentrant=self.reentrant)
+        return x
+
+
+class Beneath(Residual):
+    """As transformers' layers: the checkpoint lies between the gate and the forward."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().__call__(x)
+        return checkpoint(super().__call__, x, use_reentrant=False)
+
+
+class BeneathPostNorm(Beneath):
+    """The same, gated at its branch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).tanh()
+
+
+def wrapped(make_layer: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: checkpoint_wrapper(make_layer())
+
+
+CHECKPOINTS: dict[str, Callable[[], nn.Module]] = {
+    "one block": lambda: Checkpointed(Residual, 1, reentrant=False),
+    "two blocks": lambda: Checkpointed(Residual, 2, reentrant=False),
+    "reentrant": lambda: Checkpointed(Residual, 1, reentrant=True),
+    "wrapper": lambda: nn.Sequential(nn.Linear(3, WIDTH), *(wrapped(Residual)() for _ in range(6))),
+    "beneath": lambda: nn.Sequential(nn.Linear(3, WIDTH), *(Beneath() for _ in range(6))),
+    "beneath, in another": lambda: Checkpointed(Beneath, 2, reentrant=False),
+    "beneath, post-norm": lambda: nn.Sequential(
+        nn.Linear(3, WIDTH), *(BeneathPostNorm() for _ in range(6))
+    ),
+}
+
+
+@pytest.mark.parametrize("scale", ["eval", "train"])
+@pytest.mark.parametrize("case", CHECKPOINTS)
+def test_checkpoints(case: str, scale: str) -> None:
+    model, x = settled(CHECKPOINTS[case]), vectors(4, 3)
+    eager, depth = compiled(model, x, scale=scale)
+    for step in range(8):
+        assert_same_step(model.train(), eager.train(), batch(x, step))
+    built = graphs()
+    for step in range(8, 40):
+        assert_same_step(model, eager, batch(x, step))
+        depth.step()
+    assert graphs() == built
+
+
+def test_copies_stay_compiled_and_share_the_graphs() -> None:
+    model, x = make("resnet")
+    eager, _ = compiled(model, x)
+    for each in (model, eager):
+        each.train()(x)
+        each.eval()(x)
+    twin, other = copy.deepcopy(model), copy.deepcopy(eager)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert_same_step(twin.eval(), other.eval(), x)
+        assert_same_step(twin.train(), other.train(), x)
+        sd.get_stochastic_depth(twin).remove()
+        assert_same_step(model.train(), eager.train(), x)  # whose graphs are still there
+
+
+def test_what_was_pickled_runs_eagerly_and_can_be_compiled_again() -> None:
+    model, x = make("resnet")
+    eager, _ = compiled(model, x)
+    model.train()(x), eager.train()(x)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    before = graphs()
+    assert_same_step(loaded, copy.deepcopy(eager), x)
+    assert graphs() == before
+    sd.get_stochastic_depth(loaded).compile("aot_eager")
+    eager(x)
+    assert_same_step(loaded, eager, x)
+    assert graphs() == before + 3
+
+
+@pytest.mark.parametrize("way", ["remove", "fold"])
+def test_the_ways_out(way: str) -> None:
+    model, x = make("resnet")
+    classes = [type(module) for module in model.modules()]
+    eager, depth = compiled(model, x)
+    assert_same_step(model.train(), eager.train(), x)
+    plain, other = getattr(depth, way)(), getattr(sd.get_stochastic_depth(eager), way)()
+    assert [type(module) for module in plain.modules()] == classes
+    before = graphs()
+    assert_same_step(plain.eval(), other.eval(), x)
+    assert graphs() == before
+
+
+def test_hooks_fire_eagerly_and_not_where_a_block_is_dropped() -> None:
+    model, x = make("resnet")
+    eager, depth = compiled(model, x)
+    fired: list[Any] = []
+    for each in (model, eager):
+        for module in cast(Any, each).stages.modules():
+            if not list(module.children()) or "conv1" not in dict(module.named_children()):
+                continue
+            module.register_forward_hook(
+                lambda m, args, out: fired.append(float(out.detach().sum()))
+            )
+    for step in range(5):
+        assert_same_step(model.train(), eager.train(), batch(x, step))
+        kept = sum(depth.last_gates.values())
+        kept += not depth.last_gates["stages.1.0"]  # not skipped whole
+        assert len(fired) == 2 * kept
+        assert fired[:kept] == fired[kept:]
+        fired.clear()
+
+
+def test_inference_in_other_threads_while_training() -> None:
+    model, x = make("resnet")
+    eager, _ = compiled(model, x)
+    teacher, expected = copy.deepcopy(model).eval(), copy.deepcopy(eager).eval()(x)
+    wrong: list[float] = []
+
+    def infer() -> None:
+        for _ in range(30):
+            with torch.no_grad():
+                wrong.append(float((teacher(x) - expected).abs().max()))
+
+    threads = [threading.Thread(target=infer) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for step in range(15):
+        assert_same_step(model.train(), eager.train(), batch(x, step))
+    for thread in threads:
+        thread.join()
+    assert len(wrong) == 90
+    assert not any(wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_factor_is_not_rounded_to_the_precision_of_the_values(dtype: torch.dtype) -> None:
+    model, x = make("pre-norm")
+    eager, _ = compiled(model.to(dtype), x.to(dtype), scale="train")
+    for step in range(5):
+        assert_same_step(model.train(), eager.train(), batch(x, step).to(dtype))
+    assert torch.equal(model.eval()(x.to(dtype)), eager.eval()(x.to(dtype)))
+
+
+def test_autocast() -> None:
+    model, x = make("pre-norm")
+    eager, _ = compiled(model, x, scale="train")
+    for step in range(5):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_same_step(model.train(), eager.train(), batch(x, step))
+
+
+class Breaking(Residual):
+    """Whose forward is not one graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.detach().sum()) > 1e6:
+            return x
+        return super().forward(x)
+
+
+def test_what_is_not_one_graph_runs_eagerly_and_says_so() -> None:
+    model = settled(lambda: nn.Sequential(residuals(5), Breaking(), residuals(5)))
+    x = vectors(4, WIDTH)
+    eager, _ = compiled(model, x, scale="train")
+    with pytest.warns(sd.StochasticDepthWarning, match='"1" runs eagerly, torch has no graph'):
+        assert_same_step(model.train(), eager.train(), x)
+    for step in range(10):
+        assert_same_step(model, eager, batch(x, step))
+
+
+class Numbered(Residual):
+    """Which reads a number of its own, so that no two of them have one graph."""
+
+    count = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = Numbered.count
+        Numbered.count += 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1 + self.number)
+
+
+def test_more_kinds_than_torch_has_graphs_for_in_one_function() -> None:
+    model = settled(lambda: nn.Sequential(nn.Linear(3, WIDTH), *(Numbered() for _ in range(20))))
+    x = vectors(4, 3)
+    eager, _ = compiled(model, x)
+    assert_same_step(model.train(), eager.train(), x)
+    assert graphs() == 20
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for step in range(10):
+            assert_same_step(model, eager, batch(x, step))
+
+
+def test_other_shapes_are_torchs_business() -> None:
+    model, x = make("pre-norm")
+    eager, _ = compiled(model, x)
+    for step in range(12):
+        assert_same_step(model.train(), eager.train(), vectors(4, 4 + step % 6, 3, seed=step))
+    assert graphs() <= 3  # one of its own, then one for all shapes
+
+
+def test_no_block_that_can_be_compiled_is_an_error() -> None:
+    model, _ = make("explicit")
+    depth = sd.apply_stochastic_depth(model, 0.5, scale="none")
+    with pytest.raises(sd.OptionError, match=r"cannot compile 12 of 12 blocks.*Residual adds"):
+        depth.compile()
+
+
+def test_resnet50_has_more_kinds_than_torchs_limit() -> None:
+    torchvision = pytest.importorskip("torchvision")
+    model = torchvision.models.resnet50(num_classes=3)
+    x = vectors(2, 3, 32, 32)
+    eager, _ = compiled(model, x)
+    assert_same_step(model.train(), eager.train(), x)
+    assert graphs() == 8  # two for each stage: with a projection, and without
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for step in range(3):
+            assert_same_step(model, eager, batch(x, step))

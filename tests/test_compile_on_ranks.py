@@ -1,0 +1,25 @@
+"""Promise: a compiled depth trains under DistributedDataParallel and `fully_shard` as eager does.
+
+Real processes over gloo. Also in torchtitan's order: on the meta device, checkpoint wrappers, a
+graph of each block, shards; the graphs made by torch.compile or by depth.compile.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from compile_cases import cases
+from processes import launch
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> object:
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    return launch("compile_cases.py", 2, folder)
+
+
+@pytest.mark.parametrize("case", cases())
+def test_on_two_ranks(results: dict[str, str], case: str) -> None:
+    assert not results[case], results[case]
