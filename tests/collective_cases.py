@@ -183,36 +183,41 @@ def what_talks_to_nobody_is_looked_at_once() -> None:
     assert depth._plan.silent == names
 
 
-def ranks_that_draw_alike_may_talk() -> None:
-    """Ranks 0 and 1 train on the same data (tensor parallel, say), as do 2 and 3."""
-    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    across = [dist.new_group([0, 2]), dist.new_group([1, 3])]
-    rank = dist.get_rank()
-    draw = sd.Draw(seed=3, across_ranks="different", process_group=across[rank % 2])
-    for group, refused in ((pairs[rank // 2], False), (across[rank % 2], True)):
+def who_draws_alike_may_talk() -> None:
+    """Draws differ among all ranks, or (tensor parallelism) there is one part of the data alone."""
+    singles = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    single = singles[dist.get_rank()]
+    for drawing, talks_to, refused in (
+        (None, single, False),
+        (None, None, True),
+        (single, None, False),
+    ):
+        draw = sd.Draw(seed=3, across_ranks="different", process_group=drawing)
         model, x, _ = gated("pre-norm", 0.4, draw=draw)
         for layer in model.layers:
-            layer.mlp[2].group = group
+            layer.mlp[2].group = talks_to
         with pytest.raises(sd.SetupError) if refused else nullcontext():
             some_steps(model, x)
 
 
-def cases(ranks: int) -> dict[str, Callable[[], None]]:
-    if ranks > 2:
-        return {"ranks that draw alike may talk": ranks_that_draw_alike_may_talk}
+def cases() -> dict[str, Callable[[], None]]:
     found: dict[str, Callable[[], None]] = {}
     for network in NETWORKS:
         found[network] = partial(as_on_one_process, network)
         found[f"{network}, by branch"] = partial(as_on_one_process, network, unit="branch")
         found[f"{network}, forced"] = partial(as_on_one_process, network, forced=True)
-        for name, options in APART.items():
-            found[f"{network}, {name}"] = partial(is_refused, network, options)
+        found[f"{network}, different"] = partial(is_refused, network, APART["different"])
     for name, options in APART.items():
+        found[f"resnet, {name}"] = partial(is_refused, "resnet", options)
         found[f"SyncBatchNorm, {name}"] = partial(synchronised_is_refused_on_every_rank, options)
-    singles = (what_never_drops_may_talk, what_talks_to_nobody_is_looked_at_once)
+    singles = (
+        what_never_drops_may_talk,
+        what_talks_to_nobody_is_looked_at_once,
+        who_draws_alike_may_talk,
+    )
     return {**found, **{case.__name__.replace("_", " "): case for case in singles}}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    report(lambda: cases(dist.get_world_size()))
+    report(cases)

@@ -68,8 +68,7 @@ def cases() -> dict[str, Callable[[], None]]:
         f"{network}, {optimizer}, {options}": partial(
             steps_as_a_plain_one, network, optimizer, options
         )
-        for network in ("resnet", "pre-norm")
-        for optimizer in OPTIMIZERS
+        for network, optimizer in (("resnet", "SGD"), ("pre-norm", "AdamW"))
         for options in OPTIONS
     }
 

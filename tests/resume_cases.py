@@ -169,23 +169,20 @@ def ends_alike(network: str, options: str, cut: int, way: str, *, clock: bool = 
     assert_same(second.model, whole.model)
 
 
-def others_folder(network: str, options: str) -> Path:
-    return Path(sys.argv[1], f"{network}, {options}, for others")
-
-
 def leaves_something_to_others(network: str, options: str) -> None:
     """A checkpoint in the middle, and the gates of the run that went on."""
     run = Run(network, options)
     run.microbatches(range(CUTS["in a step"]))
-    save_distributed(run, others_folder(network, options))
+    folder = Path(sys.argv[1], f"{network}, {options}, for others")
+    save_distributed(run, folder)
     run.microbatches(range(CUTS["in a step"], TOTAL))
     if place()[0] == 0:
-        torch.save(run.gates[CUTS["in a step"] :], others_folder(network, options) / "gates")
+        torch.save(run.gates[CUTS["in a step"] :], folder / "gates")
 
 
-def draws_as_the_others(network: str, options: str) -> None:
+def draws_as_the_others(network: str, options: str, among: Path | None = None) -> None:
     """What another number of ranks left, resumed on this one."""
-    folder = others_folder(network, options)
+    folder = Path(among or sys.argv[1], f"{network}, {options}, for others")
     run = Run(network, options)
     load_distributed(run, folder)
     run.microbatches(range(CUTS["in a step"], TOTAL))

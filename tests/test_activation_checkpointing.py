@@ -169,8 +169,7 @@ def test_inside_of_a_block(unit: Any, reentrant: bool) -> None:
     assert same(gradients(plainly, inner=reentrant, unit=unit), gradients(plainly, unit=unit))
 
 
-@pytest.mark.parametrize("rows", ["contiguous", "random"])
-@pytest.mark.parametrize("unit", ["block", "branch"])
+@pytest.mark.parametrize(("unit", "rows"), [("block", "contiguous"), ("branch", "random")])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rows(shape: str, unit: Any, rows: Any) -> None:
     drawn = {"mode": "sample", "unit": unit, "rows": rows}

@@ -61,7 +61,11 @@ for run in runs:
     if rank == "0":
         print("RUN", flush=True)
         print("RUN", file=sys.stderr, flush=True)
-    codes.append(images.main(run))
+    try:
+        codes.append(images.main(run))
+    except RuntimeError:  # of torch.distributed
+        (folder / f"failed {rank}").touch()
+        raise
 (folder / f"codes {rank}").write_text(json.dumps(codes))
 """
 
@@ -217,34 +221,17 @@ def test_bad_input_is_said_once(ended: dict[str, Ended], name: str) -> None:
     assert run.folder.exists() == (name in SAME_FOLDER)
 
 
-def test_a_killed_rank_ends_the_other_and_resumed_they_end_with_the_same_weights(
-    ended: dict[str, Ended], tmp_path: Path
-) -> None:
-    run = [*SHORT, "--epochs=2", f"--out={tmp_path}/out"]
-    killed = start(tmp_path / "killed", [run], PER_EPOCH + 9, signal.SIGKILL)
-    killed.communicate(timeout=120)
-    assert killed.returncode != 0
-    took = time.time() - (tmp_path / "killed" / "signalled").stat().st_mtime
-    assert took < 20  # far less than the time-out: the connection broke
-    assert not (tmp_path / "out" / "metrics.json").exists()
-    resumed = start(tmp_path / "resumed", [[*run, "--resume"]])
-    _, error = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, error
-    ours, theirs = weights(tmp_path / "out"), weights(ended["finished"].folder)
-    assert ours.keys() == theirs.keys()
-    assert [name for name, value in ours.items() if not value.equal(theirs[name])] == []
-
-
 @pytest.mark.parametrize("step", [3, PER_EPOCH + 9])
-def test_torchrun_restarts_all_ranks_after_one_was_killed(
+def test_a_killed_rank_ends_the_other_and_restarted_they_end_with_the_same_weights(
     ended: dict[str, Ended], tmp_path: Path, step: int
 ) -> None:
-    """Before the first checkpoint from the beginning, else from the last one."""
+    """By `torchrun --max-restarts`: from the beginning, or from the last checkpoint."""
     run = [*SHORT, "--epochs=2", f"--out={tmp_path}/out"]
     restarted = start(tmp_path, [run], step, signal.SIGKILL, restarts=1)
-    _, error = restarted.communicate(timeout=120)
+    _, error = restarted.communicate(timeout=180)
     assert restarted.returncode == 0, error
-    assert (tmp_path / "signalled").exists()
+    took = (tmp_path / "failed 0").stat().st_mtime - (tmp_path / "signalled").stat().st_mtime
+    assert took < 20  # far less than the time-out: the connection broke
     ours, theirs = weights(tmp_path / "out"), weights(ended["finished"].folder)
     assert ours.keys() == theirs.keys()
     assert [name for name, value in ours.items() if not value.equal(theirs[name])] == []

@@ -22,7 +22,7 @@ NAMES = ("resnet", "pre-norm", "post-norm", "explicit")
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 each_name = pytest.mark.parametrize("name", NAMES)
 each_half = pytest.mark.parametrize("half", HALVES)
-each_scale = pytest.mark.parametrize("scale", ["eval", "train", "none"])
+SCALED = [("train", which) for which in ("open", "closed", "some")]
 Gradients = dict[str, Tensor | None]
 
 
@@ -96,8 +96,7 @@ def gates(depth: sd.StochasticDepth, which: str) -> dict[str, bool]:
     return {block.name: kept[number % 2] for number, block in enumerate(depth.blocks)}
 
 
-@each_scale
-@pytest.mark.parametrize("which", ["open", "closed", "some"])
+@pytest.mark.parametrize(("scale", "which"), [*SCALED, ("none", "some"), ("eval", "closed")])
 @each_half
 @each_name
 def test_forced_gates_under_autocast(name: str, half: str, which: str, scale: Any) -> None:
@@ -147,12 +146,11 @@ def test_rows_under_autocast(name: str, unit: Any, half: str) -> None:
             assert mine.dtype == other.dtype, parameter
 
 
-@each_half
+@pytest.mark.parametrize(("unit", "half"), [("block", "bfloat16"), ("branch", "float16")])
 @pytest.mark.parametrize("mode", ["batch", "sample"])
-@pytest.mark.parametrize("unit", ["block", "branch"])
 @each_name
 def test_random_draws_have_the_dtypes_of_the_plain_model(
-    name: str, unit: Any, mode: Any, half: str
+    name: str, mode: Any, unit: Any, half: str
 ) -> None:
     plain, model, x, depth = gated(name, mode=mode, unit=unit)
     expected = run(plain, x, HALVES[half])

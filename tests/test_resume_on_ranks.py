@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from processes import launch
-from resume_cases import cases
+from resume_cases import SAME, cases, draws_as_the_others
 
 
 @functools.cache
@@ -33,7 +33,14 @@ def test_on_two_ranks(case: str, folder: Path) -> None:
     assert not results(2, folder)[case], results(2, folder)[case]
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
 @pytest.mark.parametrize("case", cases(4))
-def test_on_another_number_of_ranks(case: str, ranks: int, folder: Path) -> None:
-    assert not results(ranks, folder)[case], results(ranks, folder)[case]
+def test_on_four_ranks_instead(case: str, folder: Path) -> None:
+    assert not results(4, folder)[case], results(4, folder)[case]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("options", SAME)
+@pytest.mark.parametrize("network", ["resnet", "explicit"])
+def test_on_one_process_instead(network: str, options: str, folder: Path) -> None:
+    results(2, folder)
+    draws_as_the_others(network, options, among=folder)

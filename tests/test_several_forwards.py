@@ -27,6 +27,7 @@ MODES: dict[str, dict[str, Any]] = {
     "by branch": {"unit": "branch"},
     "rows": {"mode": "sample"},
 }
+PAIRS = (("resnet", "crops"), ("pre-norm", "views"), ("post-norm", "crops"), ("explicit", "views"))
 SEED, RATE = 4, 0.5
 
 
@@ -95,8 +96,7 @@ def test_views_and_crops_of_one_step(name: str, data: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("data", DATA)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "data"), PAIRS)
 def test_an_evaluation_in_between_changes_nothing(name: str, data: str, mode: str) -> None:
     found = []
     for evaluates in (False, True):
@@ -136,8 +136,7 @@ def evaluate(model: Any, depth: sd.StochasticDepth, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("data", DATA)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "data"), PAIRS)
 def test_resumed_between_two_forwards_of_a_step(name: str, data: str, mode: str) -> None:
     model, x, depth = gated(name, **MODES[mode])
     depth.step()
