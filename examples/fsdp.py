@@ -135,7 +135,8 @@ def report(step: int, loss: Tensor, depth: sd.StochasticDepth) -> None:
     run = sum(depth.last_gates.values())
     if dist.get_rank() == 0:
         mean = loss.item() / dist.get_world_size()
-        print(f"step {step + 1}: loss {mean:.4f}, {run} of {len(depth.last_gates)} blocks run")
+        blocks = f"{run} of {len(depth.last_gates)} blocks run"
+        print(f"step {step + 1}: loss {mean:.4f}, {blocks}", flush=True)
 
 
 def save(
