@@ -6,7 +6,7 @@ batch or on some, and its members look up what was decided.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -14,31 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.collectives import Refusal, may_part
-from stochastic_depth.deciding import Batch, Decision, drawn, probed, settled
+from stochastic_depth.collectives import Refusal
+from stochastic_depth.deciding import Decision
 from stochastic_depth.discovery.templates import (
     Form,
-    Place,
     SkipPath,
     Template,
     form,
-    order,
-    same_tensors,
 )
 from stochastic_depth.discovery.undisturbed import eagerly
-from stochastic_depth.distributed.layout import WHOLE, Layout, wrapper_of
+from stochastic_depth.distributed.layout import Layout
 from stochastic_depth.distributed.sharded import as_unit_would
-from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.gating import hooks
 from stochastic_depth.gating.compiled import build
+from stochastic_depth.gating.entry import batch_of, enter
 from stochastic_depth.gating.groups import run_in_groups
-from stochastic_depth.gating.parts import hung_on, layout_for, make_sure_ranks_agree
 from stochastic_depth.gating.passage import Gate, Original, Passage, changed, running
-from stochastic_depth.gating.recomputation import remembered
 from stochastic_depth.gating.traced import outside_of_graphs, tell_to_compile
-from stochastic_depth.plan import Plan
-from stochastic_depth.rows import Held, Rows, put_back, take
-from stochastic_depth.torch_private import backward_is_running, is_compiled, tree_leaves, tree_map
+from stochastic_depth.rows import Rows, put_back, take
+from stochastic_depth.torch_private import backward_is_running, is_compiled, tree_map
 
 
 def call_container(
@@ -51,7 +45,7 @@ def call_container(
         gate.plan.expect_steps(gate.name, module)
     # Only in mode "sample" is it asked for before anything is decided.
     called = form(args, kwargs) if gate.batch else None
-    passage = decide(gate, module, lambda: _batch(gate, called, args, kwargs))
+    passage = enter(gate, module, lambda: batch_of(gate, called, args, kwargs))
     if gate.batch and gate.plan.probe is None and hooks.collects(module):
         # On some rows alone it would show its library those rows alone.
         for block, decision in passage.decisions.items():
@@ -76,7 +70,7 @@ def _build(
     if called is None:
         build(passage, module, {}, 0, args, kwargs)
     else:
-        size = _batch(passage.gate, called, args, kwargs).size
+        size = batch_of(passage.gate, called, args, kwargs).size
         build(passage, module, passage.gate.batch[called].takes, size, args, kwargs)
 
 
@@ -210,107 +204,3 @@ def _shared_rows(decision: Decision) -> Rows | None:
     """The rows of the batch that all branches run on, where those are not all."""
     first = decision.rows[0]
     return first if not decision.masked and all(r is first for r in decision.rows) else None
-
-
-def decide(
-    gate: Gate, module: nn.Module, batch: Callable[[], Batch], *, holder: nn.Module | None = None
-) -> Passage:
-    """A new passage: drawn, settled without a draw, or that of the forward recomputed.
-
-    Args:
-        gate: Whose call it is.
-        module: Its module.
-        batch: Tells, for mode "sample", what it is called with.
-        holder: Who holds the branch's parameters; None: the module.
-    """
-    plan, training = gate.plan, module.training
-    alike = plan.mode == "batch" and not plan.ranks_differ
-
-    def make() -> tuple[dict[int, Decision], tuple[int, ...], Any, Any, Any]:
-        if plan.probe is not None:
-            size = batch().size
-            return {n: probed(plan, n, size) for n in gate.blocks}, (), None, None, WHOLE
-        layout = layout_for(gate, module if holder is None else holder)
-        wrapper = wrapper_of(gate.name) if training else None
-        if layout.in_parts:
-            make_sure_ranks_agree(gate, module, layout)
-        hung = hung_on(plan, layout, wrapper)
-        if not training or plan.disabled or plan.forced is not None:
-            forced = None if plan.disabled else plan.forced
-            return (
-                {n: settled(plan, n, training=training, forced=forced) for n in gate.blocks},
-                (),
-                wrapper,
-                hung,
-                layout,
-            )
-        path = _path(gate)
-        given = batch() if plan.mode == "sample" else None
-        decided = {n: drawn(plan, n, path, given) for n in gate.blocks}
-        return decided, path, wrapper, hung, layout
-
-    decisions, path, wrapper, hung, layout = remembered(gate, make, may_recompute=training)
-    apart = bool(path) and not alike and may_part(plan, gate.name, gate.blocks)
-    plain = all(decision.changes_nothing for decision in decisions.values())
-    unchanged = gate.alone if plain else frozenset()
-    if not plain and all(decision.all_on_all_rows for decision in decisions.values()):
-        unchanged = gate.within
-    return Passage(
-        gate,
-        decisions,
-        training,
-        path,
-        wrapper=wrapper,
-        hung=hung,
-        layout=layout,
-        plain=plain,
-        unchanged=unchanged,
-        may_part=apart,
-    )
-
-
-def _path(gate: Gate) -> tuple[int, ...]:
-    """The number of this call, behind those of the calls around it."""
-    around = _passage_around(gate.plan) if running.passages else None
-    calls = around.calls if around and around.path else None
-    if gate.branch is None:
-        number = gate.plan.next_call(gate.name, calls)
-    elif around is not None and around.gate.blocks == gate.blocks:
-        return around.path  # a branch inside of a branch of the same layer
-    else:
-        number = gate.plan.next_round(gate.blocks[0], gate.branch, calls)
-    return (*(around.path if around else ()), number)
-
-
-def _passage_around(plan: Plan) -> Passage | None:
-    """The innermost passage of this plan that is under way."""
-    return next((p for p in reversed(running.passages) if p.gate.plan is plan), None)
-
-
-def _batch(gate: Gate, called: Form | None, args: Any, kwargs: Any) -> Batch:
-    """The batch that a container is called with."""
-    assert called is not None
-    leaves = tree_leaves((args, kwargs))
-    known = gate.batch.get(called) or _known_otherwise(gate, called, order(args, kwargs))
-    if known is None:
-        raise ChangedModelError(
-            f'"{gate.name}" is called with other arguments than in the example, so it cannot be '
-            "told which of their dimensions hold the batch",
-            expected="the arguments that it was watched with: " + " or ".join(map(str, gate.batch)),
-            instead='pass example_inputs as in the training (with the mask, say), or mode="batch"',
-        )
-    held = [(n, dim) for n, dim in known.takes.items() if isinstance(leaves[n], Tensor)]
-    # One that has a single row holds for all rows.
-    size, number = max((leaves[n].shape[dim] // known.each[n], n) for n, dim in held)
-    return Batch(size, leaves[number].device)
-
-
-def _known_otherwise(gate: Gate, called: Form, given: tuple[tuple[Place, int], ...]) -> Held | None:
-    """What is known of a call with other flags, or without a mask or a cache."""
-    for watched, known in list(gate.batch.items()):
-        if same_tensors(called, watched):
-            found = known.reordered(given)
-            if found.takes:
-                gate.batch[called] = found
-                return found
-    return None

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from stochastic_depth.deciding import Batch, inference_factor
 from stochastic_depth.errors import OptionError, SetupError
-from stochastic_depth.gating.container import decide, without_collectives
+from stochastic_depth.gating.container import without_collectives
+from stochastic_depth.gating.entry import enter
 from stochastic_depth.gating.passage import Gate, Passage, running
 from stochastic_depth.rows import Rows, put_back, take
 from stochastic_depth.torch_private import backward_is_running
@@ -48,7 +49,7 @@ def call_explicit(
     holder = owners[0] if owners else None
     if module.training and holder is not None:
         plan.expect_steps(gate.name, holder)
-    passage = decide(gate, module, lambda: Batch(len(skip), skip.device), holder=holder)
+    passage = enter(gate, module, lambda: Batch(len(skip), skip.device), holder=holder)
     decision, number = passage.decisions[gate.blocks[0]], gate.branch
     assert number is not None
     if decision.kept[number]:
