@@ -17,7 +17,7 @@ from coveragelib.page import counts
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md", ROOT / "docs" / "training.md")
 _FIGURE = re.compile(r"(<!-- figure: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -195,6 +195,70 @@ def ranks() -> str:
     )
 
 
+def distributed() -> str:
+    """What DistributedDataParallel, fully_shard and the check across ranks cost."""
+    content = _read("distributed.json")
+    results = content["results"]
+
+    def row(label: str, cell: Callable[[dict[str, Any]], str]) -> str:
+        return f"| {label} | " + " | ".join(map(cell, results.values())) + " |"
+
+    def sent(kind: str) -> Callable[[dict[str, Any]], str]:
+        def cell(found: dict[str, Any]) -> str:
+            counts = found["sharded"]["mebibytes"]
+            return f"{counts['half'][kind]:.1f} of {counts['plain'][kind]:.1f} MiB"
+
+        return cell
+
+    def time(part: str, key: str) -> Callable[[dict[str, Any]], str]:
+        return lambda found: _ratio(found[part][key])
+
+    def check(found: dict[str, Any]) -> str:
+        both = [found["check"][f"{key}_milliseconds"] for key in ("median", "95%")]
+        return f"{both[0]:.2f} ms (95% within {both[1]:.1f})"
+
+    ddp = "data parallel"
+    lines = [
+        "| | " + " | ".join(results) + " |",
+        "|---|" + "---|" * len(results),
+        row(
+            "DDP with `find_unused_parameters`, of plain DDP's time",
+            time(ddp, "find_unused_to_plain"),
+        ),
+        row("gated at rate 0, of plain DDP's time", time(ddp, "rate_0_to_plain")),
+        row("gated at rate 0.5, of plain DDP's time", time(ddp, "rate_half_to_plain")),
+        row("... of the same with `find_unused_parameters`", time(ddp, "rate_half_to_find_unused")),
+        row("`fully_shard`, half of the blocks skipped: gathered", sent("gathered")),
+        row("... reduced", sent("reduced")),
+        row("... of the plain network's time", time("sharded", "half_to_plain")),
+        row("the check across ranks, once in a forward", check),
+    ]
+    return (
+        "\n".join(lines)
+        + "\n\nA transformer of nine million parameters in 12 blocks; processes of one thread, "
+        f"over gloo (`python benchmarks/distributed.py`; {_machine(content)})\n"
+    )
+
+
+def compiled() -> str:
+    """What `depth.compile()` costs and saves."""
+    content = _read("compile.json")
+    lines = [
+        "| network | seconds to compile | graphs | more in 100 draws | time, of the plain compiled "
+        "network's | share of the possible saving, compiled | in eager | of eager's time |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, case in content["results"].items():
+        shares = [case[way]["share_of_possible"] for way in ("compiled", "eager")]
+        cells = [f"{s['value']:.0%} ({s['low']:.0%} to {s['high']:.0%})" for s in shares]
+        lines.append(
+            f"| {name} | {case['seconds_to_compile']:.0f} | {case['graphs']} "
+            f"| {case['graphs_in_100_more_draws']} | {_ratio(case['compiled']['to_plain'])} "
+            f"| {cells[0]} | {cells[1]} | {_ratio(case['compiled_to_eager'])} |"
+        )
+    return "\n".join(lines) + f"\n\n(`python benchmarks/compile.py`; {_machine(content)})\n"
+
+
 def language() -> str:
     """Held-out perplexities of `benchmarks/language.py`."""
     content = _read("text.json")
@@ -264,7 +328,9 @@ FIGURES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "saving": saving,
     "composer": composer,
+    "compiled": compiled,
     "coverage": coverage,
+    "distributed": distributed,
     "sample": sample,
     "ranks": ranks,
     "cifar": cifar,
