@@ -90,10 +90,6 @@ class SetupError(StochasticDepthError):
     """The way in which the model is trained cannot be served exactly."""
 
 
-class NotYetSupportedError(StochasticDepthError):
-    """An option that a later version brings."""
-
-
 class StochasticDepthWarning(UserWarning):
     """Something that works, though hardly as it was meant."""
 
