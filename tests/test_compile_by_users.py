@@ -64,6 +64,7 @@ def its_blocks_in_place(model: nn.Module, **options: Any) -> nn.Module:
 WAYS = [the_model, the_model_in_place, its_blocks, its_blocks_in_place]
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("name", ["resnet", "pre-norm"])
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("way", WAYS)

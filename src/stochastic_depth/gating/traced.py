@@ -26,9 +26,17 @@ from stochastic_depth.torch_private import (
 
 Factors = tuple[Any, ...]  # of a container, one for each of its branches; none: not multiplied
 
-# Those of the container that is being traced. Only traces write it, and leave None behind, so that
-# at run time nobody disturbs anybody.
-_factors: Factors | None = None
+
+class _Container:
+    """The container that is being traced, if one is.
+
+    Only traces write it, and leave None behind, so that at run time nobody disturbs anybody.
+    """
+
+    factors: Factors | None = None
+
+
+_container = _Container()  # an attribute of it: torch 2.6 loses sight of globals between files
 _left_out: Any = None  # `_run`, out of all graphs; made in a trace, for that takes a long import
 _graphs = 0
 _WHY = (
@@ -41,7 +49,7 @@ def traced_call(
     gate: Gate, module: nn.Module, original: Original, args: Any, kwargs: Any, eager: Original
 ) -> Any:
     """A gated module's call in a trace; `eager` is what it does outside."""
-    around = _factors
+    around = _container.factors
     if gate.blocks:
         stays_out = module.training or gate.plan.forced is not None or not gate.one_graph
     else:
@@ -66,13 +74,13 @@ def traced_call(
 
 def open_block(module: nn.Module, call: Original, factors: Factors, args: Any, kwargs: Any) -> Any:
     """A container whose branches all run: its call, or for a region its forward alone."""
-    global _factors
     _count()
-    around, _factors = _factors, factors
+    around = _container.factors
+    _container.factors = factors
     try:  # in which a graph cannot end: a block is in it as a whole, or not at all
         return call(module, *args, **kwargs)
     finally:
-        _factors = around
+        _container.factors = around
 
 
 def outside_of_graphs(call: Original, module: nn.Module, args: Any, kwargs: Any) -> Any:
