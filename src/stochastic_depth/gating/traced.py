@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from stochastic_depth.deciding import inference_factor
+from stochastic_depth.discovery.undisturbed import eagerly
 from stochastic_depth.errors import warn
-from stochastic_depth.gating.passage import Gate, Original, running
+from stochastic_depth.gating.passage import Gate, Original, Passage, running
 from stochastic_depth.plan import Plan
 from stochastic_depth.torch_private import (
     left_out_of_graphs,
@@ -33,7 +34,8 @@ class _Container:
     Only traces write it, and leave None behind, so that at run time nobody disturbs anybody.
     """
 
-    factors: Factors | None = None
+    def __init__(self) -> None:
+        self.factors: Factors | None = None
 
 
 _container = _Container()  # an attribute of it: torch 2.6 loses sight of globals between files
@@ -90,6 +92,16 @@ def outside_of_graphs(call: Original, module: nn.Module, args: Any, kwargs: Any)
     return _left_out(None, call, module, args, kwargs)
 
 
+def run_uncompiled(
+    passage: Passage, call: Original, module: nn.Module, args: Any, kwargs: Any
+) -> Any:
+    """A container's call without its user's graph, which knows no factor, and nothing closed."""
+    if all(all(decision.kept) for decision in passage.decisions.values()):
+        tell_to_compile(passage.gate.plan)
+    with eagerly():
+        return call(module, *args, **kwargs)
+
+
 def graphs() -> int:
     """How often `open_block` was traced so far."""
     return _graphs
@@ -104,7 +116,7 @@ def _run(plan: Plan | None, call: Original, module: nn.Module, args: Any, kwargs
 
 def tell_to_compile(plan: Plan) -> None:
     """Warn, once, where somebody else compiles and the blocks run eagerly all the same."""
-    if not plan.told_to_compile:
+    if not plan.told_to_compile and plan.compiler is None:
         plan.told_to_compile = True
         warn(
             "torch.compile met blocks with stochastic depth, which stay out of its graphs and run "
