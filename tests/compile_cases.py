@@ -27,7 +27,7 @@ from networks import settled
 from processes import report
 
 RATES = [0.3, 0.5, 0.6, 0.7, 0.8, 0.9]
-STEPS = 14
+STEPS = 10
 
 
 def shard(model: nn.Module) -> nn.Module:

@@ -19,6 +19,7 @@ import stochastic_depth as sd
 from networks import WIDTH, batch, make, residuals, settled, vectors
 
 pytestmark = [
+    pytest.mark.oldest,
     pytest.mark.filterwarnings("ignore:depth.compile.. leaves 3 of 9 blocks"),
     pytest.mark.filterwarnings("ignore:1 block with a drop rate"),
     # torch's own, while it traces a graph in the middle of a network

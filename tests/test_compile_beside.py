@@ -23,6 +23,7 @@ from networks import WIDTH, Residual, batch, make, residuals, settled, vectors
 from test_compile import assert_same_step, compiled, graphs, without_torchs_own_fast_path
 
 pytestmark = [
+    pytest.mark.oldest,
     # torch's own, while it traces a graph in the middle of a network
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     # and for a reentrant checkpoint
@@ -224,11 +225,11 @@ class Numbered(Residual):
 
     def __init__(self) -> None:
         super().__init__()
-        self.number = Numbered.count
+        self.number = f"1.{Numbered.count}"
         Numbered.count += 1
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * (1 + self.number)
+        return super().forward(x) * float(self.number)
 
 
 def test_more_kinds_than_torch_has_graphs_for_in_one_function() -> None:

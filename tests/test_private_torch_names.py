@@ -261,7 +261,10 @@ def test_what_is_no_graph_is_told() -> None:
 
 
 def test_what_is_left_out_of_graphs_says_why() -> None:
-    left_out = torch_private.left_out_of_graphs(torch.neg, "because")
+    def negative(x: torch.Tensor) -> torch.Tensor:
+        return -x
+
+    left_out = torch_private.left_out_of_graphs(negative, "because")
     torch.compiler.reset()
 
     def call(x: torch.Tensor) -> torch.Tensor:
@@ -269,6 +272,7 @@ def test_what_is_left_out_of_graphs_says_why() -> None:
 
     compiled: Any = torch.compile(call, backend="eager")
     assert float(compiled(torch.ones(()))) == -2.0
+    torch.compiler.reset()
     compiled = torch.compile(call, backend="eager", fullgraph=True)
     with pytest.raises(torch_private.no_graph()) as caught:
         compiled(torch.ones(()))

@@ -6,7 +6,7 @@ import functools
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from stochastic_depth.deciding import possible_counts
@@ -111,3 +111,13 @@ def _other_draws(passage: Passage, size: int) -> list[Rows | None]:
         return []
     counts = possible_counts(plan, gate.blocks[0], size)
     return [None if count == size else Rows(size, 0, count) for count in counts]
+
+
+def as_made(leaf: Any) -> Any:
+    """What a dropped block hands on, needing a gradient as what it makes does: else graphs differ.
+
+    Only in front of all parameters does it need none.
+    """
+    if not isinstance(leaf, Tensor) or leaf.requires_grad or not leaf.is_floating_point():
+        return leaf
+    return leaf.detach().requires_grad_().clone()

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stochastic_depth.collectives import Refusal
 from stochastic_depth.deciding import Decision
@@ -26,11 +26,11 @@ from stochastic_depth.discovery.undisturbed import eagerly
 from stochastic_depth.distributed.layout import Layout
 from stochastic_depth.distributed.sharded import as_unit_would
 from stochastic_depth.gating import hooks
-from stochastic_depth.gating.compiled import build
+from stochastic_depth.gating.compiled import as_made, build
 from stochastic_depth.gating.entry import batch_of, enter
 from stochastic_depth.gating.groups import run_in_groups
 from stochastic_depth.gating.passage import Gate, Original, Passage, changed, running
-from stochastic_depth.gating.traced import outside_of_graphs, tell_to_compile
+from stochastic_depth.gating.traced import outside_of_graphs, run_uncompiled
 from stochastic_depth.rows import Rows, put_back, take
 from stochastic_depth.torch_private import backward_is_running, is_compiled, tree_map
 
@@ -51,7 +51,9 @@ def call_container(
         for block, decision in passage.decisions.items():
             passage.decisions[block] = replace(decision, masked=True)
     if passage.training and gate.plan.compiler is not None and gate.beneath is not None:
-        _build(passage, module, called, args, kwargs)
+        held = gate.batch.get(called) if called else None
+        size = batch_of(gate, called, args, kwargs).size if held else 0
+        build(passage, module, held.takes if held else {}, size, args, kwargs)
     if passage.plain:
         output = _run(passage, module, original, args, kwargs)
     else:
@@ -61,17 +63,6 @@ def call_container(
         differ = gate.plan.ranks_differ or gate.plan.forced is not None
         gate.plan.reduction.expect(passage.wrapper, (output, args, kwargs), differ=differ)
     return output
-
-
-def _build(
-    passage: Passage, module: nn.Module, called: Form | None, args: Any, kwargs: Any
-) -> None:
-    """Have the graphs ready that this call of a compiled block may need."""
-    if called is None:
-        build(passage, module, {}, 0, args, kwargs)
-    else:
-        size = batch_of(passage.gate, called, args, kwargs).size
-        build(passage, module, passage.gate.batch[called].takes, size, args, kwargs)
 
 
 def _run_in_part(
@@ -88,7 +79,7 @@ def _run_in_part(
         assert whole is not None
         output = _dropped(gate, passage.layout, whole, module, args, kwargs)
         if gate.plan.compiler is not None and torch.is_grad_enabled():
-            output = tree_map(_trained, output)
+            output = tree_map(as_made, output)
         if passage.hung is not None:
             output = passage.hung.skip(output, module.parameters())
         return output
@@ -128,7 +119,7 @@ def _run(passage: Passage, module: nn.Module, original: Original, args: Any, kwa
             if passage.compiled:
                 return original(module, *args, **kwargs)
             if is_compiled(module):
-                output = _run_uncompiled(passage, module, original, args, kwargs)
+                output = run_uncompiled(passage, original, module, args, kwargs)
             else:
                 output = outside_of_graphs(original, module, args, kwargs)
     finally:
@@ -139,16 +130,6 @@ def _run(passage: Passage, module: nn.Module, original: Original, args: Any, kwa
         why = f"{made}, perhaps by a fused inference path" if fused else made
         raise changed(passage.gate, why)
     return output
-
-
-def _run_uncompiled(
-    passage: Passage, module: nn.Module, original: Original, args: Any, kwargs: Any
-) -> Any:
-    """The same where its user compiled it: the graph knows neither factors nor closed branches."""
-    if all(all(decision.kept) for decision in passage.decisions.values()):
-        tell_to_compile(passage.gate.plan)
-    with eagerly():
-        return original(module, *args, **kwargs)
 
 
 @contextmanager
@@ -188,16 +169,6 @@ def _dropped(
     if not whole.relu:
         return value
     return value.relu_() if whole.in_place else value.relu()
-
-
-def _trained(leaf: Any) -> Any:
-    """What a dropped block hands on, needing a gradient as what it makes: else graphs differ.
-
-    Only in front of all parameters does it need none.
-    """
-    if not isinstance(leaf, Tensor) or leaf.requires_grad or not leaf.is_floating_point():
-        return leaf
-    return leaf.detach().requires_grad_().clone()
 
 
 def _shared_rows(decision: Decision) -> Rows | None:

@@ -81,9 +81,12 @@ class Region:
 
     def run(self, graph: Graph, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """The forward of a block."""
-        leaves = tree_leaves((args, kwargs))
-        device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), None)
-        factors = tuple(_scalar(factor, device) for factor in graph[1])
+        factors: tuple[Tensor, ...] = ()
+        if graph[1]:
+            leaves = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            like = next(leaf for leaf in leaves if leaf.is_floating_point())
+            double = like.dtype is torch.float64
+            factors = tuple(_scalar(factor, like.device, double=double) for factor in graph[1])
         forward: Any = type(module).forward
         return self._compiled(module, forward.__wrapped__, factors, args, kwargs)
 
@@ -194,7 +197,8 @@ def _structure(module: nn.Module) -> tuple[object, ...]:
 
 
 @lru_cache(maxsize=4096)
-def _scalar(factor: float, device: torch.device | None) -> Tensor:
+def _scalar(factor: float, device: torch.device, *, double: bool) -> Tensor:
     """A factor as a graph's input, so that another one needs no other graph."""
+    dtype = torch.float64 if double else torch.float32  # as a number counts in eager
     with torch.inference_mode(False):  # noqa: FBT003
-        return torch.tensor(factor, dtype=torch.float64, device=device)
+        return torch.tensor(factor, dtype=dtype, device=device)

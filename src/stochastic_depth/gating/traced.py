@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from stochastic_depth.deciding import inference_factor
+from stochastic_depth.discovery.undisturbed import eagerly
 from stochastic_depth.errors import warn
-from stochastic_depth.gating.passage import Gate, Original, running
+from stochastic_depth.gating.passage import Gate, Original, Passage, running
 from stochastic_depth.plan import Plan
 from stochastic_depth.torch_private import (
     left_out_of_graphs,
@@ -26,9 +27,18 @@ from stochastic_depth.torch_private import (
 
 Factors = tuple[Any, ...]  # of a container, one for each of its branches; none: not multiplied
 
-# Those of the container that is being traced. Only traces write it, and leave None behind, so that
-# at run time nobody disturbs anybody.
-_factors: Factors | None = None
+
+class _Container:
+    """The container that is being traced, if one is.
+
+    Only traces write it, and leave None behind, so that at run time nobody disturbs anybody.
+    """
+
+    def __init__(self) -> None:
+        self.factors: Factors | None = None
+
+
+_container = _Container()  # an attribute of it: torch 2.6 loses sight of globals between files
 _left_out: Any = None  # `_run`, out of all graphs; made in a trace, for that takes a long import
 _graphs = 0
 _WHY = (
@@ -41,7 +51,7 @@ def traced_call(
     gate: Gate, module: nn.Module, original: Original, args: Any, kwargs: Any, eager: Original
 ) -> Any:
     """A gated module's call in a trace; `eager` is what it does outside."""
-    around = _factors
+    around = _container.factors
     if gate.blocks:
         stays_out = module.training or gate.plan.forced is not None or not gate.one_graph
     else:
@@ -66,13 +76,13 @@ def traced_call(
 
 def open_block(module: nn.Module, call: Original, factors: Factors, args: Any, kwargs: Any) -> Any:
     """A container whose branches all run: its call, or for a region its forward alone."""
-    global _factors
     _count()
-    around, _factors = _factors, factors
+    around = _container.factors
+    _container.factors = factors
     try:  # in which a graph cannot end: a block is in it as a whole, or not at all
         return call(module, *args, **kwargs)
     finally:
-        _factors = around
+        _container.factors = around
 
 
 def outside_of_graphs(call: Original, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -80,6 +90,16 @@ def outside_of_graphs(call: Original, module: nn.Module, args: Any, kwargs: Any)
     if _left_out is None:
         return call(module, *args, **kwargs)
     return _left_out(None, call, module, args, kwargs)
+
+
+def run_uncompiled(
+    passage: Passage, call: Original, module: nn.Module, args: Any, kwargs: Any
+) -> Any:
+    """A container's call without its user's graph, which knows no factor, and nothing closed."""
+    if all(all(decision.kept) for decision in passage.decisions.values()):
+        tell_to_compile(passage.gate.plan)
+    with eagerly():
+        return call(module, *args, **kwargs)
 
 
 def graphs() -> int:
@@ -96,7 +116,7 @@ def _run(plan: Plan | None, call: Original, module: nn.Module, args: Any, kwargs
 
 def tell_to_compile(plan: Plan) -> None:
     """Warn, once, where somebody else compiles and the blocks run eagerly all the same."""
-    if not plan.told_to_compile:
+    if not plan.told_to_compile and plan.compiler is None:
         plan.told_to_compile = True
         warn(
             "torch.compile met blocks with stochastic depth, which stay out of its graphs and run "
