@@ -15,6 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
+import stochastic_depth as sd
 from stochastic_depth import torch_private
 
 pytestmark = pytest.mark.oldest
@@ -277,3 +278,19 @@ def test_what_is_left_out_of_graphs_says_why() -> None:
     with pytest.raises(torch_private.no_graph()) as caught:
         compiled(torch.ones(()))
     assert "because" in str(caught.value) or torch.__version__ < "2.7"
+
+
+def test_a_torch_that_lacks_a_name_raises(
+    monkeypatch: pytest.MonkeyPatch, one_process: None
+) -> None:
+    """What would hang otherwise, or be silently wrong."""
+    monkeypatch.delattr(nn.parallel.DistributedDataParallel, "_active_ddp_module")
+    with pytest.raises(sd.SetupError, match="DistributedDataParallel has no _active_ddp_module"):
+        torch_private.inside_ddp()
+    unit = fully_shard(nn.Linear(2, 2))
+    del unit._get_fsdp_state()._mp_policy
+    with pytest.raises(sd.SetupError, match="FSDPState has no _mp_policy in torch"):
+        torch_private.sharded_dtypes(unit)
+    del unit._is_fsdp_managed_module
+    with pytest.raises(sd.SetupError, match="FSDPLinear has no _is_fsdp_managed_module"):
+        torch_private.is_managed_by_fsdp(unit)

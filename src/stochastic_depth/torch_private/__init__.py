@@ -1,0 +1,113 @@
+"""The private names of torch that the library leans on, all of them, and what a lack of each means.
+
+==============================  ====================================  ============================
+name                            what for                              on a torch without it
+==============================  ====================================  ============================
+TorchDispatchMode               seeing every operation of a forward   import fails: no support
+pytree                          leaves of nested outputs              import fails: no support
+_disable_current_modes          keeping the shape look-up of a        the look-up is seen by the
+                                dropped module out of user's modes    user's own dispatch modes
+FakeTensorMode                  shapes of a dropped module's output   a new input shape at a
+                                for inputs of a new shape             closed gate raises
+_current_graph_task_id          "is a backward running?"              import fails: no support
+_top/_push/_pop_saved_          the checkpoint frame of a forward     2.6 has no _top: found on the
+tensors_default_hooks,          and of its recomputation              Python stack instead
+_CheckpointFrame
+queue_callback                  None instead of zeros for what no     import fails: no support
+                                rank ran, after the reduction
+_active_ddp_module              "is this DistributedDataParallel?"    training on processes raises
+_is_fsdp_managed_module,        telling who holds a module's          training in shards raises
+_fsdp_flattened                 parameters
+_get_fsdp_state, _state_ctx,    what fully_shard casts, and what it   training in shards raises
+_mp_policy, _states_to_*_       prefetches by explicit lists
+prefetch, _post_forward_indices
+_orig_mod,                      gating the wrapper of a block; "did   a block that its user
+_compiled_call_impl,            its user compile it?"                 compiled raises when called
+_checkpoint_wrapped_module
+_dynamo_marked_constant         what runs while torch.compile traces  a compiled block is traced at
+                                a call, and not when it is made       every call
+Unsupported, UserError,         blocks that are not one graph run     compiling them raises
+FailOnRecompileLimitHit         eagerly
+activation_relu_or_gelu         calling the parts of torch's own      inference under no_grad
+                                encoder layer in inference, too       raises
+ProcessGroup.unbox,             among which ranks a collective is,    a collective in a branch is
+_resolve_process_group          seen as an operation                  not refused, and may hang
+==============================  ====================================  ============================
+
+`tests/test_private_torch_names.py` fails loudly where one of them changed its meaning.
+"""
+
+from __future__ import annotations
+
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from stochastic_depth.torch_private.backward import (
+    after_backward,
+    backward_is_running,
+    backward_task,
+    checkpoint_frames,
+)
+from stochastic_depth.torch_private.compiling import (
+    is_compiled,
+    is_wrapper,
+    left_out_of_graphs,
+    no_graph,
+    once_in_a_trace,
+)
+from stochastic_depth.torch_private.operations import (
+    fake_mode,
+    without_fused_path,
+    without_modes,
+)
+from stochastic_depth.torch_private.processes import (
+    awaits_backward,
+    called_by_fully_shard,
+    group_of_collective,
+    holds_fsdp1,
+    inside_ddp,
+    inside_fsdp1,
+    is_fully_sharded_unit,
+    is_managed_by_fsdp,
+    mesh_of,
+    modules_of_unit,
+    prefetched_by,
+    set_prefetched,
+    sharded_dtypes,
+    without_sharding,
+)
+
+__all__ = [
+    "TorchDispatchMode",
+    "TreeSpec",
+    "after_backward",
+    "awaits_backward",
+    "backward_is_running",
+    "backward_task",
+    "called_by_fully_shard",
+    "checkpoint_frames",
+    "fake_mode",
+    "group_of_collective",
+    "holds_fsdp1",
+    "inside_ddp",
+    "inside_fsdp1",
+    "is_compiled",
+    "is_fully_sharded_unit",
+    "is_managed_by_fsdp",
+    "is_wrapper",
+    "left_out_of_graphs",
+    "mesh_of",
+    "modules_of_unit",
+    "no_graph",
+    "once_in_a_trace",
+    "prefetched_by",
+    "set_prefetched",
+    "sharded_dtypes",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_unflatten",
+    "without_fused_path",
+    "without_modes",
+    "without_sharding",
+]

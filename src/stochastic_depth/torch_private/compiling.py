@@ -1,0 +1,46 @@
+"""Modules that users compiled or wrapped, and what torch.compile is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether it is what `torch.compile` or `checkpoint_wrapper` made around another module."""
+    return "_orig_mod" in module._modules or "_checkpoint_wrapped_module" in module._modules
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a call of the module runs a graph that its user had compiled."""
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
+
+
+def no_graph() -> tuple[type[Exception], ...]:
+    """What torch.compile raises with `fullgraph=True` where there is no graph, or too many."""
+    from torch._dynamo import exc
+
+    too_many = getattr(exc, "FailOnRecompileLimitHit", exc.Unsupported)
+    return exc.Unsupported, exc.UserError, too_many
+
+
+def left_out_of_graphs(function: Call, why: str) -> Call:
+    """A function that torch.compile does not look into; it tells why where it may not do so."""
+    try:
+        return torch.compiler.disable(function, reason=why)
+    except TypeError:  # torch 2.6 takes no reason
+        return torch.compiler.disable(function)
+
+
+def once_in_a_trace(function: Call) -> Call:
+    """Have a function run while torch.compile traces a call of it, and its result be a constant.
+
+    As `torch.compiler.assume_constant_result`, which takes a second to import.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function

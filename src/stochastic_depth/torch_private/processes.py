@@ -1,0 +1,159 @@
+"""What several processes train: DistributedDataParallel, FSDP, distributed tensors."""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from stochastic_depth.errors import SetupError
+
+
+def inside_ddp() -> DistributedDataParallel | None:
+    """The DistributedDataParallel whose forward runs just now."""
+    wrapper: DistributedDataParallel | None = _known(DistributedDataParallel, "_active_ddp_module")
+    return wrapper
+
+
+def group_of_collective(operation: Any, args: tuple[Any, ...]) -> Any:
+    """The process group that an operation talks to; None where it talks to nobody."""
+    if operation.namespace not in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
+        return None
+    processes: Any = torch.distributed.distributed_c10d
+    for argument, given in zip(operation._schema.arguments, args, strict=False):
+        if argument.name == "group_name":
+            return processes._resolve_process_group(given)
+        if argument.name == "process_group":
+            kind = processes.ProcessGroup
+            return given if isinstance(given, kind) else kind.unbox(given)
+    return None
+
+
+def is_fully_sharded_unit(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called on it."""
+    sharded = sys.modules.get("torch.distributed.fsdp")  # importing it takes seconds
+    return sharded is not None and isinstance(module, sharded.FSDPModule)
+
+
+def is_managed_by_fsdp(module: nn.Module) -> bool:
+    """Whether its parameters belong to a unit of `fully_shard`, or of FSDP1."""
+    if is_fully_sharded_unit(module):
+        return bool(_known(module, "_is_fsdp_managed_module"))
+    return any(getattr(part, "_is_fsdp_managed_module", False) for part in module.modules())
+
+
+def inside_fsdp1(module: nn.Module) -> bool:
+    """Whether a FullyShardedDataParallel around it or in it holds its parameters."""
+    parameters = list(module.parameters())
+    if any(getattr(parameter, "_fsdp_flattened", False) for parameter in parameters):
+        return True
+    # While its forward runs they are plain tensors, or not even listed.
+    listed = bool(parameters) and all(isinstance(p, nn.Parameter) for p in parameters)
+    return is_managed_by_fsdp(module) and not listed
+
+
+def holds_fsdp1(model: nn.Module) -> bool:
+    """Whether it is, holds or lies in a FullyShardedDataParallel, told while no forward runs."""
+    named = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+    in_parts = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+    units = any(map(is_fully_sharded_unit, model.modules()))
+    return named or (is_managed_by_fsdp(model) and not in_parts and not units)
+
+
+def mesh_of(module: nn.Module) -> tuple[tuple[int, ...] | None, int]:
+    """The ranks that hold a part of its parameters each, and along how many dimensions of a mesh.
+
+    None and 0 where they are no distributed tensors.
+    """
+    ranks, dims = None, 0
+    for parameter in module.parameters():
+        if hasattr(parameter, "device_mesh"):
+            ranks = tuple(sorted(parameter.device_mesh.mesh.flatten().tolist()))
+            shards = [p for p in getattr(parameter, "placements", ()) if p.is_shard()]
+            dims = max(dims, len(shards))
+    return ranks, dims
+
+
+def called_by_fully_shard() -> bool:
+    """Whether it is a hook of `fully_shard` that runs just now."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if "_fully_shard" in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def sharded_dtypes(module: nn.Module) -> tuple[torch.dtype | None, torch.dtype | None]:
+    """What a unit of `fully_shard` casts the inputs of its module to, and its outputs."""
+    policy = _known(_sharding_state(module), "_mp_policy")
+    inputs = policy.param_dtype if policy.cast_forward_inputs else None
+    return inputs, policy.output_dtype
+
+
+def set_prefetched(unit: nn.Module, forward: Any, backward: Any) -> None:
+    """Replace the lists of units that a unit of `fully_shard` prefetches, in its whole model.
+
+    Args:
+        unit: Any unit.
+        forward: Makes a new list of the old one.
+        backward: The same for the backward.
+    """
+    for state in _known(_known(_sharding_state(unit), "_state_ctx"), "all_states"):
+        state._states_to_forward_prefetch = forward(_known(state, "_states_to_forward_prefetch"))
+        state._states_to_backward_prefetch = backward(_known(state, "_states_to_backward_prefetch"))
+
+
+def prefetched_by(state: Any, *, forward: bool) -> list[Any]:
+    """The states of the units that a unit prefetches."""
+    name = "_states_to_forward_prefetch" if forward else "_states_to_backward_prefetch"
+    found: list[Any] = getattr(state, name)
+    return found
+
+
+def modules_of_unit(state: Any) -> tuple[nn.Module, ...]:
+    """The modules that a unit of `fully_shard` was made of."""
+    modules: tuple[nn.Module, ...] = state._modules
+    return modules
+
+
+def awaits_backward(state: Any) -> bool:
+    """Whether a unit ran in a forward whose backward is not over."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # torch before 2.11 has one for each unit
+        groups = [state._fsdp_param_group]
+    return any(group is not None and group._post_forward_indices for group in groups)
+
+
+def without_sharding(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of a module before `fully_shard` put its own over it."""
+    sharded = sys.modules.get("torch.distributed.fsdp")
+    if sharded is None or not issubclass(kind, sharded.FSDPModule):
+        return kind
+    place = kind.__mro__.index(sharded.FSDPModule)
+    return kind.__mro__[place + 1]
+
+
+def _sharding_state(module: nn.Module) -> Any:
+    return _known(module, "_get_fsdp_state")()
+
+
+def _known(owner: Any, name: str) -> Any:
+    """An attribute that some torch may not have.
+
+    Raises:
+        SetupError: This one has not.
+    """
+    try:
+        return getattr(owner, name)
+    except AttributeError as error:
+        kind = owner if isinstance(owner, type) else type(owner)
+        raise SetupError(
+            f"{kind.__name__} has no {name} in torch {torch.__version__}",
+            expected="a torch in which it can be told how several processes train a block",
+            instead="use another version of torch, or train on one process",
+        ) from error
