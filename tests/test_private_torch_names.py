@@ -287,7 +287,7 @@ def test_a_torch_that_lacks_a_name_raises(
     monkeypatch.delattr(nn.parallel.DistributedDataParallel, "_active_ddp_module")
     with pytest.raises(sd.SetupError, match="DistributedDataParallel has no _active_ddp_module"):
         torch_private.inside_ddp()
-    unit = fully_shard(nn.Linear(2, 2))
+    unit: Any = fully_shard(nn.Linear(2, 2))
     del unit._get_fsdp_state()._mp_policy
     with pytest.raises(sd.SetupError, match="FSDPState has no _mp_policy in torch"):
         torch_private.sharded_dtypes(unit)
