@@ -172,6 +172,30 @@ def _sample(file: str) -> str:
     return "\n".join(lines) + f"\n\n(`python benchmarks/sample.py`; {_machine(content)})\n"
 
 
+def compiled() -> str:
+    """What `depth.compile()` costs and saves, beside eager."""
+    content = _read("compile.json")
+    lines = [
+        "| network, drop rate | graphs, of later draws | seconds to build them "
+        "| compiled time, of the plain network's | of eager's | share of the possible saving, "
+        "compiled | eager |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, case in content["results"].items():
+        shares = [case[way]["share_of_possible"] for way in ("compiled", "eager")]
+        cells = [f"{s['value']:.0%} ({s['low']:.0%} to {s['high']:.0%})" for s in shares]
+        lines.append(
+            f"| {name} | {case['graphs']}, {case['graphs_of_later_draws']} "
+            f"| {case['seconds_to_compile']:.0f} | {_ratio(case['compiled']['to_plain'])} "
+            f"| {_ratio(case['compiled_to_eager'])} | {cells[0]} | {cells[1]} |"
+        )
+    return (
+        "\n".join(lines)
+        + "\n\nThe plain network and what is possible are compiled likewise, block by block "
+        f"(`python benchmarks/compile.py`; {_machine(content)}).\n"
+    )
+
+
 def ranks() -> str:
     """How long the slowest rank takes, simulated and measured."""
     content = _read("ranks.json")
@@ -238,25 +262,6 @@ def distributed() -> str:
         + "\n\nA transformer of nine million parameters in 12 blocks; processes of one thread, "
         f"over gloo (`python benchmarks/distributed.py`; {_machine(content)})\n"
     )
-
-
-def compiled() -> str:
-    """What `depth.compile()` costs and saves."""
-    content = _read("compile.json")
-    lines = [
-        "| network | seconds to compile | graphs | more in 100 draws | time, of the plain compiled "
-        "network's | share of the possible saving, compiled | in eager | of eager's time |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, case in content["results"].items():
-        shares = [case[way]["share_of_possible"] for way in ("compiled", "eager")]
-        cells = [f"{s['value']:.0%} ({s['low']:.0%} to {s['high']:.0%})" for s in shares]
-        lines.append(
-            f"| {name} | {case['seconds_to_compile']:.0f} | {case['graphs']} "
-            f"| {case['graphs_in_100_more_draws']} | {_ratio(case['compiled']['to_plain'])} "
-            f"| {cells[0]} | {cells[1]} | {_ratio(case['compiled_to_eager'])} |"
-        )
-    return "\n".join(lines) + f"\n\n(`python benchmarks/compile.py`; {_machine(content)})\n"
 
 
 def language() -> str:
@@ -328,7 +333,6 @@ FIGURES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "saving": saving,
     "composer": composer,
-    "compiled": compiled,
     "coverage": coverage,
     "distributed": distributed,
     "sample": sample,
@@ -338,6 +342,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "saving_gpu": saving_gpu,
     "sample_gpu": sample_gpu,
     "language": language,
+    "compiled": compiled,
 }
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import stochastic_depth as sd
-from networks import batch, make
+from networks import WIDTH, batch, make, vectors
 from test_compile import assert_same_step, without_torchs_own_fast_path
 
 pytestmark = [
@@ -164,6 +164,29 @@ def test_export_has_the_scale(name: str, strict: bool) -> None:
     program = torch.export.export(model.eval(), (x,), strict=strict)
     assert torch.equal(program.module()(x), model(x))
     assert not torch.allclose(plain(x), model(x))
+
+
+class InLine(nn.Module):
+    """Whose residual connections are in its own forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x.tanh())
+        return x
+
+
+def test_a_compiled_model_that_is_gated_itself() -> None:
+    torch.compiler.reset()
+    model, x = InLine(), vectors(4, WIDTH)
+    eager = copy.deepcopy(model)
+    with pytest.raises(sd.OptionError, match=r"made of a InLine.*then call depth\.compile\(\)"):
+        apply(the_model(model), x)
+    depths = apply(model, x), apply(eager, x)
+    compare(the_model(model), eager, x, *depths)
 
 
 def test_graphs_beyond_torchs_limit_are_exact() -> None:

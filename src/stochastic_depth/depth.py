@@ -21,6 +21,7 @@ from stochastic_depth.plan import Mode, Plan, Scale, Unit
 from stochastic_depth.proving import prove
 from stochastic_depth.schedules import ScheduleFunction, resolve_schedule
 from stochastic_depth.selection import Selector, select
+from stochastic_depth.torch_private import is_wrapper
 
 _FEW_BLOCKS, _HIGH_RATE = 6, 0.2
 _SCALES: dict[Mode, Scale] = {"batch": "eval", "sample": "train"}
@@ -121,13 +122,14 @@ def apply_stochastic_depth(
             expected="a torch.nn.Module",
             instead="pass the model itself",
         )
-    model = plain_model(model)
+    given, model = model, plain_model(model)
     refuse_wrappers(model)
     refuse_active_drop_path(model)
     watched = to_watch(model)
     found, example = watch(watched, example_inputs, example_kwargs)
     chosen = select(watched, found, blocks)
     _refuse_gated(model, chosen)
+    _refuse_compiled(given, chosen)
     plan = Plan(
         blocks=chosen,
         rates=resolve_rates(drop_rate, drop_distribution, [block.name for block in chosen]),
@@ -162,6 +164,18 @@ def _refuse_gated(model: nn.Module, chosen: Sequence[ResidualBlock]) -> None:
                 instead="call sd.get_stochastic_depth(model).remove() first, or choose other "
                 "blocks with blocks=",
             )
+
+
+def _refuse_compiled(given: nn.Module, chosen: Sequence[ResidualBlock]) -> None:
+    """Raises where torch.compile calls the gated module itself, as it was when that was made."""
+    if is_wrapper(given) and any(not block.container for block in chosen):
+        raise OptionError(
+            f"model is what torch.compile made of a {type(plain_model(given)).__name__}, whose own "
+            f'forward holds residual connections ("{chosen[0].name}")',
+            expected="the model before it is compiled",
+            instead="apply stochastic depth to the model first, then call depth.compile() or "
+            "torch.compile(model)",
+        )
 
 
 def _warn(model: nn.Module, plan: Plan) -> None:

@@ -30,7 +30,7 @@ from stochastic_depth.gating.compiled import as_made, build
 from stochastic_depth.gating.entry import batch_of, enter
 from stochastic_depth.gating.groups import run_in_groups
 from stochastic_depth.gating.passage import Gate, Original, Passage, changed, running
-from stochastic_depth.gating.traced import outside_of_graphs, run_uncompiled
+from stochastic_depth.gating.traced import run_uncompiled
 from stochastic_depth.rows import Rows, put_back, take
 from stochastic_depth.torch_private import backward_is_running, is_compiled, tree_map
 
@@ -121,7 +121,7 @@ def _run(passage: Passage, module: nn.Module, original: Original, args: Any, kwa
             if is_compiled(module):
                 output = run_uncompiled(passage, original, module, args, kwargs)
             else:
-                output = outside_of_graphs(original, module, args, kwargs)
+                output = original(module, *args, **kwargs)
     finally:
         running.passages.pop()
     if passage.visits != passage.gate.expected:

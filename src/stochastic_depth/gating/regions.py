@@ -27,7 +27,7 @@ from stochastic_depth.gating.passage import Gate, Original
 from stochastic_depth.gating.swap import compile_in
 from stochastic_depth.gating.traced import graphs, open_block
 from stochastic_depth.plan import Plan
-from stochastic_depth.torch_private import no_graph, tree_leaves, tree_map
+from stochastic_depth.torch_private import is_compiled, no_graph, tree_leaves, tree_map
 
 _FULL = 4  # graphs in a region, where blocks that look alike differ in what their forwards read
 _building = threading.RLock()
@@ -62,6 +62,8 @@ def compile_blocks(model: nn.Module, plan: Plan, options: Mapping[str, Any]) -> 
 def _obstacle(module: nn.Module, gate: Gate) -> str | None:
     if gate.branch is not None:
         return "what a Residual adds is known only when it is called"
+    if is_compiled(module):
+        return "it was compiled on its own"
     if any(inner.blocks for _, part, inner in gated_modules(module) if part is not module):
         return "there are blocks in it"
     if not gate.one_graph:

@@ -85,13 +85,6 @@ def open_block(module: nn.Module, call: Original, factors: Factors, args: Any, k
         _container.factors = around
 
 
-def outside_of_graphs(call: Original, module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """A container's call in eager: what it calls is not for torch.compile, should it be around."""
-    if _left_out is None:
-        return call(module, *args, **kwargs)
-    return _left_out(None, call, module, args, kwargs)
-
-
 def run_uncompiled(
     passage: Passage, call: Original, module: nn.Module, args: Any, kwargs: Any
 ) -> Any:
@@ -107,11 +100,11 @@ def graphs() -> int:
     return _graphs
 
 
-def _run(plan: Plan | None, call: Original, module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """A call that no graph holds; the plan, where one could have."""
-    if plan is not None and module.training:
+def _run(plan: Plan, eager: Original, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """A call that no graph holds."""
+    if module.training:
         tell_to_compile(plan)
-    return call(module, *args, **kwargs)
+    return eager(module, *args, **kwargs)
 
 
 def tell_to_compile(plan: Plan) -> None:
