@@ -337,6 +337,10 @@ def shared_cases() -> dict[str, Callable[[], None]]:
             found[f"{network}, two forwards, {setup}"] = partial(
                 two_forwards, network, SETUPS[setup]
             )
+        tried = Setup(root_alone=True, tried_before=True)
+        found[f"{network}, different, tried before"] = partial(
+            trained_as_alone, network, tried, DRAWS["different"]
+        )
         found[f"{network}, forced"] = partial(forced, network, Setup())
         found[f"{network}, rows, one unit"] = partial(
             trained_as_alone, network, SETUPS["one unit"], DRAWS["rows"]

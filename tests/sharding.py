@@ -38,6 +38,7 @@ class Setup:
     wrapped_last: bool = False  # in checkpoints, between stochastic depth and shards
     hybrid: bool = False  # copies of shards (HSDP), on four ranks
     on_meta: bool = False
+    tried_before: bool = False  # called between stochastic depth and shards
 
 
 SETUPS = {
@@ -123,6 +124,8 @@ def pair(
     if setup.wrapped_last:
         checkpointed(model)
         checkpointed(alone)
+    if setup.tried_before:
+        model.eval()(torch.randn(shape))
     if not setup.sharded_first:
         shard(model, setup)
     if setup.on_meta:

@@ -13,13 +13,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stochastic_depth.deciding import keeps_any
 from stochastic_depth.discovery.templates import Template
+from stochastic_depth.distributed.groups import is_running
 from stochastic_depth.distributed.layout import Layout, layout_of
 from stochastic_depth.distributed.reduction import Reduction
 from stochastic_depth.distributed.sharded import prefetch_what_runs
 from stochastic_depth.errors import SetupError
 from stochastic_depth.gating.passage import Gate, running
 from stochastic_depth.plan import Plan
-from stochastic_depth.torch_private import is_fully_sharded_unit
+from stochastic_depth.torch_private import is_fully_sharded_unit, is_marked_by_fsdp
 
 _layouts: weakref.WeakKeyDictionary[Gate, dict[object, Layout]] = weakref.WeakKeyDictionary()
 
@@ -31,7 +32,9 @@ def layout_for(gate: Gate, module: nn.Module) -> Layout:
         SetupError: They lie in a way that cannot be served.
     """
     known = _layouts.setdefault(gate, {})
-    key = (type(module), type(next(module.parameters(), None)), module.__dict__.get("_is_replica"))
+    # A unit around the module leaves its class alone, and its parameters while it is called.
+    marks = (is_running(), module.__dict__.get("_is_replica"), is_marked_by_fsdp(module))
+    key = (type(module), type(next(module.parameters(), None)), *marks)
     if key not in known:
         layout = layout_of(module, gate.name)
         _refuse_to_differ(gate, layout)

@@ -43,7 +43,12 @@ def is_managed_by_fsdp(module: nn.Module) -> bool:
     """Whether its parameters belong to a unit of `fully_shard`, or of FSDP1."""
     if is_fully_sharded_unit(module):
         return bool(_known(module, "_is_fsdp_managed_module"))
-    return any(getattr(part, "_is_fsdp_managed_module", False) for part in module.modules())
+    return any(map(is_marked_by_fsdp, module.modules()))
+
+
+def is_marked_by_fsdp(module: nn.Module) -> bool:
+    """Whether parameters of its own, if it has any, would belong to such a unit."""
+    return bool(module.__dict__.get("_is_fsdp_managed_module"))
 
 
 def inside_fsdp1(module: nn.Module) -> bool:
