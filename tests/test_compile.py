@@ -100,8 +100,9 @@ def test_batch_mode_is_eager_to_the_bit(name: str, kinds: int, options: dict[str
     with torch.compiler.set_stance("fail_on_recompile"):
         for step in range(100):
             depth.step()
-            assert_same_step(model.train(), eager.train(), batch(x, step))
+            assert torch.equal(model.train()(batch(x, step)), eager.train()(batch(x, step)))
             if step % 20 == 0:
+                assert_same_step(model, eager, batch(x, step))
                 with torch.no_grad():
                     assert torch.equal(model.eval()(x), eager.eval()(x))
 
@@ -129,7 +130,10 @@ def test_other_draws_are_eager_to_rounding(name: str, options: Any, rows: int) -
     with torch.compiler.set_stance("fail_on_recompile"):
         for step in range(100):
             depth.step()
-            assert_same_step(model.train(), eager.train(), batch(x, step), rounding=1e-5)
+            outputs = [each.train()(batch(x, step)) for each in (model, eager)]
+            close(outputs[0], outputs[1], rounding=1e-5)
+            if step % 20 == 0:
+                assert_same_step(model, eager, batch(x, step), rounding=1e-5)
 
 
 class SequenceFirst(nn.Module):

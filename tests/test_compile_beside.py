@@ -15,6 +15,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
@@ -268,3 +269,27 @@ def test_resnet50_has_more_kinds_than_torchs_limit() -> None:
     with torch.compiler.set_stance("fail_on_recompile"):
         for step in range(3):
             assert_same_step(model, eager, batch(x, step))
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
+def test_transformers_layers_with_gradient_checkpointing() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=50, num_hidden_layers=6, **sizes)
+    model = transformers.LlamaForCausalLM(config)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.config.use_cache = False  # a cache has a graph of its own for each layer
+    ids = torch.arange(14).view(2, 7)
+    torch.compiler.reset()
+    counters.clear()
+    depth = sd.apply_stochastic_depth(model, 0.5, example_inputs={"input_ids": ids})
+    eager = copy.deepcopy(model)
+    depth.compile("aot_eager")
+    for _ in range(4):
+        for each in (model, eager):
+            each.train().zero_grad()
+            each(input_ids=ids, labels=ids).loss.backward()
+        for own, other in zip(model.parameters(), eager.parameters(), strict=True):
+            assert (own.grad is None) == (other.grad is None)
+            assert own.grad is None or torch.equal(own.grad, other.grad)
+    assert graphs() == 1
