@@ -20,12 +20,13 @@ COMPOSER := .venv-oldest/.oldest,composer-test-$(KEY)
 .NOTPARALLEL:
 
 test: $(TEST)
-	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile
+	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile -m "not thorough"
 
 demo: $(DEMO)
 	$(PYTHON) examples/images.py
 
-check: lint test
+check: lint
+	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(LINT)
 	.venv/bin/ruff format --quiet --check $(CODE)

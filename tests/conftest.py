@@ -13,6 +13,19 @@ from hypothesis import settings
 
 torch.set_num_threads(1)
 
+# What takes long and differs from others in size alone: `make check` runs it, `make test` does not.
+THOROUGH = (
+    "resnet101",
+    "resnet152",
+    "wide_resnet50",
+    "timm:cait",
+    "timm:efficientnet_lite0",
+    "timm:maxvit",
+    "timm:xcit",
+    "test_a_billion_parameters",
+    "test_compile_on_ranks",
+)
+
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if "CI" in os.environ else "local")
@@ -20,6 +33,12 @@ settings.load_profile("ci" if "CI" in os.environ else "local")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where tensors are made: cpu or cuda")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(name in item.nodeid for name in THOROUGH):
+            item.add_marker("thorough")
 
 
 def pytest_configure(config: pytest.Config) -> None:

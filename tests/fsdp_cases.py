@@ -326,8 +326,8 @@ def shared_cases() -> dict[str, Callable[[], None]]:
     found: dict[str, Callable[[], None]] = {}
     for network in NETWORKS:
         usual = network in ("resnet", "pre-norm")
-        for draws in DRAWS:
-            few = ("plain", "sharded first", "checkpoint") if usual else ("plain",)
+        for draws in DRAWS if usual else ("same", "different", "rows"):
+            few = ("plain", "sharded first") if usual else ("plain",)
             for setup in SETUPS if usual and draws == "same" else few:
                 found[f"{network}, {draws}, {setup}"] = partial(
                     trained_as_alone, network, SETUPS[setup], DRAWS[draws]
@@ -342,9 +342,10 @@ def shared_cases() -> dict[str, Callable[[], None]]:
             trained_as_alone, network, tried, DRAWS["different"]
         )
         found[f"{network}, forced"] = partial(forced, network, Setup())
-        found[f"{network}, rows, one unit"] = partial(
-            trained_as_alone, network, SETUPS["one unit"], DRAWS["rows"]
-        )
+        for draws, setup in itertools.product(("different", "rows"), ("one unit", "checkpoint")):
+            found[f"{network}, {draws}, {setup}"] = partial(
+                trained_as_alone, network, SETUPS[setup], DRAWS[draws]
+            )
     return found
 
 

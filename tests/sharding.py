@@ -21,7 +21,7 @@ from ddp_cases import NETWORKS, averaged, containers, same
 from networks import settled
 
 RATES = [0.3, 0.5, 0.6, 0.7, 0.8, 0.9]
-STEPS = 4
+STEPS = 3
 
 
 @dataclass(frozen=True)
