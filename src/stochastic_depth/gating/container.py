@@ -226,10 +226,10 @@ def decide(
     plan, training = gate.plan, module.training
     alike = plan.mode == "batch" and not plan.ranks_differ
 
-    def make() -> tuple[dict[int, Decision], tuple[int, ...], Any, Any, Any]:
+    def make() -> tuple[dict[int, Decision], tuple[int, ...], Any, Any, Any, bool]:
         if plan.probe is not None:
             size = batch().size
-            return {n: probed(plan, n, size) for n in gate.blocks}, (), None, None, WHOLE
+            return {n: probed(plan, n, size) for n in gate.blocks}, (), None, None, WHOLE, False
         layout = layout_for(gate, module if holder is None else holder)
         wrapper = wrapper_of(gate.name) if training else None
         if layout.in_parts:
@@ -243,14 +243,15 @@ def decide(
                 wrapper,
                 hung,
                 layout,
+                False,
             )
         path = _path(gate)
         given = batch() if plan.mode == "sample" else None
         decided = {n: drawn(plan, n, path, given) for n in gate.blocks}
-        return decided, path, wrapper, hung, layout
+        apart = not alike and may_part(plan, gate.name, gate.blocks)
+        return decided, path, wrapper, hung, layout, apart
 
-    decisions, path, wrapper, hung, layout = remembered(gate, make, may_recompute=training)
-    apart = bool(path) and not alike and may_part(plan, gate.name, gate.blocks)
+    decisions, path, wrapper, hung, layout, apart = remembered(gate, make, may_recompute=training)
     plain = all(decision.changes_nothing for decision in decisions.values())
     unchanged = gate.alone if plain else frozenset()
     if not plain and all(decision.all_on_all_rows for decision in decisions.values()):
