@@ -80,13 +80,17 @@ def compare(
     assert counters["stats"]["unique_graphs"] == built, counters["stats"]
 
 
-def data_parallel(network: str, draw: sd.Draw, **options: Any) -> None:
+def data_parallel(
+    network: str, draw: sd.Draw, *, checkpoints: bool = False, **options: Any
+) -> None:
     maker, shape = NETWORKS[network]
     alone = settled(maker)
     model = copy.deepcopy(alone)
     x = torch.randn(shape)
     gated(alone, x, draw=draw, **options)
     depth = gated(model, x, draw=draw, **options)
+    if checkpoints:
+        checkpointed(model)
     depth.compile("aot_eager")
     compare(DistributedDataParallel(model), depth, alone, shape)
 
@@ -151,6 +155,9 @@ def cases() -> dict[str, Callable[[], None]]:
     found: dict[str, Callable[[], None]] = {
         "data parallel, resnet": partial(data_parallel, "resnet", alike),
         "data parallel, different draws": partial(data_parallel, "pre-norm", different),
+        "data parallel, different draws, in checkpoints": partial(
+            data_parallel, "pre-norm", different, checkpoints=True
+        ),
         "data parallel, rows": partial(data_parallel, "pre-norm", alike, mode="sample"),
         "compiled, sharded": partial(sharded, "resnet", before=True),
         "sharded, compiled": partial(sharded, "pre-norm", before=False),

@@ -183,6 +183,27 @@ def test_inference_in_other_threads_while_training() -> None:
     assert not any(wrong)
 
 
+def test_training_while_another_thread_compiles() -> None:
+    model, x = make("pre-norm")
+    sd.apply_stochastic_depth(model, 0.2, example_inputs=x)
+    begun, trained = threading.Event(), threading.Event()
+
+    def slow(graph: Any, example: Any) -> Any:
+        begun.set()
+        trained.wait(30)
+        return graph
+
+    unrelated = torch.compile(nn.Linear(3, 3), backend=slow)
+    thread = threading.Thread(target=unrelated, args=(torch.ones(3),))
+    thread.start()
+    assert begun.wait(30)
+    try:
+        model.train()(x).sum().backward()
+    finally:
+        trained.set()
+        thread.join()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_factor_is_not_rounded_to_the_precision_of_the_values(dtype: torch.dtype) -> None:
     model, x = make("pre-norm")

@@ -52,6 +52,7 @@ def test_torch_export(name: str, kind: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")  # a None
 @pytest.mark.parametrize("name", [*FEW, "explicit"])
 def test_torch_export_by_its_strict_way(name: str) -> None:
     """Which reads the code of the gates: it follows them, or says that it cannot."""

@@ -70,6 +70,21 @@ def _times(factor: Tensor) -> Any:
 
 
 @pytest.mark.parametrize("unit", ["block", "branch"])
+def test_it_is_the_same_where_the_weights_come_later(unit: Any) -> None:
+    torch.manual_seed(0)
+    x, mask = vectors(BATCH, 5, WIDTH), torch.zeros(BATCH, 5)
+    whole = Model()
+    with torch.device("meta"):
+        empty = Model()
+    for model in (whole, empty):
+        sd.apply_stochastic_depth(
+            model, 0.5, "uniform", example_inputs=(x, mask), mode="sample", unit=unit
+        )
+    empty.to_empty(device="cpu").load_state_dict(whole.state_dict())
+    assert torch.equal(empty.train()(x, mask), whole.train()(x, mask))
+
+
+@pytest.mark.parametrize("unit", ["block", "branch"])
 @pytest.mark.parametrize("rows", ["contiguous", "random"])
 def test_outputs_and_gradients_equal_masks(unit: Any, rows: Any) -> None:
     torch.manual_seed(0)

@@ -18,6 +18,9 @@ from stochastic_depth.errors import SetupError
 from stochastic_depth.plan import Plan
 from stochastic_depth.rows import Rows
 
+# In newer torch `is_compiling` is true in all threads while one compiles; 2.6 has but that one.
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -60,7 +63,7 @@ def drawn(plan: Plan, block: int, call: tuple[int, ...], batch: Batch | None) ->
     Raises:
         SetupError: torch.export writes the call down, and would write down this draw for good.
     """
-    if torch.compiler.is_compiling():
+    if _is_exporting():
         raise SetupError(
             f'torch.export met block "{plan.blocks[block].name}" in train mode',
             expected="a model for inference: a program cannot draw anew",

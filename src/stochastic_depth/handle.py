@@ -223,8 +223,9 @@ class StochasticDepth:
 
         The first forward in each mode builds the graphs, also for the blocks that it drops: one for
         each kind of block, shared by those that are alike; in mode "sample" one for each number of
-        rows (two at each rate). Then a schedule, too, brings no other. A block of which only a part
-        runs is run eagerly. Call it before or after wrapping the model; again to compile anew.
+        rows (two at each rate). Then a schedule brings no other, but for numbers of rows that it
+        comes to later. A block of which only a part runs is run eagerly. Call it before or after
+        wrapping the model; again to compile anew.
 
         Args:
             backend: As for `torch.compile`.

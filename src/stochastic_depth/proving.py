@@ -203,10 +203,13 @@ def _runs_in_groups(model: nn.Module, plan: Plan, name: str, example: Example) -
     """
     ((number, block),) = [(n, b) for n, b in enumerate(plan.blocks) if b.name == name]
     alone = [b.container for b in plan.blocks].count(block.container) == 1
-    if not alone or not plan.counts[number].lone or is_unmaterialised(model):
+    if not alone or not plan.counts[number].lone:
         return False
     before, plan.in_groups = plan.in_groups, plan.in_groups | {block.container}
     (args, kwargs), _ = with_more_rows(example)
+    if is_unmaterialised(model):
+        calls = arguments_of(model, [block.container], (args, kwargs))
+        model, args, kwargs = Alone(model, block.container, calls[block.container], plan), (), {}
     if _differs(model, plan, [number], args, kwargs) is None:
         return True
     plan.in_groups = before

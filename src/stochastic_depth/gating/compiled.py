@@ -37,7 +37,8 @@ def compiled_forward(forward: Original) -> Original:
         if passage is None or passage.gate is not gate:  # a checkpoint begins beneath the gate
             passage, graph = None, recall(gate.beneath)[1]
         else:
-            graph = _of(passage)
+            # Where collectives are looked for it runs eagerly, and so does its recomputation.
+            graph = None if passage.may_part else _of(passage)
             note(gate.beneath, graph, passage.decisions, may_recompute=passage.training)
         if graph is None:
             return forward(self, *args, **kwargs)

@@ -29,6 +29,7 @@ class Entry(NamedTuple):
     wrapper: Any = None  # the DistributedDataParallel around it
     hung: Reduction | None = None
     layout: Layout = WHOLE
+    may_part: bool = False  # other ranks may decide otherwise
 
 
 def enter(
@@ -62,7 +63,9 @@ def enter(
         path = _path(gate)
         given = batch() if plan.mode == "sample" else None
         drawn_ones = {n: drawn(plan, n, path, given) for n in gate.blocks}
-        return Entry(drawn_ones, path, wrapper, hung, layout)
+        alike = plan.mode == "batch" and not plan.ranks_differ
+        apart = not alike and may_part(plan, gate.name, gate.blocks)
+        return Entry(drawn_ones, path, wrapper, hung, layout, apart)
 
     entry = remembered(gate, make, may_recompute=training)
     decisions = entry.decisions
@@ -70,7 +73,6 @@ def enter(
     unchanged = gate.alone if plain else frozenset()
     if not plain and all(decision.all_on_all_rows for decision in decisions.values()):
         unchanged = gate.within
-    alike = plan.mode == "batch" and not plan.ranks_differ
     return Passage(
         gate,
         decisions,
@@ -81,7 +83,7 @@ def enter(
         layout=entry.layout,
         plain=plain,
         unchanged=unchanged,
-        may_part=bool(entry.path) and not alike and may_part(plan, gate.name, gate.blocks),
+        may_part=entry.may_part,
     )
 
 
