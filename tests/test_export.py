@@ -59,8 +59,8 @@ def test_torch_export_by_its_strict_way(name: str) -> None:
     model, x, _ = gated(name)
     try:
         exported = torch.export.export(model, (x,), strict=True).module()
-    except torch._dynamo.exc.Unsupported:
-        pytest.skip("this torch cannot follow the gates")
+    except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.TorchRuntimeError):
+        pytest.skip("this torch cannot follow the gates")  # the latter from 2.6
     assert torch.equal(exported(x), model(x))
 
 
