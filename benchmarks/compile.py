@@ -1,7 +1,7 @@
 """What `depth.compile()` costs and saves: inductor, beside eager.
 
     export PYTHONPATH=examples                  # from a checkout
-    python benchmarks/compile.py                # all cases, some half an hour on two cores
+    python benchmarks/compile.py                # all cases, some quarter of an hour
     python benchmarks/compile.py vit_tiny-0.4   # some of them; nothing is written
     python benchmarks/compile.py 2              # with few steps, to try it
 
@@ -178,7 +178,7 @@ def _timed(step: Callable[[int], None], numbers: Sequence[int]) -> float:
 
 
 def main(arguments: Sequence[str]) -> None:
-    steps = 40
+    steps = 16
     if arguments and arguments[0].isdigit():
         steps, arguments = int(arguments[0]), arguments[1:]
     # The plain network's blocks share one function, which torch compiles so often and no more.
