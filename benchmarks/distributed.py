@@ -1,7 +1,7 @@
 """What training on several processes costs, and saves: DistributedDataParallel and fully_shard.
 
     export PYTHONPATH=examples                  # from a checkout
-    python benchmarks/distributed.py            # some four minutes on two cores
+    python benchmarks/distributed.py            # some seven minutes on two cores
     python benchmarks/distributed.py --steps 5  # a try; nothing is written
 
 Real processes over gloo, each with one thread. Under DistributedDataParallel: the step time with
