@@ -17,8 +17,11 @@ torch.set_num_threads(1)
 THOROUGH = (
     "resnet101",
     "resnet152",
+    "torchvision:vit_b_16",
     "wide_resnet50",
     "timm:cait",
+    "timm:coat",
+    "timm:convnextv2",
     "timm:efficientnet_lite0",
     "timm:maxvit",
     "timm:xcit",
