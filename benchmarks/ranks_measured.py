@@ -9,10 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import os
-import subprocess
 import sys
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter, thread_time
@@ -27,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import stochastic_depth as sd
 from interleaved import ratio, take_turns
+from launching import launched
 from ranks_cases import DRAWS, NETWORKS, RATES, Network
 
 PROCESSES = 2
@@ -117,14 +115,7 @@ def as_rank(file: Path, steps: int) -> None:
 
 def measured(steps: int) -> dict[str, Any]:
     """Launches the processes, and reads what they found."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(PROCESSES), __file__]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "measured.json")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run([*command, str(file), str(steps)], env=environment, check=True)
-        results: dict[str, Any] = json.loads(file.read_text())
-    return results
+    return launched(Path(__file__).name, PROCESSES, steps)
 
 
 if __name__ == "__main__":

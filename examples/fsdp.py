@@ -147,12 +147,7 @@ def save(
     depth: sd.StochasticDepth,
 ) -> None:
     """Every rank its shards; the last complete checkpoint is the one that `last` names."""
-    weights, moments = get_state_dict(model, optimizer)
-    state: dict[str, Any] = {
-        "model": weights,
-        "optimizer": moments,
-        "depth": depth.state_dict(),
-    }
+    state = state_of(model, optimizer, depth)
     state_dict_saver.save(state, checkpoint_id=out / f"step-{step}")
     if dist.get_rank() == 0:
         (out / "last.new").write_text(str(step))
@@ -166,18 +161,20 @@ def resume(
     if not (out / "last").exists():
         return 0
     step = int((out / "last").read_text())
-    weights, moments = get_state_dict(model, optimizer)
-    state: dict[str, Any] = {
-        "model": weights,
-        "optimizer": moments,
-        "depth": depth.state_dict(),
-    }
+    state = state_of(model, optimizer, depth)
     state_dict_loader.load(state, checkpoint_id=out / f"step-{step}")
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
     )
     depth.load_state_dict(state["depth"])
     return step
+
+
+def state_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer, depth: sd.StochasticDepth
+) -> dict[str, Any]:
+    weights, moments = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": moments, "depth": depth.state_dict()}
 
 
 def whole(value: Tensor) -> Tensor:

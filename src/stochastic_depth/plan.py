@@ -88,6 +88,7 @@ class Plan:
     together: tuple[Any, dict[str, Any]] = (None, {})  # what was last drawn for all units at once
     agreed: set[str] = field(default_factory=set)  # containers called since ranks were compared
     forwards: int = 0  # in which they had to agree
+    listed_in: int = 0  # the last of these in which lists of units to prefetch were looked at
 
     @property
     def ranks_differ(self) -> bool:

@@ -20,9 +20,10 @@ from stochastic_depth.discovery.explicit import (
     with_explicit_blocks,
 )
 from stochastic_depth.discovery.recording import Recording
-from stochastic_depth.discovery.unsharded import is_in_parts, unsharded
+from stochastic_depth.discovery.unsharded import unsharded
 from stochastic_depth.discovery.watch import watch_once
 from stochastic_depth.errors import ExampleInputsError, NoResidualBlocksError
+from stochastic_depth.torch_private import is_in_parts
 
 __all__ = [
     "Discovery",

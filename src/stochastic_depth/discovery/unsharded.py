@@ -14,23 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from stochastic_depth.torch_private import is_fully_sharded_unit, without_sharding
+from stochastic_depth.torch_private import is_part, without_sharding
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_load_state_dict_post_hooks")
-
-
-def is_in_parts(model: nn.Module) -> bool:
-    """Whether a process holds a part of its weights alone: `fully_shard`, or tensor parallel."""
-    return any(map(is_fully_sharded_unit, model.modules())) or any(
-        hasattr(parameter, "device_mesh") for parameter in model.parameters()
-    )
 
 
 def unsharded(model: nn.Module) -> nn.Module:
     """A copy without weights of a model in parts, as it was before it was taken apart."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        if id(tensor) not in memo and (isinstance(tensor, nn.Parameter) or _is_in_parts(tensor)):
+        if id(tensor) not in memo and (isinstance(tensor, nn.Parameter) or is_part(tensor)):
             empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
             is_weight = isinstance(tensor, nn.Parameter)
             trained = tensor.requires_grad
@@ -46,17 +39,13 @@ def full_parameters(module: nn.Module) -> Iterator[None]:
     try:
         for part, own in before:
             for name, tensor in own.items():
-                if tensor is not None and _is_in_parts(tensor):
+                if tensor is not None and is_part(tensor):
                     full = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
                     part._parameters[name] = nn.Parameter(full, requires_grad=False)
         yield
     finally:
         for part, own in before:
             part._parameters.update(own)
-
-
-def _is_in_parts(tensor: Any) -> bool:
-    return hasattr(tensor, "device_mesh")
 
 
 @contextmanager

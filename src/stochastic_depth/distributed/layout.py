@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -13,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from stochastic_depth.distributed.groups import is_running
 from stochastic_depth.errors import SetupError
 from stochastic_depth.torch_private import (
+    called_by_a_pipeline,
     holds_fsdp1,
     inside_ddp,
     inside_fsdp1,
@@ -67,7 +65,7 @@ def layout_of(module: nn.Module, name: str) -> Layout:
         raise _refused(name, "DeepSpeed's ZeRO-3", _SHARD)
     if inside_fsdp1(module):
         raise _refused(name, "FullyShardedDataParallel (FSDP1)", _SHARD)
-    if _in_a_pipeline():
+    if called_by_a_pipeline():
         raise _refused(name, "a pipeline of torch.distributed.pipelining", _PIPELINE)
     inner = tuple(
         n
@@ -119,17 +117,3 @@ def _refused(name: str, kind: str, instead: str) -> SetupError:
         expected="one process, DistributedDataParallel, fully_shard or tensor parallel",
         instead=instead,
     )
-
-
-def _in_a_pipeline() -> bool:
-    """Whether a stage of a pipeline is what calls."""
-    return "torch.distributed.pipelining.stage" in sys.modules and any(
-        "/distributed/pipelining/" in code.co_filename.replace("\\", "/") for code in _callers()
-    )
-
-
-def _callers() -> Iterator[Any]:
-    frame = sys._getframe(1)
-    while frame is not None:
-        yield frame.f_code
-        frame = frame.f_back  # type: ignore[assignment]

@@ -7,17 +7,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.gating import hooks
 from stochastic_depth.gating.container import call_container
 from stochastic_depth.gating.passage import Gate, Original, Passage, Role, changed, running
 from stochastic_depth.gating.recomputation import note, recall
-from stochastic_depth.gating.scaled import with_scaled_weights
+from stochastic_depth.gating.scaled import multiplied, with_scaled_weights
 from stochastic_depth.gating.stand_in import stand_in
 from stochastic_depth.rows import masked, spread, take
-from stochastic_depth.torch_private import tree_flatten, tree_leaves, tree_unflatten
+from stochastic_depth.torch_private import tree_leaves
 
 
 def role_in(gate: Gate) -> tuple[Passage, Role] | None:
@@ -96,7 +96,7 @@ def call_member(
         if recomputed:
             running.passages.pop()
     if factor != 1.0:
-        output = _multiplied(output, role.scaled, factor)
+        output = multiplied(output, role.scaled, factor)
     return _with_rows_back(passage, role, gate, output)
 
 
@@ -149,12 +149,3 @@ def _require_gradients(output: Any, numbers: frozenset[int]) -> None:
     leaves = tree_leaves(output)
     for number in numbers:
         leaves[number].requires_grad_()
-
-
-def _multiplied(output: Any, numbers: frozenset[int], factor: float) -> Any:
-    if isinstance(output, Tensor):
-        return output * factor
-    leaves, spec = tree_flatten(output)
-    for number in numbers:
-        leaves[number] = leaves[number] * factor
-    return tree_unflatten(leaves, spec)

@@ -48,7 +48,8 @@ def make_sure_ranks_agree(gate: Gate, module: nn.Module, layout: Layout) -> None
     if plan.ranks_differ:
         return
     plan.agree(gate.name, layout.ranks, training=module.training)
-    if is_fully_sharded_unit(module):
+    if plan.listed_in != plan.forwards and is_fully_sharded_unit(module):
+        plan.listed_in = plan.forwards  # once in a forward, for all units
         prefetch_what_runs(module, _will_run)
 
 

@@ -1,4 +1,4 @@
-"""A branch's factor in the weights of the module that ends it: cheaper than on its output.
+"""A branch's factor on the output of the module that ends it, or in its weights: cheaper.
 
 `c * (w @ x + b)` is `(c * w) @ x + c * b`, up to rounding: a product with some thousand weights
 takes the place of one with every value of the branch, forward and backward.
@@ -6,9 +6,13 @@ takes the place of one with every value of the branch, forward and backward.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from stochastic_depth.torch_private import tree_flatten, tree_unflatten
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -44,3 +48,20 @@ def with_scaled_weights(module: nn.Module, weights: tuple[str, ...], factor: flo
     changed = {name: kept[name] * factor for name in weights}
     vars(twin).update({**content, "_parameters": {**kept, **changed}})
     return twin
+
+
+def multiplied(output: Any, numbers: Iterable[int], factor: Any) -> Any:
+    """An output with these leaves times the factor: a number, or in a graph a tensor."""
+    if isinstance(output, Tensor):
+        return _times(output, factor)
+    leaves, spec = tree_flatten(output)
+    for number in numbers:
+        leaves[number] = _times(leaves[number], factor)
+    return tree_unflatten(leaves, spec)
+
+
+def _times(value: Tensor, factor: Any) -> Tensor:
+    """The product, with a factor that is not rounded to half a precision before."""
+    if isinstance(factor, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+        return (value.float() * factor).to(value.dtype)
+    return value * factor

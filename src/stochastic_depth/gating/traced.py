@@ -9,20 +9,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from stochastic_depth.deciding import inference_factor
 from stochastic_depth.discovery.undisturbed import eagerly
 from stochastic_depth.errors import warn
 from stochastic_depth.gating.passage import Gate, Original, Passage, running
+from stochastic_depth.gating.scaled import multiplied
 from stochastic_depth.plan import Plan
 from stochastic_depth.torch_private import (
     left_out_of_graphs,
     once_in_a_trace,
-    tree_flatten,
-    tree_unflatten,
 )
 
 Factors = tuple[Any, ...]  # of a container, one for each of its branches; none: not multiplied
@@ -70,7 +68,7 @@ def traced_call(
         output = original(module, *args, **kwargs)
     if around and gate.end is not None:
         number, *leaves = gate.end
-        output = _multiplied(output, leaves, around[number])
+        output = multiplied(output, leaves, around[number])
     return output
 
 
@@ -133,19 +131,3 @@ def _count() -> None:
 def _in_a_compiled_block() -> bool:
     """Whether this trace is of a container that its user compiled: its branches run as they are."""
     return bool(running.passages) and running.passages[-1].compiled
-
-
-def _multiplied(output: Any, leaves: list[int], factor: Any) -> Any:
-    if isinstance(output, Tensor):
-        return _times(output, factor)
-    values, spec = tree_flatten(output)
-    for number in leaves:
-        values[number] = _times(values[number], factor)
-    return tree_unflatten(values, spec)
-
-
-def _times(value: Tensor, factor: Any) -> Tensor:
-    """The product, with a factor that is not rounded to half a precision before."""
-    if isinstance(factor, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
-        return (value.float() * factor).to(value.dtype)
-    return value * factor

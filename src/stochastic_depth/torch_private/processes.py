@@ -64,9 +64,17 @@ def inside_fsdp1(module: nn.Module) -> bool:
 def holds_fsdp1(model: nn.Module) -> bool:
     """Whether it is, holds or lies in a FullyShardedDataParallel, told while no forward runs."""
     named = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
-    in_parts = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
-    units = any(map(is_fully_sharded_unit, model.modules()))
-    return named or (is_managed_by_fsdp(model) and not in_parts and not units)
+    return named or (is_managed_by_fsdp(model) and not is_in_parts(model))
+
+
+def is_part(tensor: Any) -> bool:
+    """Whether this process holds a part of it alone."""
+    return hasattr(tensor, "device_mesh")
+
+
+def is_in_parts(model: nn.Module) -> bool:
+    """Whether this process holds a part of its weights: `fully_shard`, or tensor parallel."""
+    return any(map(is_fully_sharded_unit, model.modules())) or any(map(is_part, model.parameters()))
 
 
 def mesh_of(module: nn.Module) -> tuple[tuple[int, ...] | None, int]:
@@ -75,8 +83,9 @@ def mesh_of(module: nn.Module) -> tuple[tuple[int, ...] | None, int]:
     None and 0 where they are no distributed tensors.
     """
     ranks, dims = None, 0
+    parameter: Any
     for parameter in module.parameters():
-        if hasattr(parameter, "device_mesh"):
+        if is_part(parameter):
             ranks = tuple(sorted(parameter.device_mesh.mesh.flatten().tolist()))
             shards = [p for p in getattr(parameter, "placements", ()) if p.is_shard()]
             dims = max(dims, len(shards))
@@ -85,9 +94,20 @@ def mesh_of(module: nn.Module) -> tuple[tuple[int, ...] | None, int]:
 
 def called_by_fully_shard() -> bool:
     """Whether it is a hook of `fully_shard` that runs just now."""
+    return _is_called_from("_fully_shard")
+
+
+def called_by_a_pipeline() -> bool:
+    """Whether it is a stage of a pipeline that runs just now."""
+    known = "torch.distributed.pipelining.stage" in sys.modules
+    return known and _is_called_from("pipelining")
+
+
+def _is_called_from(folder: str) -> bool:
+    """Whether code in this folder of torch.distributed is under way."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if "_fully_shard" in frame.f_code.co_filename:
+        if folder in frame.f_code.co_filename and "distributed" in frame.f_code.co_filename:
             return True
         frame = frame.f_back
     return False
