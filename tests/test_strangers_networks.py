@@ -80,6 +80,12 @@ CASES = [
         },
         tuple(f"layers.{i}.local.{n}" for i in range(2) for n in range(2)),
     ),
+    Case(
+        strangers.MaskedNet,
+        (2, 5, 4),
+        {f"layers.{i}": ["out"] for i in range(6)},
+        tuple(f"layers.{i}" for i in range(6)),
+    ),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.network.__name__)
 

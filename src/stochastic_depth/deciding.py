@@ -138,15 +138,21 @@ def _rows(
 
 
 def possible_counts(plan: Plan, block: int, batch: int) -> set[int]:
-    """The numbers of rows that a block may run on as a whole at this step."""
+    """Numbers of rows that a block may run on as a whole: one and all, if it may, and any other.
+
+    At some step: a schedule takes a rate anywhere between 0 and what it is without.
+    """
+    if not plan.rates[block]:
+        return {batch}
     counts = plan.counts[block]
-    of_units = [
-        {*counts.around(batch * (1.0 - rate), batch)} if rate else {batch}
-        for rate in (plan.rate(block, unit) for unit in plan.units(block))
-    ]
-    # Branches with rows of their own are run at once where none is dropped.
-    alike = of_units[0] if len(of_units) == 1 else {batch}.intersection(*of_units)
-    return alike - {0}
+    below, above = counts.around(batch * (1.0 - plan.rates[block]), batch)
+    above = batch if plan.schedule.by_name else above
+    if len(plan.units(block)) > 1:  # with rows of their own
+        in_groups = plan.blocks[block].container in plan.in_groups
+        # Else all at once where none is dropped.
+        return {n for n in (1, 2, batch) if n <= batch} if in_groups else {batch} & {above}
+    some = {n for n in (1, 2, below, above) if below <= n <= above}
+    return {n for n in some if n and n in counts.around(n, batch)}
 
 
 def _chosen(plan: Plan, unit: str, call: tuple[int, ...], batch: Batch, count: int) -> Tensor:

@@ -58,5 +58,11 @@ MAX_POOLS = frozenset("max_pool2d max_pool2d_with_indices max_pool3d_with_indice
 AFFINE = HOMOGENEOUS | PRODUCTS | SUMS | BATCH_NORMS
 """Affine in their data where only one operand depends on it (for sums: any number)."""
 
+FILLED = frozenset(
+    "new_empty new_empty_strided new_full new_ones new_zeros empty_like full_like ones_like "
+    "rand_like randint_like randn_like zeros_like".split()
+)
+"""Ask their input for its shape, and for none of its values: what they make comes from nowhere."""
+
 SPLITS = frozenset("split split_with_sizes chunk unbind".split())
 """Ends the walk along a skip connection: what follows is a part of a value, not the value."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.discovery.example import Example
-from stochastic_depth.discovery.operations import ADDITIONS
+from stochastic_depth.discovery.operations import ADDITIONS, FILLED
 from stochastic_depth.discovery.recording import Call, Node, Recording
 from stochastic_depth.discovery.templates import Place, describe, form, order, signature
 from stochastic_depth.discovery.undisturbed import undisturbed
@@ -123,7 +123,7 @@ class Watcher(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        inputs = tuple(self.value(tensor) for tensor in tensors)
+        inputs = () if name in FILLED else tuple(self.value(tensor) for tensor in tensors)
         written = _written(func, args, kwargs)
         overwrites = tuple(self.value(tensor) for tensor in written)
         zero: frozenset[int] = frozenset()

@@ -14,8 +14,10 @@ from stochastic_depth.gating.passage import Gate, Original, Passage, running
 from stochastic_depth.gating.recomputation import note, recall
 from stochastic_depth.rows import Dims, Rows, take
 
-# Which graph: how many rows it is for, None: all; and what the branches are multiplied by.
+# Which graph: for one row (1), for any number of rows (2), or for all that are given (None), where
+# that is no window of them; and what the branches are multiplied by.
 Graph = tuple[int | None, tuple[float, ...]]
+_SEVERAL = 2  # a graph that holds for two rows holds for all numbers but one
 
 
 class NoGraphError(Exception):
@@ -55,12 +57,17 @@ def compiled_forward(forward: Original) -> Original:
 
 def _of(passage: Passage) -> Graph | None:
     """The graph for what is decided; None where not all branches run on all that is given."""
-    decisions = passage.decisions.values()
-    rows = next(iter(decisions)).rows[0] if passage.on_rows else None
-    for decision in decisions:
-        if not all(decision.kept) or any(some is not rows for some in decision.rows):
+    rows = passage.given
+    for decision in passage.decisions.values():
+        if not all(decision.kept) or any(
+            some is not None and some is not rows for some in decision.rows
+        ):
             return None
-    return (None if rows is None else rows.count), _factors(passage)
+    return _graph(passage, rows)
+
+
+def _graph(passage: Passage, rows: Rows | None) -> Graph:
+    return (None if rows is None else min(rows.count, _SEVERAL)), _factors(passage)
 
 
 def _factors(passage: Passage) -> tuple[float, ...]:
@@ -92,25 +99,33 @@ def build(
     """
     gate, compiler = passage.gate, passage.gate.plan.compiler
     for rows in _other_draws(passage, size):
-        graph = (None if rows is None else rows.count), _factors(passage)
+        graph = _graph(passage, rows)
         if compiler.knows(gate, graph, module) or passage.layout.sharded:
             continue
-        some = (args, kwargs) if rows is None else take((args, kwargs), takes, rows)[0]
-        region = compiler.region(gate, graph, module, *some)
-        if rows is not None and region is not None and rows.count > 1 and size % rows.count:
+        if rows is None:
+            compiler.region(gate, graph, module, args, kwargs)
+            continue
+        some, named = take((args, kwargs), takes, rows)[0]
+        region = compiler.region(gate, graph, module, some, named, takes)
+        if region is not None and rows.count > 1:
             # A window that wraps around is a copy, whose strides may be others.
             around = replace(rows, start=size - 1)
-            region.build(graph, module, *take((args, kwargs), takes, around)[0])
+            some, named = take((args, kwargs), takes, around)[0]
+            region.build(graph, module, some, named, takes)
 
 
 def _other_draws(passage: Passage, size: int) -> list[Rows | None]:
-    """The rows that a drawn call may run on as a whole."""
+    """The rows that a drawn call may run on as a whole; of several, one number."""
     gate, plan = passage.gate, passage.gate.plan
     if not size:
         return [None]
     if plan.forced is not None or plan.disabled:
         return []
-    counts = possible_counts(plan, gate.blocks[0], size)
+    several = max(_SEVERAL, size // 2)  # for all blocks the same, whatever their rates
+    counts = {
+        count if count in (1, size) else several
+        for count in possible_counts(plan, gate.blocks[0], size)
+    }
     return [None if count == size else Rows(size, 0, count) for count in counts]
 
 

@@ -90,24 +90,26 @@ def _run_in_part(
                 gate.batch[called],
                 decision.rows,
                 decision.kept,
-                lambda kept, some, named: _run(
-                    _of_group(passage, decision, kept), module, original, some, named
+                lambda kept, group, some, named: _run(
+                    _of_group(passage, decision, kept, group), module, original, some, named
                 ),
                 (args, kwargs),
             )
         return _run(passage, module, original, args, kwargs)
     (some, named), rests = take((args, kwargs), gate.batch[called].takes, rows)
-    passage.on_rows, passage.unchanged = True, gate.within
+    passage.given, passage.unchanged = rows, gate.within
     output = _run(passage, module, original, some, named)
     # A dropped row comes to what it is in a dropped block.
     return put_back(output, gate.batch[called].gives, rests, rows)
 
 
-def _of_group(passage: Passage, decision: Decision, kept: tuple[bool, ...]) -> Passage:
+def _of_group(passage: Passage, decision: Decision, kept: tuple[bool, ...], group: Rows) -> Passage:
     """The same call for those rows of the batch on which just these branches run."""
     decided = Decision(kept, decision.factors, (None,) * len(kept))
     decisions = {passage.gate.blocks[0]: decided}
-    return replace(passage, decisions=decisions, counts={}, visits=0, unchanged=frozenset())
+    return replace(
+        passage, decisions=decisions, counts={}, given=group, visits=0, unchanged=frozenset()
+    )
 
 
 def _run(passage: Passage, module: nn.Module, original: Original, args: Any, kwargs: Any) -> Any:

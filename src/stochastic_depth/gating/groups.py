@@ -15,7 +15,7 @@ from torch import Tensor
 from stochastic_depth.rows import Held, Rows, spread, take, together
 from stochastic_depth.torch_private import tree_leaves
 
-Run = Callable[[tuple[bool, ...], Any, Any], Any]
+Run = Callable[[tuple[bool, ...], Rows, Any, Any], Any]
 
 
 def run_in_groups(
@@ -31,7 +31,7 @@ def run_in_groups(
         held: Where its arguments and output hold the batch.
         rows: Of each branch, the rows that it runs on; None: all, or none.
         kept: Whether each branch runs at all.
-        run: Runs the block on some rows: which branches run, and the arguments.
+        run: Runs the block on some rows: which branches run, which rows, and their arguments.
         arguments: The positional and keyword arguments, on all rows.
     """
     size = next(some.batch for some in rows if some is not None)
@@ -48,6 +48,6 @@ def run_in_groups(
     for branches, numbers in groups.items():
         group = Rows(size, 0, len(numbers), torch.tensor(numbers, device=device))
         (args, kwargs), _ = take(arguments, held.takes, group)
-        output = spread(run(branches, args, kwargs), held.outputs, group)
+        output = spread(run(branches, group, args, kwargs), held.outputs, group)
         result = output if result is None else together(result, output, held.outputs)
     return result

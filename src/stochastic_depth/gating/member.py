@@ -36,13 +36,13 @@ def role_in(gate: Gate) -> tuple[Passage, Role] | None:
         role = roles[position]
         if role is None:
             return None
-        noted = (passage.decisions, role, passage.hung, passage.on_rows)
+        noted = (passage.decisions, role, passage.hung, passage.given)
         note(gate, noted, passage.decisions, may_recompute=passage.training)
         return passage, role
     recomputed, recalled = recall(gate)
     if recalled is not None:
-        decisions, role, hung, on_rows = recalled
-        return Passage(gate, decisions, training=True, hung=hung, on_rows=on_rows), role
+        decisions, role, hung, given = recalled
+        return Passage(gate, decisions, training=True, hung=hung, given=given), role
     if recomputed or gate.used_elsewhere:
         return None  # what runs plain leaves nothing to recall
     container = next(iter(gate.roles))
@@ -77,7 +77,7 @@ def call_member(
             _require_gradients(out, role.scaled)
         return out
     rows = decision.rows[role.branch]
-    if rows is not None and not passage.on_rows and not decision.masked:
+    if rows is not None and passage.given is None and not decision.masked:
         (args, kwargs), _ = take((args, kwargs), role.takes, rows)
     factor = decision.factors[role.branch] if role.scaled else 1.0
     if factor != 1.0 and role.weights and passage.training:
@@ -114,10 +114,11 @@ def _with_rows_back(passage: Passage, role: Role, gate: Gate, output: Any) -> An
         return output
     if decision.masked:
         output = masked(output, role.gives, rows)
-    elif not passage.on_rows:
+    elif passage.given is None:
         output = spread(output, role.gives, rows)
     if gate.plan.probe is not None and not role.within:
-        _note_value(gate, role, spread(output, role.ends, rows) if passage.on_rows else output)
+        whole = passage.given is None
+        _note_value(gate, role, output if whole else spread(output, role.ends, rows))
     return output
 
 

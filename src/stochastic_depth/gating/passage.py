@@ -18,7 +18,7 @@ from stochastic_depth.distributed.layout import WHOLE, Layout
 from stochastic_depth.distributed.reduction import Reduction
 from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.plan import Plan
-from stochastic_depth.rows import Dims, Held
+from stochastic_depth.rows import Dims, Held, Rows
 
 Original = Callable[..., Any]
 
@@ -82,7 +82,7 @@ class Passage:
     wrapper: Any = None  # the DistributedDataParallel around it
     hung: Reduction | None = None  # hangs what is skipped on the graph, where ranks reduce it
     layout: Layout = WHOLE  # where its parameters are
-    on_rows: bool = False  # its forward is given the kept rows alone
+    given: Rows | None = None  # the rows that its forward is given, where not the whole batch
     plain: bool = False  # all branches run, on all rows, and are not multiplied
     unchanged: frozenset[Gate] = frozenset()  # its members that nothing need be looked up for
     may_part: bool = False  # other ranks may decide otherwise: nothing inside may wait for them

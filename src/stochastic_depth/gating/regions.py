@@ -27,7 +27,15 @@ from stochastic_depth.gating.passage import Gate, Original
 from stochastic_depth.gating.swap import compile_in
 from stochastic_depth.gating.traced import graphs, open_block
 from stochastic_depth.plan import Plan
-from stochastic_depth.torch_private import is_compiled, no_graph, tree_leaves, tree_map
+from stochastic_depth.rows import Dims
+from stochastic_depth.torch_private import (
+    is_compiled,
+    let_vary,
+    no_graph,
+    tree_flatten,
+    tree_leaves,
+    tree_unflatten,
+)
 
 _FULL = 4  # graphs in a region, where blocks that look alike differ in what their forwards read
 _building = threading.RLock()
@@ -92,11 +100,26 @@ class Region:
         forward: Any = type(module).forward
         return self._compiled(module, forward.__wrapped__, factors, args, kwargs)
 
-    def build(self, graph: Graph, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Run a block without leaving a trace, so that there is a graph for it."""
+    def build(
+        self, graph: Graph, module: nn.Module, args: Any, kwargs: Any, rows: Dims | None = None
+    ) -> None:
+        """Run a block without leaving a trace, so that there is a graph for it.
+
+        Args:
+            graph: Which.
+            module: The block.
+            args: Its arguments.
+            kwargs: The same, by keyword.
+            rows: Their leaves that hold rows, of which a graph for several may be given any number.
+        """
         before = graphs()
         with torch.enable_grad():
-            some, named = tree_map(_apart, (args, kwargs))
+            leaves, spec = tree_flatten((args, kwargs))
+            leaves = [_apart(leaf) for leaf in leaves]
+        for number, dim in (rows or {}).items():
+            if leaves[number] is not None:
+                let_vary(leaves[number], dim)
+        some, named = tree_unflatten(leaves, spec)
         with restored(module), saved_tensors_hooks(_same, _same):
             self.run(graph, module, some, named)
         self.graphs += graphs() > before
@@ -118,13 +141,19 @@ class Compiler:
         return _key(gate, graph, module) in self.regions
 
     def region(
-        self, gate: Gate, graph: Graph, module: nn.Module, args: Any, kwargs: Any
+        self,
+        gate: Gate,
+        graph: Graph,
+        module: nn.Module,
+        args: Any,
+        kwargs: Any,
+        rows: Dims | None = None,
     ) -> Region | None:
         """The region for this graph of a block; None where its forward is not one graph."""
         key = _key(gate, graph, module)
         if key not in self.regions:
             with _building:
-                self.regions[key] = self._new_region(key, graph, module, args, kwargs)
+                self.regions[key] = self._new_region(key, graph, module, args, kwargs, rows)
         return self.regions[key]
 
     def run(self, gate: Gate, graph: Graph, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -144,7 +173,13 @@ class Compiler:
         raise NoGraphError
 
     def _new_region(
-        self, key: tuple[Any, ...], graph: Graph, module: nn.Module, args: Any, kwargs: Any
+        self,
+        key: tuple[Any, ...],
+        graph: Graph,
+        module: nn.Module,
+        args: Any,
+        kwargs: Any,
+        rows: Dims | None,
     ) -> Region | None:
         leaves = tree_leaves((args, kwargs))
         trained = tuple(leaf.requires_grad for leaf in leaves if isinstance(leaf, Tensor))
@@ -154,7 +189,7 @@ class Compiler:
             alike.append(Region(type(module).__name__, self.options))
         if all(map(_is_plain, leaves)):  # else its first call builds the graph
             try:
-                alike[-1].build(graph, module, args, kwargs)
+                alike[-1].build(graph, module, args, kwargs, rows)
             except no_graph() as error:
                 _give_up(key, error)
                 return None

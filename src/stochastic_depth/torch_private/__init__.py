@@ -28,6 +28,8 @@ _dynamo_marked_constant         what runs while torch.compile traces  a compiled
                                 a call, and not when it is made       every call
 Unsupported, UserError,         blocks that are not one graph run     compiling them raises
 FailOnRecompileLimitHit         eagerly
+maybe_mark_dynamic              one graph for all numbers of rows     the first two have a graph
+                                                                      each, the second for others
 activation_relu_or_gelu         calling the parts of torch's own      inference under no_grad
                                 encoder layer in inference, too       raises
 ProcessGroup.unbox,             among which ranks a collective is,    a collective in a branch is
@@ -52,6 +54,7 @@ from stochastic_depth.torch_private.compiling import (
     is_compiled,
     is_wrapper,
     left_out_of_graphs,
+    let_vary,
     no_graph,
     once_in_a_trace,
 )
@@ -104,6 +107,7 @@ __all__ = [
     "is_part",
     "is_wrapper",
     "left_out_of_graphs",
+    "let_vary",
     "mesh_of",
     "modules_of_unit",
     "no_graph",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 
@@ -27,6 +27,16 @@ def no_graph() -> tuple[type[Exception], ...]:
 
     too_many = getattr(exc, "FailOnRecompileLimitHit", exc.Unsupported)
     return exc.Unsupported, exc.UserError, too_many
+
+
+def let_vary(tensor: Tensor, dim: int) -> None:
+    """Have torch.compile make a graph that holds for other lengths of this dimension, too.
+
+    Where the length is 1, or code asks for it, a graph still holds for this one alone.
+    """
+    mark: Callable[[Tensor, int], None] | None = getattr(torch._dynamo, "maybe_mark_dynamic", None)
+    if mark is not None:
+        mark(tensor, dim)
 
 
 def left_out_of_graphs(function: Call, why: str) -> Call:
