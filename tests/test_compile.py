@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import stochastic_depth as sd
-from networks import WIDTH, batch, make, residuals, settled, vectors
+from networks import WIDTH, BasicBlock, batch, make, residuals, settled, vectors
 from test_rows_in_groups import InLineAttention
 
 pytestmark = [
@@ -183,6 +183,99 @@ def test_whatever_number_of_rows_a_schedule_comes_to(
             numbers |= {len(rows) for rows in depth.last_gates.values()}
     assert len(numbers) > 8
     assert 1 in numbers or name == "resnet"
+
+
+class OneEnd(nn.Module):
+    """One module ends both branches, and stands in the middle of the second as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.drop_path = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.first(x.tanh()))
+        return x + self.drop_path(self.second(self.drop_path(x.sin())))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale": "train"},
+        {"scale": "eval", "unit": "branch", "schedule": {"*:1": sd.constant(0.5)}},
+    ],
+)
+def test_a_module_that_ends_one_branch_after_the_other(options: dict[str, Any]) -> None:
+    model, x = (
+        settled(
+            lambda: nn.Sequential(nn.Linear(3, WIDTH), nn.Sequential(*(OneEnd() for _ in range(6))))
+        ),
+        vectors(4, 3),
+    )
+    rates = {f"1.{i}": i / 10 + 0.1 for i in range(6)}
+    eager, _ = compiled(model, x, rates, **options)
+    assert_same_step(model.train(), eager.train(), x)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), eager.eval()(x))
+    assert graphs() == 2
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for step in range(20):
+            assert_same_step(model.train(), eager.train(), batch(x, step))
+            with torch.no_grad():
+                assert torch.equal(model.eval()(x), eager.eval()(x))
+
+
+class Expanded(nn.Module):
+    """Its layers are given five times the same memory, until one of them has run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layers = nn.Linear(3, WIDTH), residuals(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(self.embed(x).mean(1, keepdim=True).expand(-1, 5, -1))
+
+
+class Channels(nn.Module):
+    """A residual layer on the channels in the last dimension, in memory as well where it ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.tanh()).contiguous() + x
+
+
+class Alternating(nn.Module):
+    """Convolutions, and layers on the channels: who ran last decides on the memory format."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, WIDTH, 3)
+        self.convolutions = nn.ModuleList(BasicBlock(WIDTH, WIDTH) for _ in range(4))
+        self.layers = nn.ModuleList(Channels() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for convolution, layer in zip(self.convolutions, self.layers, strict=True):
+            x = convolution(x)
+            x = layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return x
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "sample"}], ids=["batch", "sample"])
+@pytest.mark.parametrize("network", [Expanded, Alternating])
+def test_memory_formats_that_depend_on_the_draw(
+    network: type[nn.Module], options: dict[str, Any]
+) -> None:
+    x = (vectors(8, 5, 3) if network is Expanded else vectors(8, 3, 6, 6)).double()
+    model = settled(network).double()
+    eager, _ = compiled(model, x, 0.5, **options)
+    assert_same_step(model.train(), eager.train(), x, rounding=1e-9)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for step in range(60):
+            assert_same_step(model, eager, batch(x, step).double(), rounding=1e-9)
 
 
 class SequenceFirst(nn.Module):

@@ -91,7 +91,7 @@ class Rows:
         pieces = iter(full.split([length for length in lengths if length], dim))
         parts = [next(pieces) if length else None for length in lengths]
         if self._wraps():
-            return _joined([parts[0], parts[2]], dim), parts
+            return _joined([parts[0], parts[2]], dim, _order(full)), parts
         return parts[1], parts
 
     def join(self, kept: Tensor, dim: int, rest: Any) -> Tensor:
@@ -100,10 +100,11 @@ class Rows:
             full = rest.to(torch.promote_types(rest.dtype, kept.dtype))
             return full.index_copy(dim, self._chosen(rest, dim), kept.to(full.dtype))
         first, middle, last = rest
+        order = _order(kept)
         if not self._wraps():
-            return _one_format(_joined([first, kept, last], dim))
+            return _one_format(_joined([first, kept, last], dim, order), order)
         head, tail = kept.split([first.shape[dim], last.shape[dim]], dim)
-        return _one_format(_joined([head, middle, tail], dim))
+        return _one_format(_joined([head, middle, tail], dim, order), order)
 
     def spread(self, kept: Tensor, dim: int) -> Tensor:
         """Zeros with the kept rows in their places."""
@@ -117,9 +118,9 @@ class Rows:
         if self._wraps():
             end = (self.start + self.count - self.batch) * each
             head, tail = kept.split([end, kept.shape[dim] - end], dim)
-            return _joined([head, gap, tail], dim)
+            return _joined([head, gap, tail], dim, _order(kept))
         before, behind = gap.split([each * self.start, shape[dim] - each * self.start], dim)
-        return _joined([before, kept, behind], dim)
+        return _joined([before, kept, behind], dim, _order(kept))
 
     def masked(self, full: Tensor, dim: int) -> Tensor:
         """`full` with zeros in the rows that are not kept."""
@@ -153,31 +154,49 @@ class Rows:
         return (self.chosen[:, None] * each + steps).flatten()
 
 
-def _joined(parts: Sequence[Tensor | None], dim: int) -> Tensor:
-    return torch.cat([part for part in parts if part is not None and part.shape[dim]], dim)
+def _order(x: Tensor) -> list[int] | None:
+    """Its dimensions as they follow each other in memory; None where that is as they are numbered.
+
+    What is put together keeps it: all that follows would be slow in another one.
+    """
+    strides = x.stride()
+    if x.is_contiguous() or 0 in strides:
+        return None
+    order = sorted(range(x.ndim), key=lambda dim: -strides[dim])
+    return None if order == [*range(x.ndim)] else order
 
 
-def _one_format(joined: Tensor) -> Tensor:
+def _inverse(order: list[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+def _joined(parts: Sequence[Tensor | None], dim: int, order: list[int] | None) -> Tensor:
+    """The parts one after the other, in this order of dimensions in memory."""
+    some = [part for part in parts if part is not None and part.shape[dim]]
+    if order is None:
+        return torch.cat(some, dim)
+    joined = torch.cat([part.permute(order) for part in some], order.index(dim))
+    return joined.permute(_inverse(order))
+
+
+def _one_format(joined: Tensor, order: list[int] | None) -> Tensor:
     """The same; its gradient will come in its own memory format.
 
     A gradient in another one goes through dropped rows as it is, from block to block, and every
     operation on the way back is slow.
     """
-    if joined.requires_grad and _is_channels_last(joined):
-        joined.register_hook(lambda grad: grad.contiguous(memory_format=torch.channels_last))
+    if joined.requires_grad and order is not None:
+        back = _inverse(order)
+        joined.register_hook(lambda grad: grad.permute(order).contiguous().permute(back))
     return joined
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-
-
 def _zeros(like: Tensor, shape: list[int]) -> Tensor:
-    """Zeros in the memory format of another tensor: what follows would be slow in another one."""
-    zeros = like.new_zeros(shape)
-    if _is_channels_last(like):
-        return zeros.contiguous(memory_format=torch.channels_last)
-    return zeros
+    """Zeros in the memory format of another tensor."""
+    order = _order(like)
+    if order is None:
+        return like.new_zeros(shape)
+    return like.new_zeros([shape[dim] for dim in order]).permute(_inverse(order))
 
 
 def rows_of(kept: Rows | range) -> tuple[int, ...]:

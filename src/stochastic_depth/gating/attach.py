@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
@@ -100,12 +101,20 @@ def _note_alone(gates: Mapping[str, Gate]) -> None:
 def _note_ends(gates: Mapping[str, Gate]) -> None:
     """Tell the members which branch they end, in a way that a graph can hold.
 
-    One that is several things in its containers cannot be told.
+    One that is several things in several containers cannot be told.
     """
+    members: Counter[str] = Counter()  # of each container so far: their numbers
     for gate in gates.values():
-        found = {_end(gates[name], role) for name, roles in gate.roles.items() for role in roles}
-        if len(found) == 1:
-            (gate.end,) = found
+        found = {
+            (members[name], tuple(_end(gates[name], role) for role in roles))
+            for name, roles in gate.roles.items()
+        }
+        members.update(list(gate.roles))
+        whatever = {end for _, ends in found for end in ends}
+        if len(whatever) == 1:
+            gate.ends = tuple(whatever)
+        elif len(found) == 1:
+            ((gate.number, gate.ends),) = found
         else:
             for name in gate.roles:
                 gates[name].one_graph = False

@@ -12,7 +12,7 @@ from torch.compiler import is_dynamo_compiling
 from stochastic_depth.deciding import possible_counts
 from stochastic_depth.gating.passage import Gate, Original, Passage, running
 from stochastic_depth.gating.recomputation import note, recall
-from stochastic_depth.rows import Dims, Rows, take
+from stochastic_depth.rows import Held, Rows, put_back, take
 
 # Which graph: for one row (1), for any number of rows (2), or for all that are given (None), where
 # that is no window of them; and what the branches are multiplied by.
@@ -82,9 +82,9 @@ def _factors(passage: Passage) -> tuple[float, ...]:
 
 
 def build(
-    passage: Passage, module: nn.Module, takes: Dims, size: int, args: Any, kwargs: Any
+    passage: Passage, module: nn.Module, held: Held | None, size: int, args: Any, kwargs: Any
 ) -> None:
-    """Build the graphs that this call of a container would need under other draws.
+    """Build the graphs that calls of a container may need under other draws.
 
     Weights that are sharded are not there where a block is dropped. Then its graph is built when it
     runs, on all ranks at once.
@@ -92,7 +92,7 @@ def build(
     Args:
         passage: The call, before it runs.
         module: The container.
-        takes: In mode "sample": the leaves of its arguments that hold the batch.
+        held: In mode "sample": where its arguments and its output hold the batch.
         size: In mode "sample": the number of rows; else 0.
         args: Its arguments.
         kwargs: The same, by keyword.
@@ -102,16 +102,17 @@ def build(
         graph = _graph(passage, rows)
         if compiler.knows(gate, graph, module) or passage.layout.sharded:
             continue
-        if rows is None:
-            compiler.region(gate, graph, module, args, kwargs)
-            continue
-        some, named = take((args, kwargs), takes, rows)[0]
-        region = compiler.region(gate, graph, module, some, named, takes)
-        if region is not None and rows.count > 1:
+        for given in compiler.formats.variants(args, kwargs):
+            if rows is None or held is None:
+                compiler.formats.note(compiler.build(gate, graph, module, *given))
+                continue
             # A window that wraps around is a copy, whose strides may be others.
-            around = replace(rows, start=size - 1)
-            some, named = take((args, kwargs), takes, around)[0]
-            region.build(graph, module, some, named, takes)
+            windows = [rows] if rows.count == 1 else [rows, replace(rows, start=size - 1)]
+            for window in windows:
+                (some, named), rests = take(given, held.takes, window)
+                output = compiler.build(gate, graph, module, some, named, held.takes)
+                if output is not None:
+                    compiler.formats.note(put_back(output, held.gives, rests, window))
 
 
 def _other_draws(passage: Passage, size: int) -> list[Rows | None]:

@@ -53,7 +53,7 @@ def call_container(
     if passage.training and gate.plan.compiler is not None and gate.beneath is not None:
         held = gate.batch.get(called) if called else None
         size = batch_of(gate, called, args, kwargs).size if held else 0
-        build(passage, module, held.takes if held else {}, size, args, kwargs)
+        build(passage, module, held, size, args, kwargs)
     if passage.plain:
         output = _run(passage, module, original, args, kwargs)
     else:

@@ -63,9 +63,11 @@ class Gate:
     alone: frozenset[Gate] = frozenset()
     """A container's: its members that are nothing else, nor called anywhere else."""
     within: frozenset[Gate] = frozenset()  # a container's: those of them that end no branch
-    end: tuple[int, ...] | None = None
-    """A member's that ends a branch: which of its container's, and the leaves to multiply."""
-    one_graph: bool = True  # a container's: its members are, at each call, what `end` says
+    ends: tuple[tuple[int, ...] | None, ...] = ()
+    """A member's, for its first, second, ... call, or for all of them: the branch that it ends, by
+    its number in the container, and the leaves to multiply; None: it ends none."""
+    number: int = 0  # a member's: which of its container's
+    one_graph: bool = True  # a container's: its members are, at each call, what `ends` says
     beneath: Gate | None = None  # a compiled container's: under whose name its forward is noted
 
 

@@ -23,6 +23,7 @@ from stochastic_depth.discovery.undisturbed import restored
 from stochastic_depth.errors import OptionError, warn
 from stochastic_depth.gating.attach import gated_modules
 from stochastic_depth.gating.compiled import Graph, NoGraphError
+from stochastic_depth.gating.formats import Formats
 from stochastic_depth.gating.passage import Gate, Original
 from stochastic_depth.gating.swap import compile_in
 from stochastic_depth.gating.traced import graphs, open_block
@@ -37,7 +38,7 @@ from stochastic_depth.torch_private import (
     tree_unflatten,
 )
 
-_FULL = 4  # graphs in a region, where blocks that look alike differ in what their forwards read
+_FULL = 8  # graphs of one code object: torch has no more, by default
 _building = threading.RLock()
 
 
@@ -75,7 +76,7 @@ def _obstacle(module: nn.Module, gate: Gate) -> str | None:
     if any(inner.blocks for _, part, inner in gated_modules(module) if part is not module):
         return "there are blocks in it"
     if not gate.one_graph:
-        return "one of its modules ends branches at some of its calls only"
+        return "one of its modules is several things in several blocks"
     return 'its "forward" was replaced' if "forward" in vars(module) else None
 
 
@@ -88,6 +89,12 @@ class Region:
         body = FunctionType(code, open_block.__globals__, code.co_name)
         self._compiled: Original = torch.compile(body, fullgraph=True, **options)
         self.graphs = 0
+        self.kinds = 0  # of blocks that look alike and differ in what their forwards read
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there may be no room for one more kind of block."""
+        return bool(self.kinds) and self.graphs + self.graphs // self.kinds > _FULL
 
     def run(self, graph: Graph, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """The forward of a block."""
@@ -100,9 +107,7 @@ class Region:
         forward: Any = type(module).forward
         return self._compiled(module, forward.__wrapped__, factors, args, kwargs)
 
-    def build(
-        self, graph: Graph, module: nn.Module, args: Any, kwargs: Any, rows: Dims | None = None
-    ) -> None:
+    def build(self, graph: Graph, module: nn.Module, args: Any, kwargs: Any, rows: Dims) -> Any:
         """Run a block without leaving a trace, so that there is a graph for it.
 
         Args:
@@ -111,18 +116,22 @@ class Region:
             args: Its arguments.
             kwargs: The same, by keyword.
             rows: Their leaves that hold rows, of which a graph for several may be given any number.
+
+        Returns:
+            The block's output.
         """
         before = graphs()
         with torch.enable_grad():
             leaves, spec = tree_flatten((args, kwargs))
             leaves = [_apart(leaf) for leaf in leaves]
-        for number, dim in (rows or {}).items():
+        for number, dim in rows.items():
             if leaves[number] is not None:
                 let_vary(leaves[number], dim)
         some, named = tree_unflatten(leaves, spec)
         with restored(module), saved_tensors_hooks(_same, _same):
-            self.run(graph, module, some, named)
+            output = self.run(graph, module, some, named)
         self.graphs += graphs() > before
+        return output
 
 
 @dataclass(eq=False)
@@ -132,6 +141,7 @@ class Compiler:
     options: Mapping[str, Any]
     alike: dict[tuple[Any, ...], list[Region]] = field(default_factory=dict)
     regions: dict[tuple[Any, ...], Region | None] = field(default_factory=dict)  # of each block
+    formats: Formats = field(default_factory=Formats)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Compiler:
         return self
@@ -140,7 +150,7 @@ class Compiler:
         """Whether there is a region for this graph of a block, or cannot be."""
         return _key(gate, graph, module) in self.regions
 
-    def region(
+    def build(
         self,
         gate: Gate,
         graph: Graph,
@@ -148,13 +158,27 @@ class Compiler:
         args: Any,
         kwargs: Any,
         rows: Dims | None = None,
-    ) -> Region | None:
-        """The region for this graph of a block; None where its forward is not one graph."""
-        key = _key(gate, graph, module)
-        if key not in self.regions:
-            with _building:
-                self.regions[key] = self._new_region(key, graph, module, args, kwargs, rows)
-        return self.regions[key]
+    ) -> Any:
+        """Have this graph of a block built: the block's output, or None where there is no graph.
+
+        Where a forward could leave a trace in its arguments, its first call builds it.
+        """
+        with _building:
+            key, leaves = _key(gate, graph, module), tree_leaves((args, kwargs))
+            is_new = key not in self.regions
+            if is_new:
+                self.regions[key] = self._region(key, module, args, kwargs, leaves)
+            region = self.regions[key]
+            if region is None or not all(map(_is_plain, leaves)):
+                return None
+            before = region.graphs
+            try:
+                output = region.build(graph, module, args, kwargs, rows or {})
+                region.kinds += is_new and region.graphs > before
+                return output
+            except no_graph() as error:
+                self._give_up(key, error)
+                return None
 
     def run(self, gate: Gate, graph: Graph, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """The forward of a block as a graph.
@@ -162,43 +186,31 @@ class Compiler:
         Raises:
             NoGraphError: There is none.
         """
-        region = self.region(gate, graph, module, args, kwargs)
+        key = _key(gate, graph, module)
+        if key not in self.regions:
+            self.build(gate, graph, module, args, kwargs)
+        region = self.regions[key]
         if region is not None:
             try:
                 return region.run(graph, module, args, kwargs)
             except no_graph() as error:
-                key = _key(gate, graph, module)
-                self.regions[key] = None
-                _give_up(key, error)
+                self._give_up(key, error)
         raise NoGraphError
 
-    def _new_region(
-        self,
-        key: tuple[Any, ...],
-        graph: Graph,
-        module: nn.Module,
-        args: Any,
-        kwargs: Any,
-        rows: Dims | None,
-    ) -> Region | None:
-        leaves = tree_leaves((args, kwargs))
+    def _region(
+        self, key: tuple[Any, ...], module: nn.Module, args: Any, kwargs: Any, leaves: list[Any]
+    ) -> Region:
         trained = tuple(leaf.requires_grad for leaf in leaves if isinstance(leaf, Tensor))
         kind = (key[1:], _structure(module), signature(args, kwargs), trained)
         alike = self.alike.setdefault(kind, [])
-        if not alike or alike[-1].graphs >= _FULL:
+        if not alike or alike[-1].is_full:
             alike.append(Region(type(module).__name__, self.options))
-        if all(map(_is_plain, leaves)):  # else its first call builds the graph
-            try:
-                alike[-1].build(graph, module, args, kwargs, rows)
-            except no_graph() as error:
-                _give_up(key, error)
-                return None
         return alike[-1]
 
-
-def _give_up(key: tuple[Any, ...], error: BaseException) -> None:
-    reason = str(error).partition("\n")[0]
-    warn(f'depth.compile(): "{key[0]}" runs eagerly, torch has no graph for it ({reason})')
+    def _give_up(self, key: tuple[Any, ...], error: BaseException) -> None:
+        self.regions[key] = None
+        reason = str(error).partition("\n")[0]
+        warn(f'depth.compile(): "{key[0]}" runs eagerly, torch has no graph for it ({reason})')
 
 
 def _key(gate: Gate, graph: Graph, module: nn.Module) -> tuple[Any, ...]:

@@ -34,6 +34,7 @@ class _Container:
 
     def __init__(self) -> None:
         self.factors: Factors | None = None
+        self.calls: dict[int, int] = {}  # of its members so far, by their numbers
 
 
 _container = _Container()  # an attribute of it: torch 2.6 loses sight of globals between files
@@ -66,21 +67,31 @@ def traced_call(
         output = open_block(module, original, factors, args, kwargs)
     else:
         output = original(module, *args, **kwargs)
-    if around and gate.end is not None:
-        number, *leaves = gate.end
+    end = _end(gate) if around else None
+    if around and end is not None:
+        number, *leaves = end
         output = multiplied(output, leaves, around[number])
     return output
+
+
+def _end(gate: Gate) -> tuple[int, ...] | None:
+    """What this call of a member ends in the container that is being traced."""
+    if len(gate.ends) < 2:
+        return gate.ends[0] if gate.ends else None
+    call = _container.calls.get(gate.number, 0)
+    _container.calls[gate.number] = call + 1
+    return gate.ends[call]
 
 
 def open_block(module: nn.Module, call: Original, factors: Factors, args: Any, kwargs: Any) -> Any:
     """A container whose branches all run: its call, or for a region its forward alone."""
     _count()
-    around = _container.factors
-    _container.factors = factors
+    around = _container.factors, _container.calls
+    _container.factors, _container.calls = factors, {}
     try:  # in which a graph cannot end: a block is in it as a whole, or not at all
         return call(module, *args, **kwargs)
     finally:
-        _container.factors = around
+        _container.factors, _container.calls = around
 
 
 def run_uncompiled(
