@@ -8,7 +8,8 @@
 Twice the same comparison, in eager and compiled: the plain network, the gated one, and what could
 be saved. In mode "batch" that is the shortened network of `saving.py`, in mode "sample" the blocks
 on the kept rows of `sample.py`. Compiled means block by block everywhere. A *share* is the part of
-the possible saving that is really saved.
+the possible saving that is really saved. Before the contest the drop rate rises from 0, step by
+step, and whatever graph is built after the first of these steps is counted.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ from sample import possible_saving, share
 from saving import networks_of, training_step
 from stochastic_depth.draw import uniform
 
-WARMUP = 4
+WARMUP = 4  # turns that do not count
+DRAWS = 100  # steps in which the drop rate rises; the contest begins behind them
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Contest:
             case.distribution,
             example_inputs=images[:2],
             mode=case.mode,
+            schedule=sd.linear_warmup(DRAWS),
         )
         self.names = [block.name for block in self.depth.blocks]
         if case.mode == "batch":
@@ -90,6 +93,9 @@ class Contest:
                 self.plain.set_submodule(name, block)
 
     def gated_step(self, step: int) -> None:
+        self.rising_step(DRAWS + step)
+
+    def rising_step(self, step: int) -> None:
         self.depth.load_state_dict({**self.depth.state_dict(), "step": step, "calls": {}})
         self._run_gated()
         if self.case.mode == "sample":
@@ -100,7 +106,7 @@ class Contest:
 
     def shortened_step(self, step: int) -> None:
         rates = {block.name: block.drop_rate for block in self.depth.blocks}
-        closed = [name for name, p in rates.items() if uniform(0, step, (0,), name) < p]
+        closed = [name for name, p in rates.items() if uniform(0, DRAWS + step, (0,), name) < p]
         with taken_out(self.plain, closed):
             self._run_plain()
 
@@ -142,10 +148,10 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
     plain = networks_of(case.network)().to(device)
     eager, compiled = (Contest(case, plain, batch, compiled=each) for each in (False, True))
     start = time.perf_counter()
-    compiled.gated_step(0)
+    compiled.rising_step(0)
     seconds, graphs = time.perf_counter() - start, counters["stats"]["unique_graphs"]
-    number_of_draws = min(100, 10 * steps)
-    typical = _timed(compiled.gated_step, range(1, 1 + number_of_draws))
+    draws = range(1, 1 + DRAWS, 1 if steps >= 10 else 10)
+    typical = _timed(compiled.rising_step, draws)
     recompiled = counters["stats"]["unique_graphs"] - graphs
     variants = {f"eager {name}": step for name, step in eager.steps().items()}
     variants |= {f"compiled {name}": step for name, step in compiled.steps().items()}
@@ -160,7 +166,7 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
         "steps": steps,
         "seconds_to_compile": seconds - typical,
         "graphs": graphs,
-        "draws": number_of_draws,
+        "draws": len(draws),
         "graphs_of_later_draws": recompiled,
         **both,
         "compiled_to_eager": ratio(times["compiled gated"], times["eager gated"]),
