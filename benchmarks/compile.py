@@ -57,9 +57,9 @@ class Case:
 
 
 CASES = {
-    "resnet50-0.5": Case("resnet50", (16, 96), (128, 224), 0.5, "linear"),
-    "vit_tiny-0.4": Case("vit_tiny", (8, 224), (256, 224), 0.4, "uniform"),
     "vit_tiny-0.4-sample": Case("vit_tiny", (16, 224), (256, 224), 0.4, "uniform", "sample"),
+    "vit_tiny-0.4": Case("vit_tiny", (8, 224), (256, 224), 0.4, "uniform"),
+    "resnet50-0.5": Case("resnet50", (16, 96), (128, 224), 0.5, "linear"),
 }
 
 
@@ -193,8 +193,8 @@ def main(arguments: Sequence[str]) -> None:
     for name in arguments or CASES:
         results[name] = measure(CASES[name], steps)
         print(name, {key: str(value) for key, value in results[name].items()}, flush=True)
-    if not arguments:
-        print(write("compile-gpu" if torch.cuda.is_available() else "compile", results))
+        if not arguments:  # after each, so that what was measured is there if the rest is cut off
+            print(write("compile-gpu" if torch.cuda.is_available() else "compile", results))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 import stochastic_depth as sd
-from networks import BasicBlock, PreNormLayer, make
+from networks import BasicBlock, PreNormLayer, make, vectors
 from networks import batch as batch_of
 
 oldest = pytest.mark.oldest
@@ -159,7 +159,8 @@ def llama() -> tuple[Any, Loss]:
 
 def text(model: Any) -> tuple[Any, Loss]:
     def loss(number: int) -> Tensor:
-        tokens = torch.randint(50, (4, 9), generator=torch.Generator().manual_seed(number))
+        numbers = torch.Generator().manual_seed(number)
+        tokens = torch.randint(50, (4, 9), generator=numbers, device="cpu").to(model.device)
         mask = torch.ones_like(tokens)
         mask[1, 5:] = 0
         return model(input_ids=tokens, attention_mask=mask, labels=tokens).loss
@@ -175,7 +176,7 @@ def vit() -> tuple[Any, Loss]:
     model = ViTForImageClassification(config)
 
     def loss(number: int) -> Tensor:
-        images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(number))
+        images = vectors(4, 3, 8, 8, seed=number)
         return model(pixel_values=images, labels=torch.tensor([0, 1, 0, 1])).loss
 
     return model, loss

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import stochastic_depth as sd
-from networks import WIDTH, BasicBlock, batch, make, residuals, settled, vectors
-from test_rows_in_groups import InLineAttention
+from networks import WIDTH, batch, make, residuals, settled, vectors
 
 pytestmark = [
     pytest.mark.oldest,
@@ -135,56 +134,6 @@ def test_other_draws_are_eager_to_rounding(name: str, options: Any, rows: int) -
                 assert_same_step(model, eager, batch(x, step), rounding=1e-5)
 
 
-class InGroups(nn.Module):
-    """Its blocks run once for each kind of row."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Linear(3, WIDTH)
-        self.layers = nn.ModuleList(InLineAttention() for _ in range(6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
-        mask = x.new_zeros(x.shape[:2])
-        for layer in self.layers:
-            x, length, mean = layer(x, mask)
-            x = x + mean[:, None] / length
-        return x
-
-
-# In mode "sample" there is one graph for all rows, one for a single row where that is allowed (in
-# BatchNorm it is not), and one for any number between.
-SCHEDULED = [
-    ("resnet", {"schedule": sd.linear_warmup(90)}, 6),
-    ("pre-norm", {"schedule": sd.linear_decay(90)}, 3),
-    ("pre-norm", {"schedule": sd.linear_decay(90), "draw": sd.Draw(rows="random")}, 3),
-    ("shared", {"schedule": {"*": sd.linear_warmup(90)}, "scale": "train"}, 3),
-    ("in groups", {"schedule": sd.linear_warmup(90)}, 3),
-    ("in groups", {"schedule": sd.linear_warmup(90), "unit": "branch"}, 3),
-]
-
-
-@pytest.mark.parametrize(("name", "options", "expected"), SCHEDULED)
-def test_whatever_number_of_rows_a_schedule_comes_to(
-    name: str, options: dict[str, Any], expected: int
-) -> None:
-    model, x = make(name) if name != "in groups" else (settled(InGroups), vectors(4, 5, 3))
-    x = torch.cat([batch(x, step) for step in range(4)])[:16].double()
-    # In double precision: the factor goes elsewhere in a graph, and few rows in a BatchNorm make
-    # much of rounding.
-    eager, depth = compiled(model.double(), x, 0.95, mode="sample", **options)
-    assert_same_step(model.train(), eager.train(), x, rounding=1e-9)
-    assert graphs() == expected
-    numbers = set()
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for step in range(100):
-            depth.step()
-            assert_same_step(model, eager, batch(x, step).double(), rounding=1e-9)
-            numbers |= {len(rows) for rows in depth.last_gates.values()}
-    assert len(numbers) > 8
-    assert 1 in numbers or name == "resnet"
-
-
 class OneEnd(nn.Module):
     """One module ends both branches, and stands in the middle of the second as well."""
 
@@ -225,86 +174,51 @@ def test_a_module_that_ends_one_branch_after_the_other(options: dict[str, Any]) 
                 assert torch.equal(model.eval()(x), eager.eval()(x))
 
 
-class Expanded(nn.Module):
-    """Its layers are given five times the same memory, until one of them has run."""
+class WithOneEnd(nn.Module):
+    """All its layers share the module that ends their branches."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.layers = nn.Linear(3, WIDTH), residuals(6)
+        self.embed, self.layers = nn.Linear(3, WIDTH), nn.Sequential(*(OneEnd() for _ in range(6)))
+        for layer in self.layers:
+            layer.drop_path = self.layers[0].drop_path
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(self.embed(x).mean(1, keepdim=True).expand(-1, 5, -1))
+        return self.layers(self.embed(x))
 
 
-class Channels(nn.Module):
-    """A residual layer on the channels in the last dimension, in memory as well where it ran."""
+def test_a_module_that_ends_the_branches_of_all_blocks() -> None:
+    model, x = settled(WithOneEnd), vectors(4, 3)
+    eager, _ = compiled(model, x, scale="train")
+    assert_same_step(model.train(), eager.train(), x)
+    assert graphs() == 1
+    for step in range(10):
+        assert_same_step(model, eager, batch(x, step))
+
+
+class EndInside(nn.Module):
+    """What ends its branch is also a part of the module before; there it is not multiplied."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.Linear(WIDTH, WIDTH)
+        self.drop = nn.Identity()
+        self.inner = nn.Sequential(nn.Linear(WIDTH, 4), self.drop, nn.Linear(4, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x.tanh()).contiguous() + x
+        return x + self.drop(self.inner(x.tanh()))
 
 
-class Alternating(nn.Module):
-    """Convolutions, and layers on the channels: who ran last decides on the memory format."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, WIDTH, 3)
-        self.convolutions = nn.ModuleList(BasicBlock(WIDTH, WIDTH) for _ in range(4))
-        self.layers = nn.ModuleList(Channels() for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for convolution, layer in zip(self.convolutions, self.layers, strict=True):
-            x = convolution(x)
-            x = layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return x
-
-
-@pytest.mark.parametrize("options", [{}, {"mode": "sample"}], ids=["batch", "sample"])
-@pytest.mark.parametrize("network", [Expanded, Alternating])
-def test_memory_formats_that_depend_on_the_draw(
-    network: type[nn.Module], options: dict[str, Any]
-) -> None:
-    x = (vectors(8, 5, 3) if network is Expanded else vectors(8, 3, 6, 6)).double()
-    model = settled(network).double()
-    eager, _ = compiled(model, x, 0.5, **options)
-    assert_same_step(model.train(), eager.train(), x, rounding=1e-9)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for step in range(60):
-            assert_same_step(model, eager, batch(x, step).double(), rounding=1e-9)
-
-
-class SequenceFirst(nn.Module):
-    """Its blocks hold the batch in the second dimension: a window has the strides of all of it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.layers = nn.Linear(3, WIDTH), residuals(6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(self.embed(x).transpose(0, 1).contiguous())
-
-
-def test_windows_that_wrap_around_need_no_other_graph() -> None:
-    model, x = settled(SequenceFirst), vectors(7, 5, 3)
-    eager, depth = compiled(model, x, [0.5] * 6, mode="sample")
-
-    def wraps() -> bool:
-        eager.train()(x)
-        gates = sd.get_stochastic_depth(eager).last_gates.values()
-        return any(rows[-1] - rows[0] >= len(rows) for rows in gates)
-
-    while wraps():
-        depth.step()
-    model.train()(x).sum().backward()
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for _ in range(40):
-            model(x).sum().backward()
-    assert {len(rows) for rows in depth.last_gates.values()} <= {3, 4}
+def test_a_module_that_ends_a_branch_and_is_inside_of_another() -> None:
+    model = settled(lambda: nn.Sequential(nn.Linear(3, WIDTH), *(EndInside() for _ in range(6))))
+    x = vectors(4, 3)
+    torch.compiler.reset()
+    depth = sd.apply_stochastic_depth(model, 0.5, example_inputs=x)
+    eager = copy.deepcopy(model)
+    with pytest.raises(sd.OptionError, match="differs from call to call"):
+        depth.compile("aot_eager")
+    whole: Any = torch.compile(model.eval(), backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(whole(x), eager.eval()(x))
 
 
 def test_the_first_forward_builds_what_it_drops_and_leaves_no_trace() -> None:

@@ -70,7 +70,7 @@ def run(model: nn.Module, depth: sd.StochasticDepth, x: Tensor, count: int) -> l
     found = []
     for number in range(count):
         output = model(batch(x, number))
-        found.append((depth.last_gates, output.detach().numpy().tobytes()))
+        found.append((depth.last_gates, output.detach().cpu().numpy().tobytes()))
     return found
 
 

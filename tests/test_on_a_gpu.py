@@ -9,7 +9,6 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -155,14 +154,20 @@ def test_memory_of_skipped_blocks_is_never_taken() -> None:
 
 
 @pytest.fixture(scope="module")
-def under_nccl(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for script in ("ddp_cases.py", "fsdp_cases.py"):
-        folder: Path = tmp_path_factory.mktemp("nccl")
-        found |= launch(script, 1, folder, device="cuda")
-    return found
+def of_ddp(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return launch("ddp_cases.py", 1, tmp_path_factory.mktemp("nccl"), device="cuda")
 
 
-@pytest.mark.parametrize("case", [*ddp_cases(1), *fsdp_cases()])
-def test_one_rank_over_nccl(under_nccl: dict[str, str], case: str) -> None:
-    assert not under_nccl[case], under_nccl[case]
+@pytest.fixture(scope="module")
+def of_fsdp(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return launch("fsdp_cases.py", 1, tmp_path_factory.mktemp("nccl"), device="cuda")
+
+
+@pytest.mark.parametrize("case", [*ddp_cases(1)])
+def test_data_parallel_on_one_rank_over_nccl(of_ddp: dict[str, str], case: str) -> None:
+    assert not of_ddp[case], of_ddp[case]
+
+
+@pytest.mark.parametrize("case", [*fsdp_cases()])
+def test_fully_shard_on_one_rank_over_nccl(of_fsdp: dict[str, str], case: str) -> None:
+    assert not of_fsdp[case], of_fsdp[case]

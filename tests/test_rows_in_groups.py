@@ -38,10 +38,21 @@ class InLineAttention(nn.Module):
         return x, length, x.mean(1)
 
 
+class PreNormAttention(InLineAttention):
+    """Pre-norm, so that it can be skipped whole, on all rows or on some."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, int, Tensor]:
+        rows, length, _ = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(rows, length, 3, WIDTH).unbind(2)
+        x = x + self.out((q @ k.mT + mask.view(rows, 1, length)).softmax(-1) @ v)
+        hidden = self.up(self.norm2(x)).view(rows * length, 16).relu()
+        return x + self.down(hidden).view(rows, length, WIDTH), length, x.mean(1)
+
+
 class Model(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, layer: type[InLineAttention] = InLineAttention) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(InLineAttention() for _ in range(6))
+        self.layers = nn.ModuleList(layer() for _ in range(6))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         for layer in self.layers:
@@ -86,9 +97,12 @@ def test_it_is_the_same_where_the_weights_come_later(unit: Any) -> None:
 
 @pytest.mark.parametrize("unit", ["block", "branch"])
 @pytest.mark.parametrize("rows", ["contiguous", "random"])
-def test_outputs_and_gradients_equal_masks(unit: Any, rows: Any) -> None:
+@pytest.mark.parametrize("layer", [InLineAttention, PreNormAttention])
+def test_outputs_and_gradients_equal_masks(
+    layer: type[InLineAttention], unit: Any, rows: Any
+) -> None:
     torch.manual_seed(0)
-    model = Model()
+    model = Model(layer)
     plain = copy.deepcopy(model)
     given = (vectors(BATCH, 5, WIDTH), vectors(BATCH, 5, seed=2))
     depth = sd.apply_stochastic_depth(

@@ -138,9 +138,10 @@ def _rows(
 
 
 def possible_counts(plan: Plan, block: int, batch: int) -> set[int]:
-    """Numbers of rows that a block may run on as a whole: one and all, if it may, and any other.
+    """Enough of the numbers of rows that a block may run on as a whole to know what may occur.
 
-    At some step: a schedule takes a rate anywhere between 0 and what it is without.
+    Namely one row, all rows, or a number between, at any step: a schedule takes a rate anywhere
+    between 0 and what it is without.
     """
     if not plan.rates[block]:
         return {batch}
@@ -210,8 +211,9 @@ def probed(plan: Plan, block: int, batch: int) -> Decision:
     """The decision where it is tried out whether the block can run on some rows alone."""
     assert plan.probe is not None
     units = plan.units(block)
-    rows = Rows(batch, batch - 1, 2) if block in plan.probe.blocks else None
-    decided = _spread(plan, block, [True] * len(units), [1.0] * len(units), [rows] * len(units))
+    probes = block in plan.probe.blocks
+    rows = [Rows(batch, batch - 1, 2) if probes else None for _ in units]  # of each its own
+    decided = _spread(plan, block, [True] * len(units), [1.0] * len(units), rows)
     return replace(decided, masked=plan.probe.masked)
 
 

@@ -84,7 +84,11 @@ class Rows:
     def cut(self, full: Tensor, dim: int) -> tuple[Any, Any]:
         """The kept rows alone, and what `join` needs to put them back."""
         if self.chosen is not None:
-            return full.index_select(dim, self._chosen(full, dim)), full
+            order = _order(full)
+            if order is None:
+                return full.index_select(dim, self._chosen(full, dim)), full
+            kept = full.permute(order).index_select(order.index(dim), self._chosen(full, dim))
+            return kept.permute(_inverse(order)), full
         # One split for both, so that the gradient is put together in one piece, too. A part without
         # rows would bring a gradient of its own, in another memory format than the others'.
         lengths = self._lengths(full, dim)
@@ -157,7 +161,8 @@ class Rows:
 def _order(x: Tensor) -> list[int] | None:
     """Its dimensions as they follow each other in memory; None where that is as they are numbered.
 
-    What is put together keeps it: all that follows would be slow in another one.
+    None as well where one of them takes no memory of its own. What is put together keeps the order:
+    all that follows would be slow in another one.
     """
     strides = x.stride()
     if x.is_contiguous() or 0 in strides:

@@ -62,7 +62,8 @@ FILLED = frozenset(
     "new_empty new_empty_strided new_full new_ones new_zeros empty_like full_like ones_like "
     "rand_like randint_like randn_like zeros_like".split()
 )
-"""Ask their input for its shape, and for none of its values: what they make comes from nowhere."""
+"""Ask their input for its shape, and for none of its values: what they make does not depend on it.
+"""
 
 SPLITS = frozenset("split split_with_sizes chunk unbind".split())
 """Ends the walk along a skip connection: what follows is a part of a value, not the value."""

@@ -123,7 +123,9 @@ class Watcher(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        inputs = () if name in FILLED else tuple(self.value(tensor) for tensor in tensors)
+        inputs = tuple(self.value(tensor) for tensor in tensors)
+        if name in FILLED and not all(self.recording.nodes[i].of_parameters for i in inputs):
+            inputs = ()  # what is as large as a weight still counts as made of weights alone
         written = _written(func, args, kwargs)
         overwrites = tuple(self.value(tensor) for tensor in written)
         zero: frozenset[int] = frozenset()

@@ -61,6 +61,7 @@ def attach(
         groups = [found.groups[plan.blocks[number].name][0] for number in numbers]
         of_block = dict(zip(numbers, groups, strict=True))
         roles = _roles(model, found.recording, plan, of_block, batches)
+        gate.one_graph = not _ends_inside(found.recording, groups[0].container, roles)
         gate.expected = sum(map(len, roles.values()))
         for name, found_roles in roles.items():
             gates.setdefault(name, Gate(plan, name)).roles[container] = found_roles
@@ -103,21 +104,40 @@ def _note_ends(gates: Mapping[str, Gate]) -> None:
 
     One that is several things in several containers cannot be told.
     """
-    members: Counter[str] = Counter()  # of each container so far: their numbers
+    taken: Counter[str] = Counter()  # of each container: the numbers that are given
     for gate in gates.values():
         found = {
-            (members[name], tuple(_end(gates[name], role) for role in roles))
-            for name, roles in gate.roles.items()
+            tuple(_end(gates[name], role) for role in roles) for name, roles in gate.roles.items()
         }
-        members.update(list(gate.roles))
-        whatever = {end for _, ends in found for end in ends}
+        whatever = {end for ends in found for end in ends}
         if len(whatever) == 1:
             gate.ends = tuple(whatever)
         elif len(found) == 1:
-            ((gate.number, gate.ends),) = found
+            (gate.ends,) = found
+            gate.number = max(taken[name] for name in gate.roles)
+            taken |= Counter(dict.fromkeys(gate.roles, gate.number + 1))
         else:
             for name in gate.roles:
                 gates[name].one_graph = False
+
+
+def _ends_inside(
+    recording: Recording, container: Call, roles: Mapping[str, Sequence[Role | None]]
+) -> bool:
+    """Whether a member that ends a branch is called inside of another member, too.
+
+    There it is plain, and no graph could tell.
+    """
+    called: Counter[str] = Counter()
+    around = [container]
+    while around:
+        inside = recording.children.get(around.pop().index, [])
+        called.update(call.module for call in inside)
+        around += inside
+    return any(
+        called[name] > len(found) and any(role and role.scaled for role in found)
+        for name, found in roles.items()
+    )
 
 
 def _end(container: Gate, role: Role | None) -> tuple[int, ...] | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
@@ -13,6 +15,7 @@ from stochastic_depth.deciding import possible_counts
 from stochastic_depth.gating.passage import Gate, Original, Passage, running
 from stochastic_depth.gating.recomputation import note, recall
 from stochastic_depth.rows import Held, Rows, put_back, take
+from stochastic_depth.torch_private import tree_leaves
 
 # Which graph: for one row (1), for any number of rows (2), or for all that are given (None), where
 # that is no window of them; and what the branches are multiplied by.
@@ -102,17 +105,43 @@ def build(
         graph = _graph(passage, rows)
         if compiler.knows(gate, graph, module) or passage.layout.sharded:
             continue
-        for given in compiler.formats.variants(args, kwargs):
-            if rows is None or held is None:
-                compiler.formats.note(compiler.build(gate, graph, module, *given))
-                continue
-            # A window that wraps around is a copy, whose strides may be others.
-            windows = [rows] if rows.count == 1 else [rows, replace(rows, start=size - 1)]
-            for window in windows:
-                (some, named), rests = take(given, held.takes, window)
-                output = compiler.build(gate, graph, module, some, named, held.takes)
-                if output is not None:
-                    compiler.formats.note(put_back(output, held.gives, rests, window))
+        _build(gate, graph, module, held, rows, (args, kwargs))
+        for given in compiler.formats.others(args, kwargs):
+            with suppress(Exception):  # it may not be able to run on these, which may never come
+                _build(gate, graph, module, held, rows, given, tentative=True)
+
+
+def _build(
+    gate: Gate,
+    graph: Graph,
+    module: nn.Module,
+    held: Held | None,
+    rows: Rows | None,
+    given: tuple[Any, Any],
+    *,
+    tentative: bool = False,
+) -> None:
+    """Build one graph of a block, and note the memory formats of what it makes."""
+    compiler = gate.plan.compiler
+    if rows is None or held is None:
+        compiler.formats.note(compiler.build(gate, graph, module, *given, tentative=tentative))
+        return
+    for window in _windows(gate, rows, given):
+        (some, named), rests = take(given, held.takes, window)
+        output = compiler.build(
+            gate, graph, module, some, named, varies=held.takes, tentative=tentative
+        )
+        if output is not None:
+            compiler.formats.note(put_back(output, held.gives, rests, window))
+
+
+def _windows(gate: Gate, rows: Rows, given: tuple[Any, Any]) -> list[Rows]:
+    """As many rows as in all ways in which they may lie in memory."""
+    if gate.plan.draw.rows == "random" or gate.name in gate.plan.in_groups:
+        device = next(leaf.device for leaf in tree_leaves(given) if isinstance(leaf, Tensor))
+        return [replace(rows, chosen=torch.arange(rows.count, device=device))]  # always a copy
+    # A window that wraps around is a copy, whose strides may be others.
+    return [rows] if rows.count == 1 else [rows, replace(rows, start=rows.batch - 1)]
 
 
 def _other_draws(passage: Passage, size: int) -> list[Rows | None]:

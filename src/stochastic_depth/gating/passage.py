@@ -66,7 +66,7 @@ class Gate:
     ends: tuple[tuple[int, ...] | None, ...] = ()
     """A member's, for its first, second, ... call, or for all of them: the branch that it ends, by
     its number in the container, and the leaves to multiply; None: it ends none."""
-    number: int = 0  # a member's: which of its container's
+    number: int = 0  # a member's that ends several: its own in each of its containers
     one_graph: bool = True  # a container's: its members are, at each call, what `ends` says
     beneath: Gate | None = None  # a compiled container's: under whose name its forward is noted
 

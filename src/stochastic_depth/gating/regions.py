@@ -76,7 +76,7 @@ def _obstacle(module: nn.Module, gate: Gate) -> str | None:
     if any(inner.blocks for _, part, inner in gated_modules(module) if part is not module):
         return "there are blocks in it"
     if not gate.one_graph:
-        return "one of its modules is several things in several blocks"
+        return "what one of its modules is differs from call to call"
     return 'its "forward" was replaced' if "forward" in vars(module) else None
 
 
@@ -89,7 +89,7 @@ class Region:
         body = FunctionType(code, open_block.__globals__, code.co_name)
         self._compiled: Original = torch.compile(body, fullgraph=True, **options)
         self.graphs = 0
-        self.kinds = 0  # of blocks that look alike and differ in what their forwards read
+        self.kinds = 0  # of blocks that look alike: those whose first call needed another graph
 
     @property
     def is_full(self) -> bool:
@@ -157,11 +157,22 @@ class Compiler:
         module: nn.Module,
         args: Any,
         kwargs: Any,
-        rows: Dims | None = None,
+        *,
+        varies: Dims | None = None,
+        tentative: bool = False,
     ) -> Any:
         """Have this graph of a block built: the block's output, or None where there is no graph.
 
         Where a forward could leave a trace in its arguments, its first call builds it.
+
+        Args:
+            gate: The block's.
+            graph: Which.
+            module: The block.
+            args: Its arguments.
+            kwargs: The same, by keyword.
+            varies: Their leaves that hold rows, of which the graph may be given any number.
+            tentative: Whether it may never be needed: then that there is none says nothing.
         """
         with _building:
             key, leaves = _key(gate, graph, module), tree_leaves((args, kwargs))
@@ -173,11 +184,12 @@ class Compiler:
                 return None
             before = region.graphs
             try:
-                output = region.build(graph, module, args, kwargs, rows or {})
+                output = region.build(graph, module, args, kwargs, varies or {})
                 region.kinds += is_new and region.graphs > before
                 return output
             except no_graph() as error:
-                self._give_up(key, error)
+                if not tentative:
+                    self._give_up(key, error)
                 return None
 
     def run(self, gate: Gate, graph: Graph, module: nn.Module, args: Any, kwargs: Any) -> Any:

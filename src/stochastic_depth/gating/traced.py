@@ -29,7 +29,7 @@ Factors = tuple[Any, ...]  # of a container, one for each of its branches; none:
 class _Container:
     """The container that is being traced, if one is.
 
-    Only traces write it, and leave None behind, so that at run time nobody disturbs anybody.
+    Only traces write it, and leave it as it was, so that at run time nobody disturbs anybody.
     """
 
     def __init__(self) -> None:
