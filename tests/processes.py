@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -57,7 +58,7 @@ def report(cases: Callable[[], Mapping[str, Callable[[], None]]]) -> None:
         try:
             case()
             results[name] = ""
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             results[name] = traceback.format_exc()[-1500:]
         dist.barrier()
     Path(sys.argv[1], f"{dist.get_rank()}.json").write_text(json.dumps(results))

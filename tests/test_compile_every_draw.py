@@ -44,8 +44,8 @@ class InGroups(nn.Module):
         return x
 
 
-# In mode "sample" there is one graph for all rows, one for a single row where that is allowed (in
-# BatchNorm it is not), and one for any number between.
+# In mode "sample" with a schedule there is one graph for all rows, one for a single row where that
+# is allowed (in BatchNorm it is not), and one for any number between.
 SCHEDULED = [
     ("resnet", {"schedule": sd.linear_warmup(90)}, 6),
     ("pre-norm", {"schedule": sd.linear_decay(90)}, 3),
@@ -53,6 +53,7 @@ SCHEDULED = [
     ("shared", {"schedule": {"*": sd.linear_warmup(90)}, "scale": "train"}, 3),
     ("in groups", {"schedule": sd.linear_warmup(90)}, 3),
     ("in groups", {"schedule": sd.linear_warmup(90), "unit": "branch"}, 3),
+    ("in groups", {"unit": "branch"}, 3),
 ]
 
 
@@ -73,7 +74,7 @@ def test_whatever_number_of_rows_a_schedule_comes_to(
             depth.step()
             assert_same_step(model, eager, batch(x, step).double(), rounding=1e-9)
             numbers |= {len(rows) for rows in depth.last_gates.values()}
-    assert len(numbers) > 8
+    assert len(numbers) > 8 or "schedule" not in options
     assert 1 in numbers or name == "resnet"
 
 

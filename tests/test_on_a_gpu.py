@@ -168,6 +168,6 @@ def test_data_parallel_on_one_rank_over_nccl(of_ddp: dict[str, str], case: str) 
     assert not of_ddp[case], of_ddp[case]
 
 
-@pytest.mark.parametrize("case", [*fsdp_cases()])
+@pytest.mark.parametrize("case", [*fsdp_cases(1)])
 def test_fully_shard_on_one_rank_over_nccl(of_fsdp: dict[str, str], case: str) -> None:
     assert not of_fsdp[case], of_fsdp[case]

@@ -19,6 +19,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> object:
     return launch("fsdp_cases.py", 2, folder)
 
 
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", cases(2))
 def test_on_two_ranks(results: dict[str, str], case: str) -> None:
     assert not results[case], results[case]

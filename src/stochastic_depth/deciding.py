@@ -152,8 +152,14 @@ def possible_counts(plan: Plan, block: int, batch: int) -> set[int]:
         in_groups = plan.blocks[block].container in plan.in_groups
         # Else all at once where none is dropped.
         return {n for n in (1, 2, batch) if n <= batch} if in_groups else {batch} & {above}
-    some = {n for n in (1, 2, below, above) if below <= n <= above}
+    some = {below, above} if few_counts(plan, block) else {1, 2, below, above}
+    some = {n for n in some if below <= n <= above}
     return {n for n in some if n and n in counts.around(n, batch)}
+
+
+def few_counts(plan: Plan, block: int) -> bool:
+    """Whether blocks run, as a whole, on two numbers of rows at most: all are drawn at one rate."""
+    return plan.one_rate and len(plan.units(block)) == 1
 
 
 def _chosen(plan: Plan, unit: str, call: tuple[int, ...], batch: Batch, count: int) -> Tensor:

@@ -222,11 +222,12 @@ class StochasticDepth:
         """Compile block by block, beneath the gates, so that no draw needs another graph.
 
         The first forward in each mode builds the graphs, also for the blocks that it drops: one for
-        each kind of block, shared by those that are alike; in mode "sample" one more for any number
-        of rows, and one for a single row where that is allowed. No schedule brings another. Where
-        a memory format depends on the draw (a dropped block hands its input on as it is) there is
-        one for each. A block of which only a part runs is run eagerly. Call it before or after
-        wrapping the model; again to compile anew.
+        each kind of block, shared by those that are alike. In mode "sample" there is one for each
+        number of rows, two at most; or, with a schedule or several rates, one for any number and
+        one for a single row. No later draw, nor step of a schedule, brings another. Where a memory
+        format depends on the draw (a dropped block hands its input on as it is) there is one for
+        each. A block of which only a part runs is run eagerly. Call it before or after wrapping the
+        model; again to compile anew.
 
         Args:
             backend: As for `torch.compile`.

@@ -10,6 +10,7 @@ import copy
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -102,6 +103,11 @@ class Plan:
             (block.name,) if alone else tuple(branch.name for branch in block.branches)
             for block in self.blocks
         )
+
+    @cached_property
+    def one_rate(self) -> bool:
+        """Whether all that is dropped is dropped at one rate, at every step."""
+        return not self.schedule.by_name and len({rate for rate in self.rates if rate}) <= 1
 
     def units(self, block: int) -> tuple[str, ...]:
         """The names of what is drawn for in a block: itself, or each of its branches."""

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from stochastic_depth.deciding import possible_counts
+from stochastic_depth.deciding import few_counts, possible_counts
 from stochastic_depth.gating.passage import Gate, Original, Passage, running
 from stochastic_depth.gating.recomputation import note, recall
 from stochastic_depth.rows import Held, Rows, put_back, take
 from stochastic_depth.torch_private import tree_leaves
 
-# Which graph: for one row (1), for any number of rows (2), or for all that are given (None), where
-# that is no window of them; and what the branches are multiplied by.
+# Which graph: for so many rows of the batch, None: for all that are given; and what its branches
+# are multiplied by. Where a schedule, or several rates, bring many numbers of rows, 2 is for any.
 Graph = tuple[int | None, tuple[float, ...]]
-_SEVERAL = 2  # a graph that holds for two rows holds for all numbers but one
+_ANY = 2  # a single row needs another graph: torch makes a constant of a length of one
 
 
 class NoGraphError(Exception):
@@ -70,7 +70,10 @@ def _of(passage: Passage) -> Graph | None:
 
 
 def _graph(passage: Passage, rows: Rows | None) -> Graph:
-    return (None if rows is None else min(rows.count, _SEVERAL)), _factors(passage)
+    count = None if rows is None else rows.count
+    if count is not None and not few_counts(passage.gate.plan, passage.gate.blocks[0]):
+        count = min(count, _ANY)
+    return count, _factors(passage)
 
 
 def _factors(passage: Passage) -> tuple[float, ...]:
@@ -128,8 +131,9 @@ def _build(
         return
     for window in _windows(gate, rows, given):
         (some, named), rests = take(given, held.takes, window)
+        varies = {} if few_counts(gate.plan, gate.blocks[0]) else held.takes
         output = compiler.build(
-            gate, graph, module, some, named, varies=held.takes, tentative=tentative
+            gate, graph, module, some, named, varies=varies, tentative=tentative
         )
         if output is not None:
             compiler.formats.note(put_back(output, held.gives, rests, window))
@@ -145,17 +149,16 @@ def _windows(gate: Gate, rows: Rows, given: tuple[Any, Any]) -> list[Rows]:
 
 
 def _other_draws(passage: Passage, size: int) -> list[Rows | None]:
-    """The rows that a drawn call may run on as a whole; of several, one number."""
+    """The rows that a drawn call may run on as a whole; for any number, one that stands for all."""
     gate, plan = passage.gate, passage.gate.plan
     if not size:
         return [None]
     if plan.forced is not None or plan.disabled:
         return []
-    several = max(_SEVERAL, size // 2)  # for all blocks the same, whatever their rates
-    counts = {
-        count if count in (1, size) else several
-        for count in possible_counts(plan, gate.blocks[0], size)
-    }
+    counts = possible_counts(plan, gate.blocks[0], size)
+    if not few_counts(plan, gate.blocks[0]):
+        middle = max(_ANY, size // 2)  # for all blocks the same, so that they share the graph
+        counts = {count if count in (1, size) else middle for count in counts}
     return [None if count == size else Rows(size, 0, count) for count in counts]
 
 
