@@ -32,8 +32,7 @@ def gated_call(original: Original) -> Callable[..., Any]:
 
     def call_gated(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():  # False outside of a trace; there, all that follows is left out
-            gate = cast(Gate, self._stochastic_depth)
-            return traced_call(gate, self, original, args, kwargs, call_gated)
+            return traced_call(self, original, args, kwargs, call_gated)
         gate, passages = self.__dict__[KEY], running.passages
         if passages and gate in passages[-1].unchanged and torch.is_grad_enabled():
             passage = passages[-1]

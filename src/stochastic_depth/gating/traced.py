@@ -47,10 +47,13 @@ _WHY = (
 
 
 def traced_call(
-    gate: Gate, module: nn.Module, original: Original, args: Any, kwargs: Any, eager: Original
+    module: nn.Module, original: Original, args: Any, kwargs: Any, eager: Original
 ) -> Any:
     """A gated module's call in a trace; `eager` is what it does outside."""
     around = _container.factors
+    if around == ():  # a region in which nothing is multiplied: nothing need be guarded, either
+        return original(module, *args, **kwargs)
+    gate: Any = module._stochastic_depth
     if gate.blocks:
         stays_out = module.training or gate.plan.forced is not None or not gate.one_graph
     else:
