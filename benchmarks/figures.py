@@ -174,7 +174,16 @@ def _sample(file: str) -> str:
 
 def compiled() -> str:
     """What `depth.compile()` costs and saves, beside eager."""
-    content = _read("compile.json")
+    return _compiled("compile.json")
+
+
+def compiled_gpu() -> str:
+    """The same on a GPU."""
+    return _compiled("compile-gpu.json")
+
+
+def _compiled(name: str) -> str:
+    content = _read(name)
     lines = [
         "| network, drop rate | graphs, of later draws | seconds to build them "
         "| compiled time, of the plain network's | of eager's | share of the possible saving, "
@@ -343,6 +352,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "sample_gpu": sample_gpu,
     "language": language,
     "compiled": compiled,
+    "compiled_gpu": compiled_gpu,
 }
 
 
