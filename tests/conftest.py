@@ -27,6 +27,11 @@ THOROUGH = (
     "timm:xcit",
     "test_a_billion_parameters",
     "test_compile_on_ranks",
+    "[Alternating",
+    "[ExpandedTwice",
+    "[SequenceFirst",
+    "comes_to[shared",
+    "comes_to[in groups",
 )
 
 settings.register_profile("local", deadline=None)

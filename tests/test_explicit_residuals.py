@@ -335,7 +335,8 @@ def resnet() -> tuple[nn.Module, nn.Module, Tensor]:
 @pytest.mark.parametrize("mode", ["batch", "sample"])
 def test_the_examples_equal_the_watched_versions(make_pair: Any, mode: Any) -> None:
     torch.manual_seed(0)
-    ours, theirs, x = make_pair()
+    # In double precision: BatchNorm over few values makes much of single rounding.
+    ours, theirs, x = (given.double() for given in make_pair())
     ours.load_state_dict(theirs.state_dict())
     explicit = sd.apply_stochastic_depth(ours, 0.5, mode=mode, scale="train")
     watched = sd.apply_stochastic_depth(theirs, 0.5, example_inputs=x, mode=mode, scale="train")
@@ -353,5 +354,5 @@ def test_the_examples_equal_the_watched_versions(make_pair: Any, mode: Any) -> N
             assert (p.grad is None) == (q.grad is None), (step, name)
             if p.grad is not None and q.grad is not None:
                 # A factor goes into the sum here, into the branch there.
-                assert (p.grad - q.grad).norm() <= 1e-4 * p.grad.norm() + 1e-6, (step, name)
+                assert (p.grad - q.grad).norm() <= 1e-9 * p.grad.norm() + 1e-12, (step, name)
     assert dropped or mode == "sample"
