@@ -251,6 +251,30 @@ def test_a_function_runs_while_it_is_traced_and_not_again() -> None:
     assert _traced == 1
 
 
+def test_a_dimension_that_may_vary_needs_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    def traces() -> list[int]:
+        seen: list[int] = []
+
+        def backend(graph: Any, inputs: Any) -> Any:
+            seen.append(1)
+            return graph
+
+        def double(x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+        torch.compiler.reset()
+        compiled: Any = torch.compile(double, backend=backend, fullgraph=True)
+        first = torch.ones(4, 3)
+        torch_private.let_vary(first, 0)
+        for given in (first, torch.ones(5, 3), torch.ones(7, 3), torch.ones(2, 3)):
+            assert torch.equal(compiled(given), given * 2)
+        return seen
+
+    assert len(traces()) == 1
+    monkeypatch.delattr(torch._dynamo, "maybe_mark_dynamic")
+    assert len(traces()) == 2  # torch finds out by itself, one graph later
+
+
 def test_what_is_no_graph_is_told() -> None:
     def breaks(x: torch.Tensor) -> torch.Tensor:
         return x + 1 if float(x) > 0 else x
