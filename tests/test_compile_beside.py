@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
 from networks import WIDTH, Residual, batch, make, residuals, settled, vectors
-from test_compile import assert_same_step, compiled, graphs, without_torchs_own_fast_path
+from test_compile import assert_same_step, close, compiled, graphs, without_torchs_own_fast_path
 
 pytestmark = [
     pytest.mark.oldest,
@@ -306,11 +306,14 @@ def test_transformers_layers_with_gradient_checkpointing() -> None:
     depth = sd.apply_stochastic_depth(model, 0.5, example_inputs={"input_ids": ids})
     eager = copy.deepcopy(model)
     depth.compile("aot_eager")
+    # torch 2.6 takes SiLU's backward apart; the last bit of single precision.
+    rounding = 1e-7 if torch.__version__ < "2.7" else 0.0
     for _ in range(4):
         for each in (model, eager):
             each.train().zero_grad()
             each(input_ids=ids, labels=ids).loss.backward()
         for own, other in zip(model.parameters(), eager.parameters(), strict=True):
             assert (own.grad is None) == (other.grad is None)
-            assert own.grad is None or torch.equal(own.grad, other.grad)
+            if own.grad is not None and other.grad is not None:
+                close(own.grad, other.grad, rounding)
     assert graphs() == 1
