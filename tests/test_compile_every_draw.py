@@ -219,6 +219,33 @@ def test_memory_formats_that_depend_on_the_draw(
             assert_same_step(model, eager, batch(x, step).double(), rounding=1e-9)
 
 
+class Counting(nn.Module):
+    """A residual layer whose code makes a number of the number of rows, so that no graph holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        number = len([None] * len(x))
+        return x + self.layer(x.tanh() * (1.0 + 0.0 * number))
+
+
+def test_a_layer_that_counts_its_rows_stays_exact_and_says_where_it_runs_eagerly() -> None:
+    model = settled(lambda: nn.Sequential(nn.Linear(3, WIDTH), *(Counting() for _ in range(6))))
+    x = vectors(32, 3).double()
+    options: dict[str, Any] = {"mode": "sample", "schedule": sd.linear_warmup(40)}
+    eager, depth = compiled(model.double(), x, 0.9, **options)
+
+    def train() -> None:
+        for step in range(40):
+            assert_same_step(model.train(), eager.train(), batch(x, step).double(), rounding=1e-9)
+            depth.step()
+
+    with pytest.warns(sd.StochasticDepthWarning, match="runs eagerly, torch has no graph"):
+        train()
+
+
 class Solved(nn.Module):
     """A residual layer that can run on no other matrix than one with an inverse."""
 

@@ -138,23 +138,24 @@ def _rows(
 
 
 def possible_counts(plan: Plan, block: int, batch: int) -> set[int]:
-    """Enough of the numbers of rows that a block may run on as a whole to know what may occur.
+    """The numbers of rows that a block may run on as a whole, at this step or another.
 
-    Namely one row, all rows, or a number between, at any step: a schedule takes a rate anywhere
-    between 0 and what it is without.
+    Where those may be many: one row and all rows, if it may be, and a number that stands for any,
+    for all blocks the same. A schedule takes a rate anywhere between 0 and what it is without.
     """
     if not plan.rates[block]:
         return {batch}
     counts = plan.counts[block]
     below, above = counts.around(batch * (1.0 - plan.rates[block]), batch)
+    if few_counts(plan, block):
+        return {below, above} - {0}
     above = batch if plan.schedule.by_name else above
-    if len(plan.units(block)) > 1:  # with rows of their own
-        in_groups = plan.blocks[block].container in plan.in_groups
-        # Else all at once where none is dropped.
-        return {n for n in (1, 2, batch) if n <= batch} if in_groups else {batch} & {above}
-    some = {below, above} if few_counts(plan, block) else {1, 2, below, above}
-    some = {n for n in some if below <= n <= above}
-    return {n for n in some if n and n in counts.around(n, batch)}
+    some = {1, 2, below, above}
+    if len(plan.units(block)) > 1:  # rows of their own: of groups any number, else all at once
+        grouped = plan.blocks[block].container in plan.in_groups
+        below, above, some = (1, batch, {1, 2, batch}) if grouped else (batch, above, {batch})
+    some = {n for n in some if below <= n <= above and n in counts.around(n, batch)} - {0}
+    return {n if n in (1, batch) else max(2, batch // 2) for n in some}
 
 
 def few_counts(plan: Plan, block: int) -> bool:

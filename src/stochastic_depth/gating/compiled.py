@@ -18,9 +18,10 @@ from stochastic_depth.rows import Held, Rows, put_back, take
 from stochastic_depth.torch_private import tree_leaves
 
 # Which graph: for so many rows of the batch, None: for all that are given; and what its branches
-# are multiplied by. Where a schedule, or several rates, bring many numbers of rows, 2 is for any.
+# are multiplied by. Where a schedule, or several rates, bring many numbers of rows, 0 is for any
+# but one: torch makes a constant of a length of one.
 Graph = tuple[int | None, tuple[float, ...]]
-_ANY = 2  # a single row needs another graph: torch makes a constant of a length of one
+_ANY = 0
 
 
 class NoGraphError(Exception):
@@ -71,8 +72,8 @@ def _of(passage: Passage) -> Graph | None:
 
 def _graph(passage: Passage, rows: Rows | None) -> Graph:
     count = None if rows is None else rows.count
-    if count is not None and not few_counts(passage.gate.plan, passage.gate.blocks[0]):
-        count = min(count, _ANY)
+    if count not in (None, 1) and not few_counts(passage.gate.plan, passage.gate.blocks[0]):
+        count = _ANY
     return count, _factors(passage)
 
 
@@ -103,15 +104,19 @@ def build(
         args: Its arguments.
         kwargs: The same, by keyword.
     """
-    gate, compiler = passage.gate, passage.gate.plan.compiler
+    gate, plan, compiler = passage.gate, passage.gate.plan, passage.gate.plan.compiler
+    call = (gate.name, size, plan.disabled, plan.forced is None, torch.is_grad_enabled())
+    if passage.layout.sharded or call in compiler.ready:
+        return
+    compiler.ready.add(call)
     for rows in _other_draws(passage, size):
         graph = _graph(passage, rows)
-        if compiler.knows(gate, graph, module) or passage.layout.sharded:
+        if compiler.knows(gate, graph, module):
             continue
         _build(gate, graph, module, held, rows, (args, kwargs))
         for given in compiler.formats.others(args, kwargs):
             with suppress(Exception):  # it may not be able to run on these, which may never come
-                _build(gate, graph, module, held, rows, given, tentative=True)
+                _build(gate, graph, module, held, rows, given)
 
 
 def _build(
@@ -121,20 +126,16 @@ def _build(
     held: Held | None,
     rows: Rows | None,
     given: tuple[Any, Any],
-    *,
-    tentative: bool = False,
 ) -> None:
     """Build one graph of a block, and note the memory formats of what it makes."""
     compiler = gate.plan.compiler
     if rows is None or held is None:
-        compiler.formats.note(compiler.build(gate, graph, module, *given, tentative=tentative))
+        compiler.formats.note(compiler.build(gate, graph, module, *given, {}))
         return
+    varies = held.takes if graph[0] == _ANY else {}
     for window in _windows(gate, rows, given):
         (some, named), rests = take(given, held.takes, window)
-        varies = {} if few_counts(gate.plan, gate.blocks[0]) else held.takes
-        output = compiler.build(
-            gate, graph, module, some, named, varies=varies, tentative=tentative
-        )
+        output = compiler.build(gate, graph, module, some, named, varies)
         if output is not None:
             compiler.formats.note(put_back(output, held.gives, rests, window))
 
@@ -149,16 +150,13 @@ def _windows(gate: Gate, rows: Rows, given: tuple[Any, Any]) -> list[Rows]:
 
 
 def _other_draws(passage: Passage, size: int) -> list[Rows | None]:
-    """The rows that a drawn call may run on as a whole; for any number, one that stands for all."""
+    """The rows that a drawn call may run on as a whole."""
     gate, plan = passage.gate, passage.gate.plan
     if not size:
         return [None]
     if plan.forced is not None or plan.disabled:
         return []
     counts = possible_counts(plan, gate.blocks[0], size)
-    if not few_counts(plan, gate.blocks[0]):
-        middle = max(_ANY, size // 2)  # for all blocks the same, so that they share the graph
-        counts = {count if count in (1, size) else middle for count in counts}
     return [None if count == size else Rows(size, 0, count) for count in counts]
 
 

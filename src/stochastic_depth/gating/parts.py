@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from stochastic_depth.deciding import keeps_any
 from stochastic_depth.discovery.templates import Template
 from stochastic_depth.distributed.groups import is_running
-from stochastic_depth.distributed.layout import WHOLE, Layout, layout_of
+from stochastic_depth.distributed.layout import Layout, layout_of
 from stochastic_depth.distributed.reduction import Reduction
 from stochastic_depth.distributed.sharded import prefetch_what_runs
 from stochastic_depth.errors import SetupError
@@ -31,11 +31,11 @@ def layout_for(gate: Gate, module: nn.Module) -> Layout:
     Raises:
         SetupError: They lie in a way that cannot be served.
     """
-    if not is_running() and not module.__dict__.get("_is_replica"):
-        return WHOLE
+    if not is_running():
+        return layout_of(module, gate.name)  # which is whole, or a replica's
     known = _layouts.setdefault(gate, {})
     # A unit around the module leaves its class alone, and its parameters while it is called.
-    marks = (is_running(), module.__dict__.get("_is_replica"), is_marked_by_fsdp(module))
+    marks = (module.__dict__.get("_is_replica"), is_marked_by_fsdp(module))
     key = (type(module), type(next(module.parameters(), None)), *marks)
     if key not in known:
         layout = layout_of(module, gate.name)

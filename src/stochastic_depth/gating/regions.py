@@ -107,7 +107,7 @@ class Region:
         forward: Any = type(module).forward
         return self._compiled(module, forward.__wrapped__, factors, args, kwargs)
 
-    def build(self, graph: Graph, module: nn.Module, args: Any, kwargs: Any, rows: Dims) -> Any:
+    def build(self, graph: Graph, module: nn.Module, args: Any, kwargs: Any, varies: Dims) -> Any:
         """Run a block without leaving a trace, so that there is a graph for it.
 
         Args:
@@ -115,7 +115,7 @@ class Region:
             module: The block.
             args: Its arguments.
             kwargs: The same, by keyword.
-            rows: Their leaves that hold rows, of which a graph for several may be given any number.
+            varies: Their leaves that hold rows, of which the graph may be given any number.
 
         Returns:
             The block's output.
@@ -124,7 +124,7 @@ class Region:
         with torch.enable_grad():
             leaves, spec = tree_flatten((args, kwargs))
             leaves = [_apart(leaf) for leaf in leaves]
-        for number, dim in rows.items():
+        for number, dim in varies.items():
             if leaves[number] is not None:
                 let_vary(leaves[number], dim)
         some, named = tree_unflatten(leaves, spec)
@@ -142,6 +142,7 @@ class Compiler:
     alike: dict[tuple[Any, ...], list[Region]] = field(default_factory=dict)
     regions: dict[tuple[Any, ...], Region | None] = field(default_factory=dict)  # of each block
     formats: Formats = field(default_factory=Formats)
+    ready: set[tuple[Any, ...]] = field(default_factory=set)  # calls for which all graphs are there
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Compiler:
         return self
@@ -157,13 +158,12 @@ class Compiler:
         module: nn.Module,
         args: Any,
         kwargs: Any,
-        *,
-        varies: Dims | None = None,
-        tentative: bool = False,
+        varies: Dims,
     ) -> Any:
         """Have this graph of a block built: the block's output, or None where there is no graph.
 
-        Where a forward could leave a trace in its arguments, its first call builds it.
+        Where a forward could leave a trace in its arguments, its first call builds it. Only the
+        first of several ways to call a block tells that there is none; others may never come.
 
         Args:
             gate: The block's.
@@ -172,7 +172,6 @@ class Compiler:
             args: Its arguments.
             kwargs: The same, by keyword.
             varies: Their leaves that hold rows, of which the graph may be given any number.
-            tentative: Whether it may never be needed: then that there is none says nothing.
         """
         with _building:
             key, leaves = _key(gate, graph, module), tree_leaves((args, kwargs))
@@ -184,11 +183,11 @@ class Compiler:
                 return None
             before = region.graphs
             try:
-                output = region.build(graph, module, args, kwargs, varies or {})
+                output = region.build(graph, module, args, kwargs, varies)
                 region.kinds += is_new and region.graphs > before
                 return output
             except no_graph() as error:
-                if not tentative:
+                if is_new:
                     self._give_up(key, error)
                 return None
 
@@ -200,7 +199,7 @@ class Compiler:
         """
         key = _key(gate, graph, module)
         if key not in self.regions:
-            self.build(gate, graph, module, args, kwargs)
+            self.build(gate, graph, module, args, kwargs, {})
         region = self.regions[key]
         if region is not None:
             try:

@@ -70,8 +70,7 @@ def traced_call(
         output = open_block(module, original, factors, args, kwargs)
     else:
         output = original(module, *args, **kwargs)
-    end = _end(gate) if around else None
-    if around and end is not None:
+    if around and (end := _end(gate)) is not None:
         number, *leaves = end
         output = multiplied(output, leaves, around[number])
     return output
