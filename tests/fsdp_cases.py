@@ -25,7 +25,7 @@ from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
 import stochastic_depth as sd
 from ddp_cases import NETWORKS, averaged, same
-from networks import settled
+from networks import settled, vectors
 from processes import report
 from sharding import (
     DRAWS,
@@ -117,7 +117,7 @@ def nothing_is_left_gathered(model: nn.Module) -> None:
 def prefetched_weights_are_never_stale(network: str) -> None:
     """A forward without gradients skips a block, the weights change, the next forward runs it."""
     model, depth, alone, _, shape = pair(network, Setup(prefetch=True), {})
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    x = vectors(*shape, seed=3)
     names = [block.name for block in depth.blocks]
     model.eval()
     with torch.no_grad():
@@ -228,7 +228,7 @@ def _zeroed(module: nn.Module, args: Any, output: Any) -> Any:
 def the_way_out(network: str, setup: Setup) -> None:
     """`remove()` gives the very classes back, `fold()` the scale; both in the sharded model."""
     maker, shape = NETWORKS[network]
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    x = vectors(*shape, seed=3)
     plain = settled(maker)
     shard(plain)
     kinds = kinds_of(plain)
@@ -272,7 +272,7 @@ def units_inside_of_a_branch() -> None:
         fully_shard(layer.get_submodule("mlp"))
     shard(model)
     for batch in (4, 3):  # 3: shapes of outputs that have to be looked up
-        x = torch.randn(batch, *shape[1:], generator=torch.Generator().manual_seed(dist.get_rank()))
+        x = vectors(batch, *shape[1:], seed=dist.get_rank())
         for net in (model, alone):
             net.zero_grad()
             net.train()(x).square().mean().backward()
@@ -297,12 +297,12 @@ def fsdp1_is_refused() -> None:
         model = settled(maker)
         sd.apply_stochastic_depth(model, 0.2, example_inputs=x)
         wrapped = FullyShardedDataParallel(
-            model, device_id=torch.device("cpu"), use_orig_params=use_orig_params
+            model, device_id=torch.get_default_device(), use_orig_params=use_orig_params
         )
         with pytest.raises(sd.SetupError, match=r"FSDP1.*fully_shard"):
             wrapped.train()(x)
         plain = FullyShardedDataParallel(
-            settled(maker), device_id=torch.device("cpu"), use_orig_params=use_orig_params
+            settled(maker), device_id=torch.get_default_device(), use_orig_params=use_orig_params
         )
         for part in (plain, plain.module):
             with pytest.raises(sd.SetupError, match=r"FSDP1.*fully_shard"):
@@ -316,7 +316,9 @@ def a_pipeline_is_refused() -> None:
     x = torch.randn(shape)
     model = settled(maker)
     sd.apply_stochastic_depth(model, 0.2, example_inputs=x)
-    stage = PipelineStage(model.train(), 0, 1, torch.device("cpu"), group=groups[dist.get_rank()])
+    stage = PipelineStage(
+        model.train(), 0, 1, torch.get_default_device(), group=groups[dist.get_rank()]
+    )
     with pytest.raises(sd.SetupError, match=r"a pipeline of torch\.distributed\.pipelining"):
         ScheduleGPipe(stage, n_microbatches=2, loss_fn=nn.functional.mse_loss).step(x)
 

@@ -96,7 +96,7 @@ def full(gradient: Any) -> Tensor | None:
 
 def fill(model: nn.Module, source: nn.Module) -> None:
     """Give a model from the meta device, sharded by now, the weights of another."""
-    model.to_empty(device="cpu")
+    model.to_empty(device=torch.get_default_device())
     values = dict(source.state_dict())
     with torch.no_grad():
         for name, tensor in model.state_dict().items():

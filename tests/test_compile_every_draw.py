@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.utils import counters
 
 import stochastic_depth as sd
 from networks import WIDTH, BasicBlock, batch, make, residuals, settled, vectors
@@ -76,6 +78,44 @@ def test_whatever_number_of_rows_a_schedule_comes_to(
             numbers |= {len(rows) for rows in depth.last_gates.values()}
     assert len(numbers) > 8 or "schedule" not in options
     assert 1 in numbers or name == "resnet"
+
+
+def with_limits(graph: Any, inputs: list[Any]) -> Any:
+    """As inductor's choices do on a GPU, it looks at the number of rows, and holds where they hold.
+
+    A length that is known is a number here, any other one a symbol.
+    """
+    for rows in inputs:
+        if isinstance(rows, torch.SymInt):
+            assert rows < 5 or rows >= 5
+            assert rows < 11 or rows >= 11
+            assert rows % 7 == 0 or rows % 7 != 0
+    return aot_eager(graph, inputs)
+
+
+# Of 16 rows a single one, all, and between (no more than 12): up to 4, 7, others to 10, 11 and 12.
+@pytest.mark.parametrize(
+    ("rates", "schedule"),
+    [(0.95, sd.linear_warmup(90)), ([0.95, 0.8, 0.6, 0.4, 0.2, 0.1], None)],
+    ids=["a schedule", "several rates"],
+)
+def test_graphs_that_torch_has_hold_for_some_numbers_of_rows(rates: Any, schedule: Any) -> None:
+    model, x = make("pre-norm")
+    x = torch.cat([batch(x, step) for step in range(4)])[:16]
+    options = {"example_inputs": x[:2], "mode": "sample", "schedule": schedule}
+    depth = sd.apply_stochastic_depth(model, rates, **options)
+    torch.compiler.reset()
+    counters.clear()
+    depth.compile(with_limits)
+    model.train()(x).sum().backward()
+    assert graphs() == 6
+    numbers = set()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for _ in range(100):
+            depth.step()
+            model(x).sum().backward()
+            numbers |= {len(rows) for rows in depth.last_gates.values()}
+    assert numbers >= {1, 4, 7, 9, 12, 16}
 
 
 class SequenceFirst(nn.Module):

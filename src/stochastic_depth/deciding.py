@@ -20,6 +20,7 @@ from stochastic_depth.rows import Rows
 
 # In newer torch `is_compiling` is true in all threads while one compiles; 2.6 has but that one.
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+_TRIED = 256  # of many numbers of rows
 
 
 @dataclass(frozen=True)
@@ -137,25 +138,34 @@ def _rows(
     return Rows(batch.size, start, count)
 
 
-def possible_counts(plan: Plan, block: int, batch: int) -> set[int]:
+def possible_counts(plan: Plan, block: int, batch: int) -> list[int]:
     """The numbers of rows that a block may run on as a whole, at this step or another.
 
-    Where those may be many: one row and all rows, if it may be, and a number that stands for any,
-    for all blocks the same. A schedule takes a rate anywhere between 0 and what it is without.
+    A schedule takes a rate anywhere between 0 and what it is without.
     """
     if not plan.rates[block]:
-        return {batch}
+        return [batch]
     counts = plan.counts[block]
     below, above = counts.around(batch * (1.0 - plan.rates[block]), batch)
     if few_counts(plan, block):
-        return {below, above} - {0}
+        return sorted({below, above} - {0})
     above = batch if plan.schedule.by_name else above
-    some = {1, 2, below, above}
     if len(plan.units(block)) > 1:  # rows of their own: of groups any number, else all at once
-        grouped = plan.blocks[block].container in plan.in_groups
-        below, above, some = (1, batch, {1, 2, batch}) if grouped else (batch, above, {batch})
-    some = {n for n in some if below <= n <= above and n in counts.around(n, batch)} - {0}
-    return {n if n in (1, batch) else max(2, batch // 2) for n in some}
+        if plan.blocks[block].container not in plan.in_groups:
+            return [batch]
+        below, above = 1, batch
+    return [n for n in range(max(below, 1), above + 1) if n in counts.around(n, batch)]
+
+
+def many_counts(plan: Plan, batch: int) -> list[int]:
+    """Where blocks may run on many numbers of rows: those of all blocks, the middle one first.
+
+    Without one row and all rows, which are special; of more than `_TRIED` some, evenly spread.
+    """
+    blocks = [b for b in range(len(plan.blocks)) if not few_counts(plan, b)]
+    found = {n for block in blocks for n in possible_counts(plan, block, batch)} - {1, batch}
+    spread = sorted(found)[:: 1 + len(found) // _TRIED]
+    return sorted(spread, key=lambda count: abs(count - spread[len(spread) // 2]))
 
 
 def few_counts(plan: Plan, block: int) -> bool:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from stochastic_depth.deciding import few_counts, possible_counts
+from stochastic_depth.deciding import few_counts, many_counts, possible_counts
 from stochastic_depth.gating.passage import Gate, Original, Passage, running
 from stochastic_depth.gating.recomputation import note, recall
+from stochastic_depth.gating.traced import graphs
 from stochastic_depth.rows import Held, Rows, put_back, take
 from stochastic_depth.torch_private import tree_leaves
 
@@ -109,14 +110,13 @@ def build(
     if passage.layout.sharded or call in compiler.ready:
         return
     compiler.ready.add(call)
-    for rows in _other_draws(passage, size):
-        graph = _graph(passage, rows)
+    for graph, draws in _other_draws(passage, size).items():
         if compiler.knows(gate, graph, module):
             continue
-        _build(gate, graph, module, held, rows, (args, kwargs))
+        _build(gate, graph, module, held, draws, (args, kwargs))
         for given in compiler.formats.others(args, kwargs):
             with suppress(Exception):  # it may not be able to run on these, which may never come
-                _build(gate, graph, module, held, rows, given)
+                _build(gate, graph, module, held, draws, given)
 
 
 def _build(
@@ -124,10 +124,30 @@ def _build(
     graph: Graph,
     module: nn.Module,
     held: Held | None,
+    draws: list[Rows | None],
+    given: tuple[Any, Any],
+) -> None:
+    """Build one graph of a block, and note the memory formats of what it makes.
+
+    Torch may make a graph for any number of rows and have it hold up to some number, or for
+    multiples of one: where the first of the draws needed another graph, so may each of the others.
+    """
+    before = graphs()
+    for rows in draws:
+        _build_on(gate, graph, module, held, rows, given)
+        if graphs() == before:
+            return
+
+
+def _build_on(
+    gate: Gate,
+    graph: Graph,
+    module: nn.Module,
+    held: Held | None,
     rows: Rows | None,
     given: tuple[Any, Any],
 ) -> None:
-    """Build one graph of a block, and note the memory formats of what it makes."""
+    """Build it for these rows of what is given."""
     compiler = gate.plan.compiler
     if rows is None or held is None:
         compiler.formats.note(compiler.build(gate, graph, module, *given, {}))
@@ -149,15 +169,21 @@ def _windows(gate: Gate, rows: Rows, given: tuple[Any, Any]) -> list[Rows]:
     return [rows] if rows.count == 1 else [rows, replace(rows, start=rows.batch - 1)]
 
 
-def _other_draws(passage: Passage, size: int) -> list[Rows | None]:
-    """The rows that a drawn call may run on as a whole."""
+def _other_draws(passage: Passage, size: int) -> dict[Graph, list[Rows | None]]:
+    """For each graph the rows that a drawn call may run on as a whole."""
     gate, plan = passage.gate, passage.gate.plan
     if not size:
-        return [None]
+        return {_graph(passage, None): [None]}
     if plan.forced is not None or plan.disabled:
-        return []
-    counts = possible_counts(plan, gate.blocks[0], size)
-    return [None if count == size else Rows(size, 0, count) for count in counts]
+        return {}
+    found: dict[Graph, list[Rows | None]] = {}
+    for count in possible_counts(plan, gate.blocks[0], size):
+        rows = None if count == size else Rows(size, 0, count)
+        graph = _graph(passage, rows)
+        if graph not in found:
+            counts = many_counts(plan, size) if graph[0] == _ANY else []
+            found[graph] = [Rows(size, 0, each) for each in counts] or [rows]
+    return found
 
 
 def as_made(leaf: Any) -> Any:
