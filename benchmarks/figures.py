@@ -178,8 +178,17 @@ def compiled() -> str:
 
 
 def compiled_gpu() -> str:
-    """The same on a GPU."""
-    return _compiled("compile-gpu.json")
+    """The same on a GPU, and what of a step Python needs."""
+    needed = []
+    for name, case in _read("compile-gpu.json")["results"].items():
+        python, step = case["seconds_of_python"], case["compiled"]["seconds"]["plain"]
+        plain, gated = (1e3 * python[f"compiled {each}"] for each in ("plain", "all kept"))
+        needed.append(f"{name} {plain:.0f}, {gated:.0f} of {1e3 * step:.0f} ms")
+    return (
+        _compiled("compile-gpu.json")
+        + "\nOf a compiled step Python needs, in the plain network and with all gates open: "
+        + f"{'; '.join(needed)}.\n"
+    )
 
 
 def _compiled(name: str) -> str:

@@ -118,6 +118,29 @@ def test_graphs_that_torch_has_hold_for_some_numbers_of_rows(rates: Any, schedul
     assert numbers >= {1, 4, 7, 9, 12, 16}
 
 
+def test_of_very_many_numbers_of_rows_some_are_tried() -> None:
+    calls = 0
+
+    def counted(graph: Any, inputs: list[Any]) -> Any:
+        run = aot_eager(graph, inputs)
+
+        def call(*args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return run(*args)
+
+        return call
+
+    model, x = residuals(6), vectors(2000, WIDTH)
+    schedule = sd.linear_warmup(90)
+    torch.compiler.reset()
+    sd.apply_stochastic_depth(
+        model, 0.95, example_inputs=x, mode="sample", schedule=schedule
+    ).compile(counted)
+    model.train()(x)
+    assert 2 * 200 < calls < 2 * 256 + 50  # windows that wrap around, and others
+
+
 class SequenceFirst(nn.Module):
     """Its blocks hold the batch in the second dimension: a window has the strides of all of it."""
 
