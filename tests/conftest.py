@@ -27,6 +27,8 @@ THOROUGH = (
     "timm:xcit",
     "test_a_billion_parameters",
     "test_compile_on_ranks",
+    "test_data_parallel.py::test_on_four_ranks",
+    "hold_for_some_numbers_of_rows[several",
     "[Alternating",
     "[ExpandedTwice",
     "[SequenceFirst",

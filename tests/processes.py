@@ -32,14 +32,14 @@ def launch(
     source = TESTS.parent / "src"
     paths = [str(source), str(TESTS), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    environment["DEVICE"] = device
+    environment |= {"DEVICE": device, "PYTHONFAULTHANDLER": "1"}  # where a process dies
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(ranks), str(TESTS / script), str(folder)]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=seconds, check=False
     )
     if done.returncode:
-        raise AssertionError(done.stdout[-2000:] + done.stderr[-4000:])
+        raise AssertionError(done.stdout[-2000:] + done.stderr[-12000:])
     found: dict[str, str] = {}
     for rank in range(ranks):
         for case, wrong in json.loads((folder / f"{rank}.json").read_text()).items():

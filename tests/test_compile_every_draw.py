@@ -132,7 +132,7 @@ def test_of_very_many_numbers_of_rows_some_are_tried() -> None:
         return call
 
     model, x = nn.Sequential(nn.Linear(3, WIDTH), residuals(6)), vectors(2000, 3)
-    options = {"mode": "sample", "schedule": sd.linear_warmup(90)}
+    options: dict[str, Any] = {"mode": "sample", "schedule": sd.linear_warmup(90)}
     depth = sd.apply_stochastic_depth(model, 0.95, example_inputs=x, **options)
     torch.compiler.reset()
     depth.compile(counted)
