@@ -40,7 +40,8 @@ coverage: $(TEST)
 
 # The tests that say they need torch alone, on the oldest torch that is promised.
 oldest: $(OLDEST)
-	.venv-oldest/bin/python -m pytest -m oldest $$(grep -l 'mark\.oldest' tests/test_*.py)
+	.venv-oldest/bin/python -m pytest -n $(WORKERS) --dist loadfile -m oldest \
+		$$(grep -l 'mark\.oldest' tests/test_*.py)
 
 # The adapter to Composer, which needs a torch older than 2.7.1.
 test-composer: $(COMPOSER)
