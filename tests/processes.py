@@ -32,7 +32,7 @@ def launch(
     source = TESTS.parent / "src"
     paths = [str(source), str(TESTS), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    environment |= {"DEVICE": device, "PYTHONFAULTHANDLER": "1"}  # where a process dies
+    environment |= {"DEVICE": device, "PYTHONFAULTHANDLER": "1"}  # says where one dies
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(ranks), str(TESTS / script), str(folder)]
     done = subprocess.run(

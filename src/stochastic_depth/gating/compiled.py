@@ -171,7 +171,7 @@ def _windows(gate: Gate, rows: Rows, given: tuple[Any, Any]) -> list[Rows]:
 
 def _other_draws(passage: Passage, size: int) -> dict[Graph, list[Rows | None]]:
     """For each graph the rows that a drawn call may run on as a whole."""
-    gate, plan = passage.gate, passage.gate.plan
+    gate, plan, many = passage.gate, passage.gate.plan, passage.gate.plan.compiler.many_counts
     if not size:
         return {_graph(passage, None): [None]}
     if plan.forced is not None or plan.disabled:
@@ -180,9 +180,12 @@ def _other_draws(passage: Passage, size: int) -> dict[Graph, list[Rows | None]]:
     for count in possible_counts(plan, gate.blocks[0], size):
         rows = None if count == size else Rows(size, 0, count)
         graph = _graph(passage, rows)
-        if graph not in found:
-            counts = many_counts(plan, size) if graph[0] == _ANY else []
-            found[graph] = [Rows(size, 0, each) for each in counts] or [rows]
+        if graph[0] != _ANY:
+            found[graph] = [rows]
+        elif graph not in found:
+            if size not in many:  # it looks at all blocks: not once more for each of them
+                many[size] = many_counts(plan, size)
+            found[graph] = [Rows(size, 0, each) for each in many[size]]
     return found
 
 

@@ -142,6 +142,7 @@ class Compiler:
     alike: dict[tuple[Any, ...], list[Region]] = field(default_factory=dict)
     regions: dict[tuple[Any, ...], Region | None] = field(default_factory=dict)  # of each block
     formats: Formats = field(default_factory=Formats)
+    many_counts: dict[int, list[int]] = field(default_factory=dict)  # by the number of all rows
     ready: set[tuple[Any, ...]] = field(default_factory=set)  # calls for which all graphs are there
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Compiler:
