@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 import pytest
 import torch
@@ -13,7 +14,37 @@ from hypothesis import settings
 
 torch.set_num_threads(1)
 
-# What takes long and differs from others in size alone: `make check` runs it, `make test` does not.
+# Of the tables of these files `make test` runs every fifth case, `make check` all.
+LONG_TABLES = """
+    activation_checkpointing
+    any_pattern_is_exact
+    checkpoint_wrappers
+    collectives_inside_of_branches
+    compile
+    compile_beside
+    compile_by_users
+    compile_every_draw
+    coverage
+    data_parallel
+    example_text
+    explicit_residuals
+    export
+    fold
+    gradient_accumulation
+    open_gates_are_identical
+    optimizers
+    resume_is_exact
+    resume_on_ranks
+    rows_are_drawn_exactly
+    rows_equal_masks
+    rows_in_groups
+    several_forwards
+    sharded
+    strangers_networks
+""".split()
+STEP = 5  # prime, so that a table of two, three or four values of each thing shows every value
+
+# What takes long by itself; `make check` alone runs it.
 THOROUGH = (
     "resnet101",
     "resnet152",
@@ -25,15 +56,18 @@ THOROUGH = (
     "timm:efficientnet_lite0",
     "timm:maxvit",
     "timm:xcit",
+    "convnext_tiny",
     "test_a_billion_parameters",
     "test_compile_on_ranks",
-    "test_data_parallel.py::test_on_four_ranks",
-    "hold_for_some_numbers_of_rows[several",
-    "[Alternating",
-    "[ExpandedTwice",
-    "[SequenceFirst",
-    "comes_to[shared",
-    "comes_to[in groups",
+    "test_example_on_two_ranks",
+    "on_four_ranks",
+    "other_ranks_and_compiled_blocks",
+    "rows_of_different_blocks_steps_and_seeds",
+    "resnet50_has_more_kinds",
+    "hold_for_some_numbers_of_rows",
+    "any_rates_fold",
+    "other_shapes_are_torchs_business",
+    "a_layer_that_counts_its_rows_stays_exact",
 )
 
 settings.register_profile("local", deadline=None)
@@ -46,9 +80,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    met: Counter[tuple[str, str]] = Counter()
     for item in items:
+        of_long_table = item.path.stem.removeprefix("test_") in LONG_TABLES
         if any(name in item.nodeid for name in THOROUGH):
             item.add_marker("thorough")
+        elif of_long_table and isinstance(item, pytest.Function):
+            table = item.path.stem, item.originalname
+            if met[table] % STEP:
+                item.add_marker("thorough")
+            met[table] += 1
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -57,3 +98,11 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_default_device(device)
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture(scope="module")
+def asked_for(request: pytest.FixtureRequest) -> list[str]:
+    """The names of the cases of this module that pytest runs: for those in other processes."""
+    chosen = [item for item in request.session.items if item.path == request.path]
+    parameters = [item.callspec.params for item in chosen if hasattr(item, "callspec")]
+    return [values["case"] for values in parameters if "case" in values]

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,13 @@ TESTS = Path(__file__).parent
 
 
 def launch(
-    script: str, ranks: int, folder: Path, *, seconds: int = 400, device: str = "cpu"
+    script: str,
+    ranks: int,
+    folder: Path,
+    only: Sequence[str] = (),
+    *,
+    seconds: int = 400,
+    device: str = "cpu",
 ) -> dict[str, str]:
     """What each case of the script gave on the first rank that it failed on: "" for nothing.
 
@@ -26,6 +32,7 @@ def launch(
         script: A file of the tests that ends in `report(cases)`.
         ranks: How many processes.
         folder: Where they leave their results.
+        only: The names of the cases to run; without any, all.
         seconds: After that it counts as hung.
         device: Where their tensors are made; on "cpu" they talk over gloo, on "cuda" over NCCL.
     """
@@ -34,7 +41,7 @@ def launch(
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     environment |= {"DEVICE": device, "PYTHONFAULTHANDLER": "1"}  # says where one dies
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(ranks), str(TESTS / script), str(folder)]
+    command += ["--nproc-per-node", str(ranks), str(TESTS / script), str(folder), *only]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=seconds, check=False
     )
@@ -48,12 +55,15 @@ def launch(
 
 
 def report(cases: Callable[[], Mapping[str, Callable[[], None]]]) -> None:
-    """Run the cases on this rank, all of them, and write down which raised what."""
+    """Run those cases that are asked for on this rank, and write down which raised what."""
     device = os.environ["DEVICE"]
     torch.set_default_device(device)
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    folder, *only = sys.argv[1:]
     results = {}
     for name, case in cases().items():
+        if only and name not in only:
+            continue
         sys.stderr.write(f"rank {dist.get_rank()}: {name}\n")  # shown where this process dies
         try:
             case()
@@ -61,7 +71,7 @@ def report(cases: Callable[[], Mapping[str, Callable[[], None]]]) -> None:
         except (Exception, pytest.fail.Exception):
             results[name] = traceback.format_exc()[-1500:]
         dist.barrier()
-    Path(sys.argv[1], f"{dist.get_rank()}.json").write_text(json.dumps(results))
+    Path(folder, f"{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
     # Threads of torch's that still let go of a tensor abort a Python that is ending under them.
     sys.stdout.flush()

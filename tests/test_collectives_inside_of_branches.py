@@ -16,9 +16,9 @@ pytestmark = pytest.mark.oldest
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> object:
+def results(asked_for: list[str], tmp_path_factory: pytest.TempPathFactory) -> object:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    return launch("collective_cases.py", 2, folder, seconds=200)
+    return launch("collective_cases.py", 2, folder, asked_for, seconds=200)
 
 
 @pytest.mark.parametrize("case", cases())

@@ -15,9 +15,9 @@ from processes import launch
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> object:
+def results(asked_for: list[str], tmp_path_factory: pytest.TempPathFactory) -> object:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    return launch("compile_cases.py", 2, folder)
+    return launch("compile_cases.py", 2, folder, asked_for)
 
 
 @pytest.mark.parametrize("case", cases())

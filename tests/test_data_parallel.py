@@ -5,32 +5,28 @@ Plain DistributedDataParallel, without `find_unused_parameters`; real processes 
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
-
 import pytest
 
 from ddp_cases import cases
 from processes import launch
 
 
-@functools.cache
-def results(ranks: int, folder: Path) -> dict[str, str]:
-    """All cases in one launch."""
-    return launch("ddp_cases.py", ranks, folder)
+@pytest.fixture(scope="module")
+def on_two(asked_for: list[str], tmp_path_factory: pytest.TempPathFactory) -> object:
+    return launch("ddp_cases.py", 2, tmp_path_factory.mktemp("ranks"), asked_for)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("ranks")
+def on_four(asked_for: list[str], tmp_path_factory: pytest.TempPathFactory) -> object:
+    return launch("ddp_cases.py", 4, tmp_path_factory.mktemp("ranks"), asked_for)
 
 
 @pytest.mark.oldest
 @pytest.mark.parametrize("case", cases(2))
-def test_on_two_ranks(case: str, folder: Path) -> None:
-    assert not results(2, folder)[case], results(2, folder)[case]
+def test_on_two_ranks(on_two: dict[str, str], case: str) -> None:
+    assert not on_two[case], on_two[case]
 
 
 @pytest.mark.parametrize("case", cases(4))
-def test_on_four_ranks(case: str, folder: Path) -> None:
-    assert not results(4, folder)[case], results(4, folder)[case]
+def test_on_four_ranks(on_four: dict[str, str], case: str) -> None:
+    assert not on_four[case], on_four[case]

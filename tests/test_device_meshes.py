@@ -16,9 +16,9 @@ pytestmark = pytest.mark.oldest
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> object:
+def results(asked_for: list[str], tmp_path_factory: pytest.TempPathFactory) -> object:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    return launch("mesh_cases.py", 4, folder)
+    return launch("mesh_cases.py", 4, folder, asked_for)
 
 
 @pytest.mark.parametrize("case", cases())

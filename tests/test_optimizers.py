@@ -7,9 +7,7 @@ every parameter has an optimizer of its own, which steps where there is a gradie
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -206,19 +204,14 @@ def test_an_average_is_that_by_hand(kind: str) -> None:
     torch.testing.assert_close(average.eval()(x), plain.eval()(x), rtol=1e-4, atol=1e-5)
 
 
-@functools.cache
-def results(folder: Path) -> dict[str, str]:
-    return launch("optimizer_cases.py", 2, folder)
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("ranks")
+def results(asked_for: list[str], tmp_path_factory: pytest.TempPathFactory) -> object:
+    return launch("optimizer_cases.py", 2, tmp_path_factory.mktemp("ranks"), asked_for)
 
 
 @pytest.mark.parametrize("case", cases())
-def test_an_optimizer_that_shares_its_state_among_ranks(case: str, folder: Path) -> None:
-    assert not results(folder)[case], results(folder)[case]
+def test_an_optimizer_that_shares_its_state_among_ranks(results: dict[str, str], case: str) -> None:
+    assert not results[case], results[case]
 
 
 @oldest
