@@ -1,4 +1,6 @@
-"""What every test runs under: one thread per worker, and examples that a rerun draws again.
+"""What every test runs under, and which of them `make test` leaves to `make check`.
+
+One thread per worker, and examples that a rerun draws again.
 
 `pytest --device cuda` runs what makes tensors without naming a device on a GPU.
 """
