@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-from stochastic_depth.collectives import synchronised
 from stochastic_depth.discovery import ResidualBlock, plain_model, to_watch, watch
 from stochastic_depth.discovery.batch import allowed_counts, watch_more_rows
 from stochastic_depth.discovery.existing import refuse_active_drop_path
@@ -139,9 +138,8 @@ def apply_stochastic_depth(
         schedule=resolve_schedule(None, []),
         draw=draw,
     )
-    units = [name for number in range(len(chosen)) for name in plan.units(number)]
-    plan.schedule = resolve_schedule(schedule, units)
-    plan.synchronised = synchronised(model, plan)
+    plan.schedule = resolve_schedule(schedule, plan.units)
+    plan.talks = _synchronised(model, plan)
     plan.counts = tuple(allowed_counts(model, found, block) for block in chosen)
     by_watching = not all(block.explicit for block in chosen)
     by_rows = by_watching and mode == "sample"
@@ -206,6 +204,18 @@ def _warn(model: nn.Module, plan: Plan) -> None:
             f'weights ("{stuck[0].name}": {stuck[0].fold.obstacle}); with scale="train" there is '
             "none to fold"
         )
+
+
+def _synchronised(model: nn.Module, plan: Plan) -> dict[str, str]:
+    """For each block whose branches hold a SyncBatchNorm, the name of one."""
+    return {
+        block.container: f'SyncBatchNorm "{f"{name}.{inside}".removesuffix(".")}"'
+        for block, rate in zip(plan.blocks, plan.rates, strict=True)
+        for branch in block.branches
+        for name in branch.modules
+        for inside, module in model.get_submodule(name).named_modules()
+        if rate and isinstance(module, nn.SyncBatchNorm)
+    }
 
 
 def _active_dropouts(model: nn.Module, plan: Plan) -> list[str]:

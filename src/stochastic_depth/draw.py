@@ -1,4 +1,4 @@
-"""How it is drawn which blocks run: a pure function of (seed, step, call, block), no hidden state.
+"""How it is drawn which blocks run: a pure function of (seed, step, call, names), no hidden state.
 
 So processes agree without talking, a resumed run continues the same sequence, and the global
 generators of torch, NumPy and Python are never touched.
@@ -7,8 +7,10 @@ generators of torch, NumPy and Python are never touched.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b, shake_128
 from typing import Any, Literal, get_args
 
@@ -17,7 +19,6 @@ from stochastic_depth.errors import OptionError, nearest
 Sampling = Literal["independent", "balanced"]
 AcrossRanks = Literal["auto", "same", "different"]
 Redraw = Literal["forward", "step"]
-Rows = Literal["contiguous", "random"]
 _ROUNDING = 1e-9  # a sum of rates this close to an integer is one
 
 
@@ -37,30 +38,25 @@ class Draw:
         redraw: "forward": each training forward has draws of its own (each microbatch under
             gradient accumulation); "step": one draw for all forwards of an optimizer step, which
             needs `depth.follow(optimizer)` or `depth.step()`.
-        rows: For mode="sample": "contiguous" keeps a window of the batch from a random row on,
-            wrapping around (of half of it: either half), which is fastest; "random" any rows.
         process_group: The ranks among which draws differ: those that train on different data.
             None: all. Copies share it; pickling leaves it out.
-        check_every: Where ranks have to draw the same (`fully_shard`, tensor parallel): in every
-            how many forwards they compare what they draw from, in one collective of 16 bytes on the
-            CPU. Rarer than in each (1), a difference is noticed late: a wrong step, or a hang, may
-            come first. 0: never.
+
+    Mode "sample" keeps a window of the batch from a random row on, wrapping around at its end (of
+    half of the batch: either half).
 
     Raises:
         OptionError: An option has a value that it cannot take.
 
     Example:
         >>> Draw(seed=1, redraw="step")
-        Draw(seed=1, sampling='independent', across_ranks='auto', redraw='step', rows='contiguous')
+        Draw(seed=1, sampling='independent', across_ranks='auto', redraw='step')
     """
 
     seed: int = 0
     sampling: Sampling = "independent"
     across_ranks: AcrossRanks = "auto"
     redraw: Redraw = "forward"
-    rows: Rows = "contiguous"
     process_group: Any = None
-    check_every: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
@@ -69,28 +65,15 @@ class Draw:
                 expected="an integer",
                 instead="pass any integer; the same one gives the same draws",
             )
-        if isinstance(self.check_every, bool) or not isinstance(self.check_every, int):
-            raise OptionError(
-                f"Draw(check_every={self.check_every!r})",
-                expected="a number of forwards",
-                instead="pass 1 to compare in every forward, 0 for never",
-            )
-        choices = {
-            "sampling": get_args(Sampling),
-            "across_ranks": get_args(AcrossRanks),
-            "redraw": get_args(Redraw),
-            "rows": get_args(Rows),
-        }
-        for option, known in choices.items():
-            check_choice(f"Draw({option}=...)", getattr(self, option), known)
+        check_choice("Draw(sampling=...)", self.sampling, get_args(Sampling))
+        check_choice("Draw(across_ranks=...)", self.across_ranks, get_args(AcrossRanks))
+        check_choice("Draw(redraw=...)", self.redraw, get_args(Redraw))
 
     def __repr__(self) -> str:
         group = "" if self.process_group is None else f", process_group={self.process_group!r}"
-        group += "" if self.check_every == 1 else f", check_every={self.check_every}"
         return (
             f"Draw(seed={self.seed}, sampling={self.sampling!r}, "
-            f"across_ranks={self.across_ranks!r}, redraw={self.redraw!r}, rows={self.rows!r}"
-            f"{group})"
+            f"across_ranks={self.across_ranks!r}, redraw={self.redraw!r}{group})"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Draw:
@@ -110,40 +93,46 @@ def check_choice(option: str, value: object, known: tuple[str, ...]) -> None:
         )
 
 
-def uniform(
-    seed: int, step: int, call: tuple[int, ...], name: object, rank: int | None = None
-) -> float:
-    """A number in [0, 1), independent for every other seed, step, call, name or rank.
+def uniforms(
+    seed: int, step: int, call: int, names: Sequence[str], rank: int | None = None
+) -> tuple[float, ...]:
+    """A number in [0, 1) for each name, all of them independent, from one hash.
+
+    Another seed, step, call, rank or list of names gives other numbers.
 
     Args:
         seed: `Draw.seed`.
         step: The optimizer step.
-        call: How often the gate was called before in this step; inside of another gate that
-            gate's number comes first. Empty where all calls of a step share one draw.
-        name: What is drawn for: a block ("layer3.2") or a branch ("blocks.3:0").
+        call: How often the gate was called before in this step.
+        names: What is drawn for: blocks ("layer3.2") or branches ("blocks.3:0").
         rank: Of the process, where each has draws of its own.
 
     Example:
-        >>> uniform(0, 0, (0,), "layer3.2") == uniform(0, 0, (0,), "layer3.2")
-        True
-        >>> round(uniform(0, 0, (0,), "layer3.2"), 4), round(uniform(0, 0, (1,), "layer3.2"), 4)
-        (0.3633, 0.5914)
+        >>> first, second = uniforms(0, 0, 0, ("layer3.1", "layer3.2"))
+        >>> round(first, 4), round(second, 4)
+        (0.0, 0.0)
     """
-    place = () if rank is None else (rank,)
-    key = repr((seed, step, call, name, *place)).encode()
-    bits = int.from_bytes(blake2b(key, digest_size=8).digest(), "big")
-    return (bits >> 11) * 2.0**-53  # the 53 bits that a float holds
+    key = repr((seed, step, call, rank)).encode() + _digest(tuple(names))
+    numbers = struct.unpack(f"<{len(names)}Q", shake_128(key).digest(8 * len(names)))
+    return tuple((number >> 11) * 2.0**-53 for number in numbers)  # the 53 bits of a float
 
 
-def balancing_order(seed: int, step: int, call: tuple[int, ...], names: Iterable[str]) -> list[str]:
+@lru_cache(maxsize=256)
+def _digest(names: tuple[str, ...]) -> bytes:
+    return blake2b("\n".join(names).encode(), digest_size=16).digest()
+
+
+def balancing_order(seed: int, step: int, call: int, names: Sequence[str]) -> list[str]:
     """The random order in which `balanced` goes through the names, those of a stage together."""
+    stages = list(dict.fromkeys(_stage(name) for name in names))
+    places = uniforms(seed, step, call, ("the order", *stages, *names))[1:]
+    of_stage = dict(zip(stages, places, strict=False))
+    of_name = dict(zip(names, places[len(stages) :], strict=True))
+    return sorted(names, key=lambda name: (of_stage[_stage(name)], of_name[name]))
 
-    def place(name: str) -> tuple[float, float]:
-        stage = name.rpartition(".")[0]
-        keys = (("stage", stage), ("order", name))
-        return uniform(seed, step, call, keys[0]), uniform(seed, step, call, keys[1])
 
-    return sorted(names, key=place)
+def _stage(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def rates_of_a_forward(rates: Mapping[str, float], u: float) -> dict[str, float]:
@@ -172,7 +161,7 @@ def rates_of_a_forward(rates: Mapping[str, float], u: float) -> dict[str, float]
 
 
 def balanced(
-    seed: int, step: int, call: tuple[int, ...], rates: Mapping[str, float], share: float = 0.0
+    seed: int, step: int, call: int, rates: Mapping[str, float], share: float = 0.0
 ) -> dict[str, bool]:
     """Which of all blocks are kept, so that the number of drops is nearly constant.
 
@@ -193,17 +182,21 @@ def balanced(
 
     Example:
         >>> rates = {"a": 0.5, "b": 0.25, "c": 0.25}
-        >>> [name for name, kept in balanced(0, 0, (0,), rates).items() if not kept]
+        >>> [name for name, kept in balanced(0, 0, 0, rates).items() if not kept]
         ['b']
     """
-    order = balancing_order(seed, step, call, rates)
-    whole = rates_of_a_forward(rates, uniform(seed, step, call, ("number",)))
-    total = (uniform(seed, step, call, ("offset",)) + share) % 1.0
+    number, offset = balancing_numbers(seed, step, call)
+    whole, total = rates_of_a_forward(rates, number), (offset + share) % 1.0
     kept = {}
-    for name in order:
+    for name in balancing_order(seed, step, call, list(rates)):
         before, total = math.floor(total), total + whole[name]
         kept[name] = math.floor(total) == before
     return kept
+
+
+def balancing_numbers(seed: int, step: int, call: int) -> tuple[float, ...]:
+    """The two numbers in [0, 1) of `balanced`: for the number of drops, and for where it begins."""
+    return uniforms(seed, step, call, ("the number of drops", "the offset"))
 
 
 @dataclass(frozen=True)
@@ -221,13 +214,13 @@ class Counts:
 
     def around(self, wanted: float, batch: int) -> tuple[int, int]:
         """The allowed numbers next to a wanted one, below and above."""
-        least, most = (1 if self.lone else 2), math.floor(batch * (1.0 - self.fewest_dropped))
-        if least > most:
+        fewest, most = (1 if self.lone else 2), math.floor(batch * (1.0 - self.fewest_dropped))
+        if fewest > most:
             return 0, batch
         if wanted > most:
             return most, batch
-        if wanted < least:
-            return 0, least
+        if wanted < fewest:
+            return 0, fewest
         return math.floor(wanted), math.ceil(wanted)
 
 
@@ -255,12 +248,3 @@ def kept_count(u: float, batch: int, rate: float, counts: Counts) -> int:
     wanted = batch * (1.0 - rate)
     below, above = counts.around(wanted, batch)
     return above if below == above or u < (wanted - below) / (above - below) else below
-
-
-def order_of_rows(
-    seed: int, step: int, call: tuple[int, ...], name: str, batch: int, rank: int | None = None
-) -> list[int]:
-    """The rows of a batch in a random order, for `rows="random"`."""
-    key = repr((seed, step, call, ("rows", name), rank)).encode()
-    digits = shake_128(key).digest(8 * batch)
-    return sorted(range(batch), key=lambda row: digits[8 * row : 8 * row + 8])

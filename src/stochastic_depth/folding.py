@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.deciding import settled
 from stochastic_depth.errors import RefusedBlockError
 from stochastic_depth.plan import Plan
 
@@ -24,9 +23,12 @@ def fold_factors(plan: Plan) -> dict[str, float]:
     """
     factors: dict[str, float] = {}
     for number, block in enumerate(plan.blocks):
-        decision = settled(plan, number, training=False, forced={})
+        units = plan.units_of(number)
+        rates = plan.rates_at(plan.clock.step)
+        factors_of = [1.0 - rates[u] if plan.scale == "eval" else 1.0 for u in units]
+        factors_of *= 1 if len(units) == len(block.branches) else len(block.branches)
         own: dict[str, float] = {}  # a layer that ends several branches takes their factor once
-        for branch, factor in zip(block.branches, decision.factors, strict=True):
+        for branch, factor in zip(block.branches, factors_of, strict=True):
             obstacle = branch.fold.obstacle if factor != 1.0 else None
             for name in branch.fold.parameters:
                 if own.setdefault(name, factor) != factor:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stochastic_depth import folding, state
-from stochastic_depth.discovery.templates import Template
 from stochastic_depth.errors import (
     ChangedModelError,
     OptionError,
@@ -22,9 +21,8 @@ from stochastic_depth.errors import (
 )
 from stochastic_depth.gating.attach import detach, gated_modules
 from stochastic_depth.gating.gate import KEY
-from stochastic_depth.gating.regions import compile_blocks
+from stochastic_depth.gating.compiled import compile_blocks
 from stochastic_depth.plan import Plan
-from stochastic_depth.rows import rows_of
 from stochastic_depth.table import table
 
 
@@ -79,7 +77,8 @@ class StochasticDepth:
         """The gated blocks in forward order, with their rates at this step."""
         found = []
         for number, block in enumerate(self._plan.blocks):
-            rates = [self._plan.rate(number, unit) for unit in self._plan.units(number)]
+            now = self._plan.rates_at(self._plan.clock.step)
+            rates = [now[unit] for unit in self._plan.units_of(number)]
             each = rates * len(block.branches) if self._plan.unit == "block" else rates
             branches = tuple(
                 GatedBranch(branch.name, rate)
@@ -94,10 +93,7 @@ class StochasticDepth:
 
         In mode "sample" the numbers of the rows that were kept, in rising order.
         """
-        return {
-            name: gate if isinstance(gate, bool) else rows_of(gate)
-            for name, gate in self._plan.last_gates.items()
-        }
+        return self._plan.last_gates()
 
     def follow(self, optimizer: Optimizer) -> Following:
         """Advance at every `optimizer.step()`.
@@ -169,7 +165,8 @@ class StochasticDepth:
         """
         forced: dict[str, bool] = {}
         units = {
-            block.name: self._plan.units(number) for number, block in enumerate(self._plan.blocks)
+            block.name: [self._plan.units[unit] for unit in self._plan.units_of(number)]
+            for number, block in enumerate(self._plan.blocks)
         }
         known = dict.fromkeys([*units, *(unit for names in units.values() for unit in names)])
         for name, is_open in gates.items():
@@ -186,20 +183,20 @@ class StochasticDepth:
                     instead="pass one of them",
                 )
             forced |= dict.fromkeys(units.get(name, (name,)), bool(is_open))
-        before, self._plan.forced = self._plan.forced, forced
+        undo = self._plan.force(forced, disabled=False)
         try:
             yield
         finally:
-            self._plan.forced = before
+            undo()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Every branch runs at its inference scale, in train mode too (`update_bn`)."""
-        before, self._plan.disabled = self._plan.disabled, True
+        undo = self._plan.force(None, disabled=True)
         try:
             yield
         finally:
-            self._plan.disabled = before
+            undo()
 
     def state_dict(self) -> dict[str, Any]:
         """What it takes to continue the sequence of draws exactly; plain numbers and strings."""
@@ -274,7 +271,7 @@ class StochasticDepth:
             scale "eval" loses its inference scale; `fold()` keeps it.
         """
         detach(self._model, self._plan)
-        self._plan.compiler = None
+        self._plan.compiling = False
         if self._plan.following is not None:
             self._plan.following.remove()
         return self._model
@@ -304,7 +301,7 @@ class StochasticDepth:
 
     def __str__(self) -> str:
         gates = [gate for _, _, gate in gated_modules(self._model)]
-        whole = {gate.name for gate in gates if isinstance(gate.whole, Template)}
+        whole = {gate.name for gate in gates if gate.whole is not None}
         blocks = self._plan.blocks
         names = {b.name for b in blocks if b.explicit or b.container in whole}
         return table(self._model, self._plan, frozenset(names))

@@ -1,59 +1,107 @@
-"""What the gates of one model share: rates, schedule, clock, call numbers, and the decisions.
+"""What the gates of one model share: rates, schedule, clock, and the row of decisions of a forward.
 
-A plan knows names and numbers, never the model: copying a module copies its plan, not the model
-around it.
+A plan knows names and numbers, never modules: copying a module copies its plan, not the model
+around it. A row is a cache of a pure function of (seed, step, call number, rank).
 """
 
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from stochastic_depth.discovery.blocks import ResidualBlock
-from stochastic_depth.distributed.agreement import check_agreement
-from stochastic_depth.distributed.reduction import Reduction
-from stochastic_depth.draw import Counts, Draw
+from stochastic_depth.distributed.groups import place
+from stochastic_depth.draw import Counts, Draw, balanced, kept_count, uniforms
 from stochastic_depth.errors import warn
 from stochastic_depth.rows import Rows
 from stochastic_depth.schedules import ResolvedSchedule
 
 _PATIENCE = 3  # changes of the parameters without a step of the clock
+_MANY_ROWS = 64  # that are kept of one step
 
 Unit = Literal["block", "branch"]
 Mode = Literal["batch", "sample"]
 Scale = Literal["eval", "train", "none"]
 
 
-@dataclass(eq=False)
 class Clock:
-    """The optimizer step; that of a copied model follows its original's until it is set."""
+    """The optimizer step. That of a copied model follows its original's until it is set.
 
-    own_step: int = 0
-    follows: Clock | None = None
+    The step is pushed to the followers when it is set, so that reading it costs an attribute.
+    """
 
-    @property
-    def step(self) -> int:
-        """How often the optimizer has stepped."""
-        return self.own_step if self.follows is None else self.follows.step
+    def __init__(self, leader: Clock | None = None, step: int = 0) -> None:
+        self.step, self._owner = step, lambda: None
+        self._followers: weakref.WeakSet[Clock] = weakref.WeakSet()
+        self._follow(leader)
+
+    def belong_to(self, plan: Plan) -> None:
+        """Know whose clock it is: one that nobody owns any more leads no copy that is saved."""
+        self._owner = weakref.ref(plan)
 
     def set(self, step: int) -> None:
         """Go on from this step, following nobody."""
-        self.own_step, self.follows = step, None
+        if self.leader is not None:
+            self.leader._followers.discard(self)
+            self.leader = None
+        clocks = [self]
+        for clock in clocks:  # which grows
+            clock.step = step
+            clocks += clock._followers
+
+    def _follow(self, leader: Clock | None) -> None:
+        self.leader = leader
+        if leader is not None:
+            self.step = leader.step
+            leader._followers.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        leader = self.leader
+        while leader is not None and leader._owner() is None:
+            leader = leader.leader
+        return {"step": self.step, "leader": leader}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Clock.__init__(self, state["leader"], state["step"])
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Blocks that run on two rows of the batch, or on all and are masked: is it the same?"""
+@dataclass(eq=False)
+class Counted:
+    """A gate that decides about a block, as far as the plan knows it: how often it was called."""
 
-    blocks: frozenset[int]
-    masked: bool
-    values: list[Tensor] = field(default_factory=list)  # what their branches came to
+    name: str
+    units: tuple[int, ...] = ()  # of each of its branches, what it is drawn with
+    blocks: tuple[int, ...] = ()
+    step: int = 0  # in which `calls` counts
+    calls: int = 0
+    last_batch: int = 0  # in mode "sample": the number of rows in its last call
+
+    def next_call(self, step: int) -> int:
+        """How often it was called in this step before."""
+        if self.step != step:
+            self.step, self.calls = step, 0
+        self.calls += 1
+        return self.calls - 1
+
+
+class Row(NamedTuple):
+    """All decisions of one forward."""
+
+    step: int
+    number: int  # how often the gates that it is for were called in this step before
+    states: Sequence[bool | None]  # of each gate: all branches run, none, or (None) look closer
+    kept: Sequence[bool]  # of each unit, in mode "batch"
+    uniforms: Sequence[float]  # of each unit, in mode "sample": for the count, then for the start
+    factors: Sequence[tuple[float, ...] | None]  # of each gate, in training
+
+
+_NO_ROW = Row(-1, -1, (), (), (), ())
 
 
 @dataclass(eq=False)
@@ -67,29 +115,47 @@ class Plan:
     scale: Scale
     schedule: ResolvedSchedule
     draw: Draw
-    clock: Clock = field(default_factory=Clock)
-    following: Any = None  # the handle of the hook on the optimizer
-    forced: Mapping[str, bool] | None = None
-    probe: Probe | None = None
     counts: tuple[Counts, ...] = ()  # of each block: how many rows it may run on
-    synchronised: Mapping[str, str] = field(default_factory=dict)  # SyncBatchNorms, by container
-    silent: set[str] = field(default_factory=set)  # containers that talk to no other rank
-    in_groups: frozenset[str] = frozenset()  # containers that run once for each kind of row
-    disabled: bool = False
-    last_gates: dict[str, bool | Rows | range] = field(default_factory=dict)
-    calls: dict[str, int] = field(default_factory=dict)  # of each container in this step
-    calls_in_step: int = 0  # the step that `calls` counts in
+    clock: Clock = field(default_factory=Clock)
+    gates: list[Counted] = field(default_factory=list)  # of the blocks, in forward order
+    notes: dict[str, str] = field(default_factory=dict)  # what print(depth) says of a block
+    talks: dict[str, str] = field(default_factory=dict)  # gates in which ranks talk to each other
+    forcing: int = 0  # how many `fixed` and `disabled` are in force, in any thread
+    following: Any = None  # the handle of the hook on the optimizer
     handle: weakref.ref[Any] | None = None
-    looked_at: tuple[str, int] | None = None  # a container, and the version of its parameters
-    changes: int = 0  # of these, while the clock stood still
-    warned: bool = False
-    reduction: Reduction = field(default_factory=Reduction)
-    compiler: Any = None  # what `depth.compile()` made
-    told_to_compile: bool = False
-    together: tuple[Any, dict[str, Any]] = (None, {})  # what was last drawn for all units at once
-    agreed: set[str] = field(default_factory=set)  # containers called since ranks were compared
-    forwards: int = 0  # in which they had to agree
-    listed_in: int = 0  # the last of these in which lists of units to prefetch were looked at
+    compiling: bool = False  # whether `depth.compile()` was called
+    one_to_one: bool = False  # whether each gate has one unit, in their order
+    row: Row = _NO_ROW  # the last one
+
+    def __post_init__(self) -> None:
+        self.clock.belong_to(self)
+        self.units: tuple[str, ...] = tuple(
+            name
+            for block in self.blocks
+            for name in (
+                [block.name]
+                if self.unit == "block"
+                else [branch.name for branch in block.branches]
+            )
+        )
+        self.base_rates: tuple[float, ...] = tuple(
+            rate for n, rate in enumerate(self.rates) for _ in self.units_of(n)
+        )
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start anew with what a copy does not share."""
+        self.row, self._rows = _NO_ROW, dict[int, Row]()
+        self._rates: dict[int, tuple[float, ...]] = {}
+        self._factors: dict[tuple[int, bool], Sequence[tuple[float, ...] | None]] = {}
+        self._forced = threading.local()
+        self.forcing, self.following, self.handle = 0, None, None
+        self.reduction: Any = None  # of the DistributedDataParallel around the gates
+        self.agreed: tuple[int, int] | None = None  # the row that ranks last agreed about
+        self.refused_prefetch = -1  # the forward in which lists of units were last looked for
+        self.looked_at: tuple[str, int] | None = None  # a gate, and its parameters' version
+        self.changes, self.warned = 0, set[str]()
+        self.gates_before: dict[str, bool | tuple[int, ...]] = {}  # the counts were set
 
     @property
     def ranks_differ(self) -> bool:
@@ -97,147 +163,217 @@ class Plan:
         across = self.draw.across_ranks
         return across == "different" or (across == "auto" and self.mode == "sample")
 
-    def __post_init__(self) -> None:
-        alone = self.unit == "block"
-        self._units = tuple(
-            (block.name,) if alone else tuple(branch.name for branch in block.branches)
-            for block in self.blocks
-        )
+    def units_of(self, block: int) -> range:
+        """What is drawn for in a block: itself, or each of its branches."""
+        if self.unit == "block":
+            return range(block, block + 1)
+        start = sum(len(other.branches) for other in self.blocks[:block])
+        return range(start, start + len(self.blocks[block].branches))
 
-    @cached_property
-    def one_rate(self) -> bool:
-        """Whether all that is dropped is dropped at one rate, at every step."""
-        return not self.schedule.by_name and len({rate for rate in self.rates if rate}) <= 1
+    def block_of(self, unit: int) -> int:
+        """The block that a unit is, or is a branch of."""
+        return next(n for n in range(len(self.blocks)) if unit in self.units_of(n))
 
-    def units(self, block: int) -> tuple[str, ...]:
-        """The names of what is drawn for in a block: itself, or each of its branches."""
-        return self._units[block]
+    # The rates and factors of a step.
 
-    def rate(self, block: int, unit: str) -> float:
-        """The drop rate at this step."""
-        base = self.rates[block]
-        if not base or not self.schedule.by_name:
-            return base
-        return base * self.schedule(self.clock.step, unit)
+    def rates_at(self, step: int) -> tuple[float, ...]:
+        """The drop rate of each unit."""
+        key = step if self.schedule.by_name else 0
+        if key not in self._rates:
+            both = zip(self.base_rates, self.units, strict=True)
+            rates = tuple(rate and rate * self.schedule(step, unit) for rate, unit in both)
+            self._rates = {key: rates}
+        return self._rates[key]
 
-    def next_round(self, block: int, branch: int, calls: dict[str, int] | None) -> int:
-        """The same for a `Residual`: those of one layer count together, from call to call of it.
+    def factors_at(self, step: int, *, training: bool) -> Sequence[tuple[float, ...] | None]:
+        """What each gate's branches are multiplied by where they run; None: by nothing."""
+        key = (step if self.schedule.by_name else 0, training)
+        known = self._factors.get(key)
+        if known is None or len(known) != len(self.gates):
+            rates = self.rates_at(step)
+            if self.scale == ("train" if training else "eval"):
+                of_unit = [1.0 / (1.0 - r) if training else 1.0 - r for r in rates]
+            else:
+                of_unit = [1.0] * len(rates)
+            each = (tuple(of_unit[unit] for unit in gate.units) for gate in self.gates)
+            known = [None if set(own) <= {1.0} else own for own in each]
+            if len(self._factors) > 2:
+                self._factors = {}
+            self._factors[key] = known
+        return known
 
-        A new round begins where one is called that was called in this round before.
-        """
-        name, called = self.blocks[block].name, 1 << branch
-        calls = self._calls(calls)
-        seen = calls.get(f"{name}:seen", 0)
-        if not seen or seen & called:
-            calls[name], seen = calls.get(name, 0) + 1, 0
-        calls[f"{name}:seen"] = seen | called
-        return calls[name] - 1
+    def inference_factors(self, units: tuple[int, ...]) -> tuple[float, ...] | None:
+        """The same for one gate in inference, in a way that torch.compile can follow."""
+        if self.scale != "eval":
+            return None
+        rates = [self.base_rates[unit] for unit in units]
+        if self.schedule.by_name:
+            step = self.clock.step
+            names = [self.units[unit] for unit in units]
+            rates = [r * self.schedule(step, n) for r, n in zip(rates, names, strict=True)]
+        return tuple([1.0 - rate for rate in rates])
 
-    def next_call(self, container: str, calls: dict[str, int] | None) -> int:
-        """How often the container was called before, in this step or in the call around it."""
-        calls = self._calls(calls)
-        number = calls.get(container, 0)
-        calls[container] = number + 1
-        return number
+    # The row of a forward.
 
-    def calls_so_far(self, container: str) -> int:
-        """How often it was called in this step."""
-        return self._calls(None).get(container, 0)
+    def row_for(self, number: int) -> Row:
+        """The decisions of the forward in which gates are called that were so many times before."""
+        step = self.clock.step
+        row = self._rows.get(number)
+        if row is None or row.step != step:
+            if self.row.step != step or len(self._rows) >= _MANY_ROWS:
+                self._rows = {}
+            row = self._rows[number] = self.drawn(step, number)
+        self.row = row
+        return row
 
-    def _calls(self, around: dict[str, int] | None) -> dict[str, int]:
-        """The counts of this step, or of the call around."""
-        if around is not None:
-            return around
-        if self.calls_in_step != self.clock.step:
-            self.calls_in_step, self.calls = self.clock.step, {}
-        return self.calls
+    def drawn(self, step: int, number: int) -> Row:
+        """The row of a forward, drawn."""
+        draw, rates = self.draw, self.rates_at(step)
+        call = 0 if draw.redraw == "step" else number
+        rank, ranks = place(draw.process_group) if self.ranks_differ else (None, 1)
+        factors = self.factors_at(step, training=True)
+        if self.mode == "sample":
+            names = (*self.units, *(f"start of {unit}" for unit in self.units))
+            numbers = uniforms(draw.seed, step, call, names, rank)
+            return Row(step, number, (None,) * len(self.gates), (), numbers, factors)
+        if draw.sampling == "balanced":
+            of_unit = dict(zip(self.units, rates, strict=True))
+            found = balanced(draw.seed, step, call, of_unit, (rank or 0) / ranks)
+            kept = [found[unit] for unit in self.units]
+        else:
+            numbers = uniforms(draw.seed, step, call, self.units, rank)
+            kept = [u >= rate for u, rate in zip(numbers, rates, strict=True)]
+        states: Sequence[bool | None] = kept
+        if not self.one_to_one:
+            states = [_alike([kept[unit] for unit in gate.units]) for gate in self.gates]
+        return Row(step, number, states, kept, (), factors)
 
-    def agree(self, container: str, ranks: tuple[int, ...] | None, *, training: bool) -> None:
-        """Have all ranks compare what they draw from, at the first call of each forward.
+    def rows_kept(self, row: Row, unit: int, batch: int) -> Rows | int:
+        """Mode "sample": the rows that a unit runs on; where that is none or all, their number."""
+        rate = self.rates_at(row.step)[unit]
+        if not rate:
+            return batch
+        count = kept_count(row.uniforms[unit], batch, rate, self.counts[self.block_of(unit)])
+        if count in (0, batch):
+            return count
+        start = int(row.uniforms[len(self.units) + unit] * batch)
+        if batch % count == 0:
+            start -= start % count  # windows side by side: none wraps around, which costs a copy
+        return Rows(batch, start, count)
 
-        Args:
-            container: Whose call it is.
-            ranks: Those that have to agree; None: all.
-            training: Whether it trains.
+    def last_gates(self) -> dict[str, bool | tuple[int, ...]]:
+        """What the last training call of each gate came to, by unit."""
+        found = dict(self.gates_before)
+        for gate in self.gates:
+            if not gate.calls:
+                continue
+            row = self.drawn(gate.step, gate.calls - 1)
+            for unit in dict.fromkeys(gate.units):
+                if self.mode == "batch":
+                    found[self.units[unit]] = bool(row.kept[unit])
+                else:
+                    kept = self.rows_kept(row, unit, gate.last_batch)
+                    found[self.units[unit]] = (
+                        tuple(range(kept)) if isinstance(kept, int) else kept.numbers
+                    )
+        return found
 
-        Raises:
-            SetupError: On all ranks, where they differ.
-        """
-        begins = not self.agreed or container in self.agreed
-        self.agreed = {container} if begins else self.agreed | {container}
-        if not begins:
-            return
-        self.forwards += 1
-        every = self.draw.check_every
-        if every and (self.forwards - 1) % every == 0:
-            check_agreement(container, ranks, lambda: self._drawn_from(training=training))
-
-    def _drawn_from(self, *, training: bool) -> dict[str, object]:
-        """All that the draws of the next forward follow from."""
-        by_name = self.schedule.by_name
+    def drawn_from(self) -> dict[str, object]:
+        """All that the draws of the next forward follow from, for ranks to compare."""
+        step, (fixed, disabled) = self.clock.step, self.forced
         return {
             "seed": self.draw.seed,
-            "training": training,
-            "the step": self.clock.step,
-            "what is disabled": self.disabled,
-            "what is fixed": sorted(self.forced.items()) if self.forced is not None else None,
-            "the drop rates": self.rates,
-            "the number of calls in this step": sorted(self._calls(None).items()),
-            "the drop rates at this step": [
-                self.rate(n, unit)
-                for n in range(len(self.blocks) if by_name else 0)
-                for unit in self.units(n)
+            "the step": step,
+            "what is disabled": disabled,
+            "what is fixed": sorted(fixed.items()) if fixed is not None else None,
+            "the drop rates at this step": self.rates_at(step),
+            "the number of calls in this step": [
+                (gate.name, gate.calls) for gate in self.gates if gate.step == step
             ],
         }
+
+    # What is forced in this thread.
+
+    @property
+    def forced(self) -> tuple[Mapping[str, Any] | None, bool]:
+        """What `fixed` says in this thread, and whether `disabled` is in force."""
+        return getattr(self._forced, "state", (None, False))
+
+    def force(self, fixed: Mapping[str, Any] | None, *, disabled: bool) -> Any:
+        """Force gates in this thread, on top of what is forced already; returns what undoes it."""
+        before = self.forced
+        self._forced.state = (
+            before[0] if fixed is None else fixed,
+            before[1] or disabled,
+        )
+        self.forcing += 1
+
+        def undo() -> None:
+            self._forced.state = before
+            self.forcing -= 1
+
+        return undo
+
+    # The clock.
 
     def advance(self) -> None:
         """One optimizer step; the clock of a copy leaves its original's."""
         self.clock.set(self.clock.step + 1)
         self.changes, self.looked_at = 0, None
 
-    def expect_steps(self, container: str, module: nn.Module) -> None:
+    def expect_steps(self, gate: str, module: nn.Module) -> None:
         """Warn, once, where parameters change time and again and nobody tells the clock.
 
-        One container is enough, the first that is called and trained.
-
-        Args:
-            container: Whose call it is.
-            module: The container.
+        Called once a forward, by the gate that is called first.
         """
-        if self.warned or not (self.schedule.by_name or self.draw.redraw == "step"):
+        if "steps" in self.warned or not (self.schedule.by_name or self.draw.redraw == "step"):
             return
-        if self.looked_at is not None and self.looked_at[0] != container:
+        if self.looked_at is not None and self.looked_at[0] != gate:
             return
         trained = [p for p in module.parameters() if p.requires_grad and not p.is_inference()]
         if not trained:
             return
         version = sum(p._version for p in trained)
         self.changes += self.looked_at is not None and self.looked_at[1] != version
-        self.looked_at = (container, version)
-        if self.changes >= _PATIENCE and self.clock.follows is None:
-            self.warned = True
-            warn(
-                f'the parameters of "{container}" changed {_PATIENCE} times while stochastic '
+        self.looked_at = (gate, version)
+        if self.changes >= _PATIENCE and self.clock.leader is None:
+            self.warn_once(
+                "steps",
+                f'the parameters of "{gate}" changed {_PATIENCE} times while stochastic '
                 f"depth stands at step {self.clock.step}: its schedule (or redraw) waits for "
-                "depth.follow(optimizer), or for depth.step() after each optimizer step"
+                "depth.follow(optimizer), or for depth.step() after each optimizer step",
             )
 
+    def warn_once(self, about: str, message: str) -> None:
+        """Warn, the first time that it is about this."""
+        if about not in self.warned:
+            self.warned.add(about)
+            warn(message)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
-        twin = copy.copy(self)
+        twin = object.__new__(Plan)
         memo[id(self)] = twin
-        twin.clock = Clock(follows=self.clock)
-        twin.looked_at, twin.changes, twin.reduction = None, 0, Reduction()
-        twin.together, twin.agreed = (None, {}), set()
-        twin.calls, twin.last_gates = dict(self.calls), dict(self.last_gates)
-        twin.following = twin.handle = twin.forced = None
-        twin.disabled = False
+        twin.__dict__.update(self.__dict__)
+        twin.clock = Clock(leader=self.clock)
+        twin.clock.belong_to(twin)
+        twin._forget()
+        twin.gates = copy.deepcopy(self.gates, memo)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         # What comes out of a file stands on its own feet: no optimizer, no handle. A copy that is
         # saved beside its original still follows it.
-        alone: dict[str, Any] = {"following": None, "handle": None, "forced": None}
-        alone |= {"disabled": False, "reduction": Reduction(), "together": (None, {})}
-        alone |= {"compiler": None}  # as torch does with what it compiled
-        alone["agreed"] = set()
-        return {**self.__dict__, **alone}
+        names = "blocks rates unit mode scale schedule draw counts clock gates notes talks one_to_one"
+        return {name: getattr(self, name) for name in (*names.split(), "units", "base_rates")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, compiling=False)
+        self.clock.belong_to(self)
+        self._forget()
+
+
+def _alike(kept: Sequence[bool]) -> bool | None:
+    """What all of them are; None where they differ."""
+    if len(kept) == 1 or all(kept):
+        return bool(kept[0])
+    return None if any(kept) else False

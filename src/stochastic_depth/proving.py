@@ -11,25 +11,26 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stochastic_depth.discovery import Discovery
 from stochastic_depth.discovery.batch import Batches, with_more_rows
 from stochastic_depth.discovery.example import Example
-from stochastic_depth.discovery.proofs import branch_not_closed, skip_path, skip_value
-from stochastic_depth.discovery.templates import SkipPath, Template
+from stochastic_depth.discovery.proofs import branch_not_closed, skip_value
+from stochastic_depth.discovery.templates import Template
 from stochastic_depth.discovery.undisturbed import undisturbed
 from stochastic_depth.discovery.unmaterialised import Alone, arguments_of, is_unmaterialised
 from stochastic_depth.discovery.watch import record
 from stochastic_depth.gating.attach import attach, detach
-from stochastic_depth.plan import Plan, Probe
+from stochastic_depth.plan import Plan
+from stochastic_depth.row_proof import close, differ_on_rows
 from stochastic_depth.selection import refusal, refuse
 from stochastic_depth.torch_private import tree_leaves
 
 
 def prove(
     model: nn.Module, found: Discovery, plan: Plan, example: Example, batches: Batches | None
-) -> dict[str, Template | SkipPath]:
+) -> dict[str, Template]:
     """What the blocks come to when dropped whose forward need not run then, by name.
 
     Args:
@@ -47,7 +48,7 @@ def prove(
         for block in plan.blocks
         if not block.explicit and (why := refusal(block, unit=plan.unit, scale=plan.scale))
     }
-    whole: dict[str, Template | SkipPath] = {}
+    whole: dict[str, Template] = {}
     if not reasons:
         attach(model, found, plan, {})
         try:
@@ -59,10 +60,7 @@ def prove(
     if batches is not None and not reasons:
         attach(model, found, plan, whole, batches)
         try:
-            reasons = _run_on_rows(model, plan, example) | _interlaced(plan)
-            for name in list(reasons):
-                if _runs_in_groups(model, plan, name, example):
-                    del reasons[name]
+            reasons = _differ(model, plan, example) | _interlaced(plan)
         finally:
             detach(model, plan)
     if reasons:
@@ -72,9 +70,9 @@ def prove(
 
 def _drop_all(
     model: nn.Module, found: Discovery, plan: Plan, example: Example
-) -> tuple[dict[str, Template | SkipPath], dict[str, str]]:
+) -> tuple[dict[str, Template], dict[str, str]]:
     """Which blocks return their input when dropped, and which are not exact when dropped."""
-    whole: dict[str, Template | SkipPath] = {}
+    whole: dict[str, Template] = {}
     reasons: dict[str, str] = {}
     containers = {block.container for block in plan.blocks if not block.explicit}
     calls = arguments_of(model, sorted(containers), example) if is_unmaterialised(model) else None
@@ -86,9 +84,9 @@ def _drop_all(
             unit
             for number, block in enumerate(plan.blocks)
             if block in level_blocks
-            for unit in plan.units(number)
+            for unit in [plan.units[u] for u in plan.units_of(number)]
         ]
-        plan.forced = dict.fromkeys(units, False)
+        undo = plan.force(dict.fromkeys(units, False), disabled=False)
         try:
             keep = frozenset(block.container for block in level_blocks)
             if calls is None:
@@ -103,13 +101,13 @@ def _drop_all(
             reasons[level_blocks[0].name] = f"with {names} dropped the forward fails: {error}"
             break
         finally:
-            plan.forced = None
+            undo()
         for block in level_blocks:
             alone = closed[block.container]
             stuck = branch_not_closed(found, block, alone)
             if stuck is not None:
                 reasons[block.name] = f"{stuck} is not zero when its modules are dropped"
-            elif value := skip_value(found, block, alone) or skip_path(found, block, alone):
+            elif value := skip_value(found, block, alone):
                 whole[block.name] = value
     return whole, reasons
 
@@ -140,7 +138,7 @@ def _out_of_order(
         module = calls[name].module
         for leaf, dim in held[name].takes.items():
             own = few[module][leaf]
-            if not _close(many[module][leaf].narrow(dim, 0, own.shape[dim]), own):
+            if not close(many[module][leaf].narrow(dim, 0, own.shape[dim]), own):
                 reasons[name] = 'mode="sample": the rows of an example do not lie side by side'
     return reasons
 
@@ -162,27 +160,16 @@ def _given(model: nn.Module, names: Sequence[str], example: Example) -> dict[str
     return found
 
 
-def _run_on_rows(model: nn.Module, plan: Plan, example: Example) -> dict[str, str]:
+def _differ(model: nn.Module, plan: Plan, example: Example) -> dict[str, str]:
     """Which blocks do not come to the same on some rows of the batch alone."""
     (args, kwargs), _ = with_more_rows(example)
+    if not is_unmaterialised(model):
+        return differ_on_rows(model, plan, args, kwargs)
     reasons: dict[str, str] = {}
-    if is_unmaterialised(model):
-        watched = {n: b for n, b in enumerate(plan.blocks) if not b.explicit}
-        names = sorted({block.container for block in watched.values()})
-        calls = arguments_of(model, names, (args, kwargs))
-        for number, block in watched.items():
-            alone = Alone(model, block.container, calls[block.container], plan)
-            if why := _differs(alone, plan, [number], (), {}):
-                reasons[block.name] = f'mode="sample": {why}'
-        return reasons
-    for level in sorted({block.nesting for block in plan.blocks}):
-        blocks = [n for n, b in enumerate(plan.blocks) if b.nesting == level and not b.explicit]
-        if not blocks or _differs(model, plan, blocks, args, kwargs) is None:
-            continue
-        for number in blocks:
-            why = _differs(model, plan, [number], args, kwargs)
-            if why is not None:
-                reasons[plan.blocks[number].name] = f'mode="sample": {why}'
+    names = sorted({block.container for block in plan.blocks if not block.explicit})
+    calls = arguments_of(model, names, (args, kwargs))
+    for name in names:
+        reasons |= differ_on_rows(Alone(model, name, calls[name], plan), plan, (), {})
     return reasons
 
 
@@ -194,62 +181,3 @@ def _interlaced(plan: Plan) -> dict[str, str]:
         for block in plan.blocks
         if block.interlaced and (plan.unit == "branch" or alone.count(block.container) > 1)
     }
-
-
-def _runs_in_groups(model: nn.Module, plan: Plan, name: str, example: Example) -> bool:
-    """Whether the block, where its modules cannot run on some rows, can as a whole.
-
-    Not with BatchNorm: it would see the kept rows in several pieces.
-    """
-    ((number, block),) = [(n, b) for n, b in enumerate(plan.blocks) if b.name == name]
-    alone = [b.container for b in plan.blocks].count(block.container) == 1
-    if not alone or not plan.counts[number].lone:
-        return False
-    before, plan.in_groups = plan.in_groups, plan.in_groups | {block.container}
-    (args, kwargs), _ = with_more_rows(example)
-    if is_unmaterialised(model):
-        calls = arguments_of(model, [block.container], (args, kwargs))
-        model, args, kwargs = Alone(model, block.container, calls[block.container], plan), (), {}
-    if _differs(model, plan, [number], args, kwargs) is None:
-        return True
-    plan.in_groups = before
-    return False
-
-
-def _differs(
-    model: nn.Module, plan: Plan, blocks: Sequence[int], args: Any, kwargs: Any
-) -> str | None:
-    """How the blocks on some rows alone differ from all rows with the others masked."""
-    in_groups = any(plan.blocks[number].container in plan.in_groups for number in blocks)
-    runs: list[list[Tensor]] = []
-    for masked in (False, True):
-        plan.probe = Probe(frozenset(blocks), masked)
-        try:
-            with undisturbed(model), torch.no_grad():
-                output = model(*args, **kwargs)
-        except Exception as error:
-            return f"it fails on some rows of the batch alone: {error}"
-        finally:
-            values, plan.probe = plan.probe.values if not in_groups else [], None
-        runs.append([*values, *(x for x in tree_leaves(output) if isinstance(x, Tensor))])
-    on_rows, masked_rows = runs
-    if not all(bool(value.isfinite().all()) for value in masked_rows):
-        return "with these weights it computes inf or NaN, which tells nothing about its rows"
-    if len(on_rows) != len(masked_rows):
-        return "it runs otherwise on some rows of the batch alone"
-    if not all(map(_close, on_rows, masked_rows)):
-        return (
-            "it computes something else on some rows of the batch alone: its rows depend on "
-            "each other, or something that holds the batch reaches it unseen"
-        )
-    return None
-
-
-def _close(ours: Tensor, theirs: Tensor) -> bool:
-    if ours.shape != theirs.shape:
-        return False
-    if not ours.is_floating_point():
-        return torch.equal(ours, theirs)
-    # Other batch sizes take other kernels; a mix-up of rows is as large as the values themselves.
-    bound = 1e-3 if ours.dtype.itemsize >= 4 else 5e-2
-    return bool((ours - theirs).norm() <= bound * theirs.norm())

@@ -1,30 +1,34 @@
-"""`Residual`: a residual connection for authors of new models, which needs no watch to skip."""
+"""`Residual`: a residual connection for authors of new models, which asks its gate itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stochastic_depth.errors import OptionError, SetupError
-from stochastic_depth.gating.explicit import call_explicit, survival
+from stochastic_depth.gating.block import decide
+from stochastic_depth.gating.gate import running
+from stochastic_depth.gating.recomputation import remembered
+from stochastic_depth.rows import Rows, put_back, take
 
 
 class Residual(nn.Module):
     """`x + branch(x)`: a residual connection that `apply_stochastic_depth` finds without a watch.
 
     Without stochastic depth it is that sum and nothing else; it has no parameters of its own. With
-    it, a dropped call returns a copy of `x` and the branch does not run. The branch may be anything
-    that can be called, so one that ends in a function, not in a module, is multiplied all the same.
+    it, a dropped call returns a copy of `x` and the branch does not run. A branch that ends in a
+    function, not in a module, is multiplied all the same.
 
     Residuals of one layer (a class that the model uses more than once) are the branches of one
     block, named after the layer; any other is a block of its own.
 
     Args:
-        branch: The branch, where it is to be a part of this module (then `residual(x)` is enough,
-            and `torch.jit.script` can follow). None: it is passed at every call.
+        branch: The branch, a module, where it is to be a part of this one (then `residual(x)` is
+            enough). None: it is passed at every call, a module or a method of one.
 
     Example:
         >>> import torch
@@ -65,7 +69,7 @@ class Residual(nn.Module):
 
         Args:
             x: The input, of any shape; in mode "sample" its first dimension is the batch.
-            branch: A module, a method of one, or any function: it is called with x and `args`.
+            branch: A module or a method of one: it is called with x and `args`.
             args: What else the branch takes. In mode "sample", tensors whose first dimension is
                 as long as that of x follow its rows.
             skip: What the branch's value is added to, of the same shape; None: x. A block that
@@ -75,7 +79,7 @@ class Residual(nn.Module):
             The sum; a copy of the skip where the call is dropped for the whole batch.
 
         Raises:
-            OptionError: There is no branch, or two.
+            OptionError: There is no branch, or two, or it is no module's.
         """
         if (self.branch is None) == (branch is None):
             raise OptionError(
@@ -90,38 +94,98 @@ class Residual(nn.Module):
         gate = self._stochastic_depth
         if gate is None:
             return skip + branch(x, *args)
-        if torch.compiler.is_compiling() and not self.training and gate.plan.forced is None:
-            return torch.add(skip, branch(x, *args), alpha=survival(gate))
-        call: Callable[..., Tensor] = call_explicit
+        if torch.compiler.is_compiling() and not self.training and not gate.plan.forcing:
+            factors = gate.plan.inference_factors(gate.units)
+            return _sum(gate.name, skip, branch(x, *args), 1.0 if factors is None else factors[0])
+        call: Callable[..., Tensor] = _call
         if torch.compiler.is_compiling():  # only then: it takes seconds to import
-            call = torch.compiler.disable(call_explicit)
-        return call(gate, self, branch, skip, (x, *args))
+            call = torch.compiler.disable(_call)
+        return call(self, branch, skip, (x, *args))
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What `torch.jit.script` compiles in its place."""
         gate = self._stochastic_depth
-        if self.branch is None:
+        if self.branch is None or gate is not None:
             raise SetupError(
-                "torch.jit.script met an sd.Residual whose branch is passed at every call",
-                expected="a branch that is a part of it, since scripts pass no modules",
-                instead="write sd.Residual(branch) and call residual(x); or use torch.export",
+                "torch.jit.script met an sd.Residual "
+                + ("with its gate" if gate is not None else "whose branch is passed at every call"),
+                expected="a plain model, whose branches are parts of their sd.Residual",
+                instead="call depth.fold() first, write sd.Residual(branch) and call residual(x); "
+                "or use torch.export",
             )
-        if gate is not None and (self.training or gate.plan.forced is not None):
-            raise SetupError(
-                f'torch.jit.script met "{gate.name}" in train mode, or within depth.fixed()',
-                expected="a model for inference",
-                instead="call model.eval() first, or depth.remove()",
-            )
-        return _Scripted(self.branch, 1.0 if gate is None else survival(gate))
+        return _Scripted(self.branch)
 
 
 class _Scripted(nn.Module):
-    """`skip + factor * branch(x)`, for inference."""
+    """`skip + branch(x)`."""
 
-    def __init__(self, branch: nn.Module, factor: float) -> None:
+    def __init__(self, branch: nn.Module) -> None:
         super().__init__()
-        self.branch, self.factor = branch, factor
+        self.branch = branch
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         """The sum."""
-        return torch.add(x if skip is None else skip, self.branch(x), alpha=self.factor)
+        return (x if skip is None else skip) + self.branch(x)
+
+
+def _call(
+    residual: Residual, branch: Callable[..., Tensor], skip: Tensor, args: tuple[Any, ...]
+) -> Tensor:
+    """`skip + branch(*args)`, as it is decided about this call."""
+    gate = residual._stochastic_depth
+    if running.open_all:
+        return skip + branch(*args)
+    holder = _holder(gate.name, branch)
+    decision = remembered(gate, lambda: decide(gate, residual, lambda: len(skip), holder))
+    factor = 1.0 if decision.factors is None else decision.factors[0]
+    if not decision.kept[0]:  # a copy: what follows may change it in place
+        return decision.setup.hang(skip.clone(), holder.parameters())
+    if decision.rows is None:
+        return decision.setup.ran(_sum(gate.name, skip, branch(*args), factor))
+    return decision.setup.ran(_on_rows(gate.name, decision.rows[0], branch, skip, args, factor))
+
+
+def _holder(name: str, branch: Any) -> nn.Module:
+    """The module that the branch is, or is a method of."""
+    holder = branch.__self__ if isinstance(branch, MethodType) else branch
+    if not isinstance(holder, nn.Module):
+        raise OptionError(
+            f'the branch of "{name}" is {branch!r}',
+            expected="a module, or a method of one, whose parameters can be told",
+            instead="make it a method of the layer: residual(x, self.feed_forward)",
+        )
+    return holder
+
+
+def _on_rows(
+    name: str,
+    rows: Rows,
+    branch: Callable[..., Tensor],
+    skip: Tensor,
+    args: tuple[Any, ...],
+    factor: float,
+) -> Tensor:
+    """The sum on these rows of the batch; the others come to the skip."""
+    dims = {
+        number: 0
+        for number, value in enumerate((skip, *args))
+        if isinstance(value, Tensor) and value.ndim and len(value) == len(skip)
+    }
+    (some, *others), rests = take((skip, *args), dims, rows)
+    out: Tensor = put_back(_sum(name, some, branch(*others), factor), {0: (0, 0)}, rests, rows)
+    return out
+
+
+def _sum(name: str, skip: Tensor, value: Any, factor: float) -> Tensor:
+    """The sum; raises where a branch's value cannot be added to the skip as it is."""
+    tracing: bool = torch._C._get_tracing_state() is not None  # there sizes are tensors
+    if not tracing and (not isinstance(value, Tensor) or value.shape != skip.shape):
+        is_tensor = isinstance(value, Tensor)
+        what = f"of shape {tuple(value.shape)}" if is_tensor else "that is no tensor"
+        raise OptionError(
+            f'the branch of "{name}" returned a value {what}',
+            expected=f"a tensor of shape {tuple(skip.shape)}, as what it is added to",
+            instead="pass skip= with a projection where the branch changes the shape; and in mode "
+            '"sample" what else holds the batch as arguments, residual(x, branch, mask)',
+        )
+    return skip + value if factor == 1.0 else torch.add(skip, value, alpha=factor)

@@ -8,7 +8,7 @@ from torch import nn
 
 from stochastic_depth.errors import SelectionError
 from stochastic_depth.gating.attach import gated_modules
-from stochastic_depth.gating.passage import Gate
+from stochastic_depth.gating.gate import Gate
 from stochastic_depth.handle import StochasticDepth
 
 _WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod")  # what lies in a wrapper put around later

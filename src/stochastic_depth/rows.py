@@ -19,76 +19,26 @@ Places = dict[int, tuple[int, int]]  # of an output's leaf -> its dimension, the
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """Where the calls of a block hold the batch.
-
-    Attributes:
-        takes: The leaves of its arguments to take rows of.
-        each: How many rows each example has there.
-        gives: The leaves of its output to put back, where a dropped row comes to an argument.
-        outputs: All leaves of its output that hold it.
-        order: How many leaves each argument has, in the order of the call.
-    """
-
-    takes: Dims
-    each: dict[int, int]
-    gives: Places
-    outputs: Dims
-    order: tuple[tuple[int | str, int], ...]
-
-    def reordered(self, order: tuple[tuple[int | str, int], ...]) -> Held:
-        """The same for a call with other arguments, without what it lacks or has otherwise."""
-        starts: dict[tuple[int | str, int], int] = {}
-        start = 0
-        for place, count in order:
-            starts[place, count] = start
-            start += count
-        numbers: dict[int, int] = {}
-        old = 0
-        for place, count in self.order:
-            if (place, count) in starts:
-                numbers |= {old + n: starts[place, count] + n for n in range(count)}
-            old += count
-        return Held(
-            {numbers[n]: dim for n, dim in self.takes.items() if n in numbers},
-            {numbers[n]: each for n, each in self.each.items() if n in numbers},
-            {n: (dim, numbers[m]) for n, (dim, m) in self.gives.items() if m in numbers},
-            self.outputs,
-            order,
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class Rows:
-    """Which rows of a batch are kept.
+    """Which rows of a batch are kept: a window, which may wrap around the end.
 
     Attributes:
         batch: The number of rows.
         start: The first kept row; the others follow it, from the end on to the beginning.
         count: How many are kept: more than none, fewer than all.
-        chosen: The kept rows instead, where they are no window: their numbers on the device.
     """
 
     batch: int
     start: int
     count: int
-    chosen: Tensor | None = None
 
     @property
     def numbers(self) -> tuple[int, ...]:
         """The numbers of the kept rows, in rising order."""
-        if self.chosen is not None:
-            return tuple(self.chosen.tolist())
         return tuple(sorted((self.start + i) % self.batch for i in range(self.count)))
 
     def cut(self, full: Tensor, dim: int) -> tuple[Any, Any]:
-        """The kept rows alone, and what `join` needs to put them back."""
-        if self.chosen is not None:
-            order = _order(full)
-            if order is None:
-                return full.index_select(dim, self._chosen(full, dim)), full
-            kept = full.permute(order).index_select(order.index(dim), self._chosen(full, dim))
-            return kept.permute(_inverse(order)), full
+        """The kept rows, and what `join` needs to put them back."""
         # One split for both, so that the gradient is put together in one piece, too. A part without
         # rows would bring a gradient of its own, in another memory format than the others'.
         lengths = self._lengths(full, dim)
@@ -100,9 +50,6 @@ class Rows:
 
     def join(self, kept: Tensor, dim: int, rest: Any) -> Tensor:
         """The tensor that was cut, with these rows in the places of the kept ones."""
-        if self.chosen is not None:
-            full = rest.to(torch.promote_types(rest.dtype, kept.dtype))
-            return full.index_copy(dim, self._chosen(rest, dim), kept.to(full.dtype))
         first, middle, last = rest
         order = _order(kept)
         if not self._wraps():
@@ -114,9 +61,6 @@ class Rows:
         """Zeros with the kept rows in their places."""
         each = kept.shape[dim] // self.count
         shape = list(kept.shape)
-        if self.chosen is not None:
-            shape[dim] = each * self.batch
-            return self.join(kept, dim, _zeros(kept, shape))
         shape[dim] = each * (self.batch - self.count)
         gap = _zeros(kept, shape)
         if self._wraps():
@@ -125,19 +69,6 @@ class Rows:
             return _joined([head, gap, tail], dim, _order(kept))
         before, behind = gap.split([each * self.start, shape[dim] - each * self.start], dim)
         return _joined([before, kept, behind], dim, _order(kept))
-
-    def masked(self, full: Tensor, dim: int) -> Tensor:
-        """`full` with zeros in the rows that are not kept."""
-        each = full.shape[dim] // self.batch
-        mask = torch.zeros(self.batch, dtype=full.dtype, device=full.device)
-        if self.chosen is not None:
-            mask[self.chosen] = 1.0
-        else:  # slices, which need nothing from the CPU
-            mask[self.start : self.start + self.count] = 1.0
-            mask[: max(0, self.start + self.count - self.batch)] = 1.0
-        shape = [1] * full.ndim
-        shape[dim] = -1
-        return full * mask.repeat_interleave(each).view(shape)
 
     def _wraps(self) -> bool:
         return self.start + self.count > self.batch
@@ -148,14 +79,6 @@ class Rows:
         stop = self.start + self.count
         cuts = (stop - self.batch, self.start) if self._wraps() else (self.start, stop)
         return [each * cuts[0], each * (cuts[1] - cuts[0]), each * (self.batch - cuts[1])]
-
-    def _chosen(self, full: Tensor, dim: int) -> Tensor:
-        assert self.chosen is not None
-        each = full.shape[dim] // self.batch
-        if each == 1:
-            return self.chosen
-        steps = torch.arange(each, device=self.chosen.device)
-        return (self.chosen[:, None] * each + steps).flatten()
 
 
 def _order(x: Tensor) -> list[int] | None:
@@ -204,11 +127,6 @@ def _zeros(like: Tensor, shape: list[int]) -> Tensor:
     return like.new_zeros([shape[dim] for dim in order]).permute(_inverse(order))
 
 
-def rows_of(kept: Rows | range) -> tuple[int, ...]:
-    """The numbers of the kept rows, in rising order."""
-    return kept.numbers if isinstance(kept, Rows) else tuple(kept)
-
-
 def take(arguments: Any, dims: Dims, rows: Rows) -> tuple[Any, dict[int, Any]]:
     """The arguments for the kept rows, and for each leaf what puts them back.
 
@@ -222,10 +140,17 @@ def take(arguments: Any, dims: Dims, rows: Rows) -> tuple[Any, dict[int, Any]]:
     return tree_unflatten(leaves, spec), rests
 
 
-def put_back(output: Any, places: Places, rests: dict[int, Any], rows: Rows) -> Any:
-    """The output for the kept rows, with the arguments that dropped ones come to between."""
+def put_back(output: Any, handed_on: Places, rests: Any, rows: Rows) -> Any:
+    """The output for the kept rows, with the arguments that dropped ones come to between.
+
+    Args:
+        output: What was made of the kept rows.
+        handed_on: Of its leaves: the batch dimension, and the argument that a dropped row is of.
+        rests: What `take` kept of the arguments.
+        rows: The kept rows.
+    """
     leaves, spec = tree_flatten(output)
-    for number, (dim, argument) in places.items():
+    for number, (dim, argument) in handed_on.items():
         if argument in rests:
             leaves[number] = rows.join(leaves[number], dim, rests[argument])
     return tree_unflatten(leaves, spec)
@@ -233,27 +158,36 @@ def put_back(output: Any, places: Places, rests: dict[int, Any], rows: Rows) -> 
 
 def spread(output: Any, dims: Dims, rows: Rows) -> Any:
     """The output for the kept rows, with zeros between."""
-    return _each(output, dims, rows.spread)
+    return change_leaves(output, dims, lambda leaf, number: rows.spread(leaf, dims[number]))
 
 
-def together(output: Any, other: Any, dims: Dims) -> Any:
-    """The sum of what was made of different rows, each spread; the rest is the first one's."""
+def change_leaves(output: Any, numbers: Any, change: Callable[[Tensor, int], Tensor]) -> Any:
+    """The output with these of its leaves changed."""
+    if isinstance(output, Tensor):
+        return change(output, 0) if 0 in numbers else output
     leaves, spec = tree_flatten(output)
-    others = tree_flatten(other)[0]
-    for number in dims:
-        leaves[number] = leaves[number] + others[number]
+    for number in numbers:
+        leaves[number] = change(leaves[number], number)
     return tree_unflatten(leaves, spec)
 
 
-def masked(output: Any, dims: Dims, rows: Rows) -> Any:
-    """The output for all rows, with zeros where they are dropped."""
-    return _each(output, dims, rows.masked)
+Place = int | str  # where an argument stands in a call: its position or its keyword
 
 
-def _each(output: Any, dims: Dims, change: Callable[[Tensor, int], Tensor]) -> Any:
-    if isinstance(output, Tensor) and 0 in dims:
-        return change(output, dims[0])
-    leaves, spec = tree_flatten(output)
-    for number, dim in dims.items():
-        leaves[number] = change(leaves[number], dim)
-    return tree_unflatten(leaves, spec)
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Where a watched call of a block holds the batch.
+
+    Attributes:
+        takes: The leaves of its arguments to take rows of.
+        each: How many rows each example has there.
+        gives: The leaves of its output to put back: the dimension, the argument's leaf.
+        outputs: All leaves of its output that hold it.
+        order: How many leaves each argument has, in the order of the call.
+    """
+
+    takes: Dims
+    each: dict[int, int]
+    gives: Places
+    outputs: Dims
+    order: tuple[tuple[Place, int], ...]

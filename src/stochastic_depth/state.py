@@ -9,17 +9,22 @@ from stochastic_depth.errors import StateMismatchError
 from stochastic_depth.plan import Plan
 
 
+VERSION = 2  # of the sequence of draws; 1 had a hash for each block
+
+
 def save(plan: Plan) -> dict[str, Any]:
     """The state as plain numbers, strings and lists: `torch.load(weights_only=True)` takes it.
 
     Lists of pairs, no dicts: `torch.distributed.checkpoint` loads a dict by the keys that are there
     already, and a new run has called nothing yet.
     """
-    current = plan.calls_in_step == plan.clock.step
+    step = plan.clock.step
+    called = [gate for gate in plan.gates if gate.calls and gate.step == step]
     return {
+        "version": VERSION,
         **_identity(plan),
-        "step": plan.clock.step,
-        "calls": [[name, count] for name, count in plan.calls.items()] if current else [],
+        "step": step,
+        "calls": [[gate.name, gate.calls] for gate in called],
     }
 
 
@@ -29,6 +34,14 @@ def load(plan: Plan, state: Mapping[str, Any]) -> None:
     Raises:
         StateMismatchError: The state was saved with other blocks, rates or draws.
     """
+    version = state.get("version", 1)
+    if version != VERSION:
+        raise StateMismatchError(
+            f"the state is of version {version}, saved by another release of stochastic-depth",
+            expected=f"version {VERSION}: the numbers that are drawn differ between the two",
+            instead="resume with that release; or leave load_state_dict() out, and set the step "
+            "with depth.step(), to go on with a new sequence",
+        )
     differences = list(_differences(state, _identity(plan)))
     if differences:
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
@@ -39,8 +52,11 @@ def load(plan: Plan, state: Mapping[str, Any]) -> None:
             instead="apply stochastic depth with the options of the run that is resumed, or leave "
             "load_state_dict() out to start a new sequence",
         )
+    plan.gates_before = plan.last_gates()
     plan.clock.set(int(state["step"]))  # copies that follow this clock come along
-    plan.calls, plan.calls_in_step = dict(state["calls"]), int(state["step"])
+    calls = dict(state["calls"])
+    for gate in plan.gates:
+        gate.step, gate.calls = plan.clock.step, calls.get(gate.name, 0)
 
 
 def _identity(plan: Plan) -> dict[str, Any]:
@@ -52,7 +68,6 @@ def _identity(plan: Plan) -> dict[str, Any]:
         "redraw": plan.draw.redraw,
         "unit": plan.unit,
         "mode": plan.mode,
-        "rows": plan.draw.rows,
         "scale": plan.scale,
         "drop_rates": [
             [block.name, rate] for block, rate in zip(plan.blocks, plan.rates, strict=True)

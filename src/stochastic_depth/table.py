@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from torch import nn
 
 from stochastic_depth.discovery.blocks import ResidualBlock
-from stochastic_depth.gating import hooks
 from stochastic_depth.plan import Plan
 
 
@@ -20,7 +19,7 @@ def table(model: nn.Module, plan: Plan, whole: frozenset[str]) -> str:
         whole: The names of the blocks that are skipped as a whole.
     """
     rows = [("block", "class", "drop rate", "parameters", "when dropped")]
-    total = 0
+    total, now = 0, plan.rates_at(plan.clock.step)
     for number, block in enumerate(plan.blocks):
         modules = [
             model.get_submodule(name)
@@ -28,12 +27,9 @@ def table(model: nn.Module, plan: Plan, whole: frozenset[str]) -> str:
         ]
         size = sum(p.numel() for p in {p for module in modules for p in module.parameters()})
         total += size
-        rates = [plan.rate(number, unit) for unit in plan.units(number)]
+        rates = [now[unit] for unit in plan.units_of(number)]
         shown = ", ".join(dict.fromkeys(f"{rate:.4g}" for rate in rates))
         how = _how(plan, number, whole)
-        if hooks.collects(model.get_submodule(block.container)):
-            how = "its branch masked" if plan.mode == "sample" else "its branch skipped"
-            how += ": its library collects its outputs"
         rows.append((block.name, block.kind, shown, f"{size:,}", how))
     mode = 'mode="sample", ' if plan.mode == "sample" else ""
     head = (
@@ -41,9 +37,9 @@ def table(model: nn.Module, plan: Plan, whole: frozenset[str]) -> str:
         f'{mode}unit="{plan.unit}", scale="{plan.scale}", step {plan.clock.step}'
     )
     expected = sum(
-        plan.rate(number, unit) / len(plan.units(number))
+        now[unit] / len(plan.units_of(number))
         for number in range(len(plan.blocks))
-        for unit in plan.units(number)
+        for unit in plan.units_of(number)
     )
     run = f"{len(plan.blocks) - expected:.4g} of {len(plan.blocks)} blocks run on average"
     if plan.mode == "sample":
@@ -63,10 +59,9 @@ def _how(plan: Plan, number: int, whole: frozenset[str]) -> str:
         how = "its branch runs on the kept rows"
         if block.name in whole and (plan.unit == "block" or len(block.branches) == 1):
             how = "runs on the kept rows; dropped ones are handed on"
-        if block.container in plan.in_groups:
-            how = "runs once for each kind of row"
         least = plan.counts[number].fewest_dropped
-        if any(0 < plan.rate(number, unit) < least for unit in plan.units(number)):
+        now = plan.rates_at(plan.clock.step)
+        if any(0 < now[unit] < least for unit in plan.units_of(number)):
             notes.append(f"{least:.0%} of the rows at once, less often")
     elif block.name in whole:
         how = "skipped whole: returns its input"

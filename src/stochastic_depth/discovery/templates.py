@@ -91,6 +91,11 @@ class Template:
     leaves: tuple[Given | Made | Constant | Opaque, ...]
     spec: TreeSpec
 
+    @property
+    def is_leaf(self) -> bool:
+        """Whether it is of a single value, not of a tuple or dict."""
+        return self.spec.is_leaf()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Template:
         return self  # nothing in it changes; and torch 2.11 warns where a TreeSpec is copied
 

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import inspect
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
 from stochastic_depth.discovery.batch import Batches, rows_of_members
-from stochastic_depth.discovery.blocks import Discovery
+from stochastic_depth.discovery.blocks import Discovery, ResidualBranch
 from stochastic_depth.discovery.branches import member_calls, unread_outputs
 from stochastic_depth.discovery.grouping import Group
 from stochastic_depth.discovery.recording import Call, Recording
-from stochastic_depth.discovery.templates import SkipPath, Template
-from stochastic_depth.gating.gate import KEY, gate_of
-from stochastic_depth.gating.passage import Gate, Role
-from stochastic_depth.gating.scaled import own_weights
+from stochastic_depth.discovery.templates import Given, Template
+from stochastic_depth.gating.batch import batch_dims, named
+from stochastic_depth.gating.branch import weights_of
+from stochastic_depth.gating.gate import KEY, Gate, Role, gate_of
 from stochastic_depth.gating.swap import swap_in, swap_out
 from stochastic_depth.plan import Plan
 from stochastic_depth.rows import Dims
+from stochastic_depth.torch_private import PLAIN_VALUES
+
+_NO_ROWS: tuple[Dims, Dims] = ({}, {})
 
 
 def attach(
     model: nn.Module,
     found: Discovery,
     plan: Plan,
-    whole: Mapping[str, Template | SkipPath],
+    whole: Mapping[str, Template],
     batches: Batches | None = None,
 ) -> None:
     """Gate the plan's blocks.
@@ -35,42 +37,40 @@ def attach(
         model: The model that was watched.
         found: What was found in it.
         plan: The blocks to gate.
-        whole: What the blocks come to whose forward need not run when they are dropped, by name.
+        whole: What the blocks return whose forward need not run when they are dropped, by name.
         batches: For mode "sample": where each value holds the batch.
     """
     gates: dict[str, Gate] = {}
-    containers: dict[str, list[int]] = {}
+    plan.gates = []
+    blocks_of: dict[str, list[int]] = {}
     for number, block in enumerate(plan.blocks):
         if block.explicit:
             for position, branch in enumerate(block.branches):
-                (name,) = branch.modules
-                own = Gate(plan, name, blocks=(number,), branch=position)
-                model.get_submodule(name).__dict__[KEY] = own
-            continue
-        containers.setdefault(block.container, []).append(number)
-    for container, numbers in containers.items():
-        gate = gates.setdefault(container, Gate(plan, container))
-        gate.blocks = tuple(numbers)
-        gate.whole = whole.get(plan.blocks[numbers[0]].name)
-        gate.forms = frozenset(call.form for call in found.recording.calls_of[container])
-        gate.positional = _positional(model.get_submodule(container))
+                _gate_residual(model, plan, number, position, branch)
+        else:
+            blocks_of.setdefault(block.container, []).append(number)
+    for container, numbers in blocks_of.items():
+        gate = gates.setdefault(container, Gate(container, plan=plan))
+        _describe_block(model, found, gate, numbers, whole.get(plan.blocks[numbers[0]].name))
         if batches is not None:
-            template = gate.whole if isinstance(gate.whole, Template) else None
-            for call in found.recording.calls_of[container]:
-                gate.batch[call.form] = batches.held(call, template)
+            calls = found.recording.calls_of[container]
+            held = [batches.held(call, gate.whole) for call in calls]
+            gate.batch = batch_dims(container, gate.positional, held)
         groups = [found.groups[plan.blocks[number].name][0] for number in numbers]
-        of_block = dict(zip(numbers, groups, strict=True))
-        roles = _roles(model, found.recording, plan, of_block, batches)
-        gate.one_graph = not _ends_inside(found.recording, groups[0].container, roles)
-        gate.expected = sum(map(len, roles.values()))
-        for name, found_roles in roles.items():
-            gates.setdefault(name, Gate(plan, name)).roles[container] = found_roles
+        branches = [branch for number in numbers for branch in plan.blocks[number].branches]
+        roles = _roles(model, found.recording, gate, groups, branches, batches)
+        for name, of_calls in roles.items():
+            module_gate = gates.setdefault(name, Gate(name, plan=plan))
+            module_gate.roles[container] = of_calls
+            module_gate.owners += (gate,)
     for name, gate in gates.items():
         if gate.roles:
             _describe_calls(found.recording, gate)
         swap_in(model.get_submodule(name), gate)
-    _note_alone(gates)
-    _note_ends(gates)
+    for gate in gates.values():
+        if gate.units:
+            _settle(model, gate, [other for other in gates.values() if gate in other.owners])
+    plan.one_to_one = [gate.units for gate in plan.gates] == [(n,) for n in range(len(plan.units))]
 
 
 def detach(model: nn.Module, plan: Plan) -> None:
@@ -88,107 +88,119 @@ def gated_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Gate]]:
             yield name, module, gate
 
 
-def _note_alone(gates: Mapping[str, Gate]) -> None:
-    """Tell the containers which of their members are nothing else."""
-    for gate in gates.values():
-        if len(gate.roles) == 1 and not gate.blocks and not gate.used_elsewhere:
-            ((name, roles),) = gate.roles.items()
-            container = gates[name]
-            container.alone |= {gate}
-            if not any(role and role.scaled for role in roles):
-                container.within |= {gate}
+def _gate_residual(
+    model: nn.Module, plan: Plan, number: int, position: int, branch: ResidualBranch
+) -> None:
+    (name,) = branch.modules
+    units = plan.units_of(number)
+    unit = units[position if len(units) > 1 else 0]
+    gate = Gate(name, (unit,), (number,), plan=plan, is_residual=True, index=len(plan.gates))
+    plan.gates.append(gate)
+    model.get_submodule(name).__dict__[KEY] = gate
 
 
-def _note_ends(gates: Mapping[str, Gate]) -> None:
-    """Tell the members which branch they end, in a way that a graph can hold.
-
-    One that is several things in several containers cannot be told.
-    """
-    taken: Counter[str] = Counter()  # of each container: the numbers that are given
-    for gate in gates.values():
-        found = {
-            tuple(_end(gates[name], role) for role in roles) for name, roles in gate.roles.items()
-        }
-        whatever = {end for ends in found for end in ends}
-        if len(whatever) == 1:
-            gate.ends = tuple(whatever)
-        elif len(found) == 1:
-            (gate.ends,) = found
-            gate.number = max(taken[name] for name in gate.roles)
-            taken |= Counter(dict.fromkeys(gate.roles, gate.number + 1))
-        else:
-            for name in gate.roles:
-                gates[name].one_graph = False
-
-
-def _ends_inside(
-    recording: Recording, container: Call, roles: Mapping[str, Sequence[Role | None]]
-) -> bool:
-    """Whether a member that ends a branch is called inside of another member, too.
-
-    There it is plain, and no graph could tell.
-    """
-    called: Counter[str] = Counter()
-    around = [container]
-    while around:
-        inside = recording.children.get(around.pop().index, [])
-        called.update(call.module for call in inside)
-        around += inside
-    return any(
-        called[name] > len(found) and any(role and role.scaled for role in found)
-        for name, found in roles.items()
+def _describe_block(
+    model: nn.Module, found: Discovery, gate: Gate, numbers: list[int], whole: Template | None
+) -> None:
+    """What is known about a block from the calls of its module."""
+    plan, module = gate.plan, model.get_submodule(gate.name)
+    gate.blocks, gate.index = tuple(numbers), len(plan.gates)
+    plan.gates.append(gate)
+    gate.units = tuple(
+        units[position if len(units) > 1 else 0]
+        for number in numbers
+        for units in [plan.units_of(number)]
+        for position in range(len(plan.blocks[number].branches))
+    )
+    gate.whole = whole
+    parameters = inspect.signature(module.forward).parameters
+    gate.positional = tuple(parameters)
+    calls = found.recording.calls_of[gate.name]
+    places = {
+        named(place, gate.positional)
+        for call in calls
+        for place, value in call.form
+        if not isinstance(value, tuple)  # which stands for a plain value
+    }
+    gate.places = frozenset(places) | {n for n, p in enumerate(parameters) if p in places}
+    gate.places |= {place for call in calls for place, v in call.form if not isinstance(v, tuple)}
+    gate.defaults = {
+        name: parameter.default
+        for name, parameter in parameters.items()
+        if isinstance(parameter.default, PLAIN_VALUES) and name not in places
+    }
+    given = [
+        {named(p, gate.positional): value[1] for p, value in call.form if isinstance(value, tuple)}
+        for call in calls
+    ]
+    gate.flags = tuple(
+        {**gate.defaults, **{k: v for k, v in flags.items() if k not in places}} for flags in given
+    )
+    shape = tuple(place for call in calls for place, _ in call.form)
+    one_tensor = set(shape) == {0} and all(isinstance(c.form[0][1], int) for c in calls)
+    gate.is_one_tensor = (
+        one_tensor
+        and whole is not None
+        and whole.leaves == (Given(0),)
+        and whole.is_leaf
+        and not gate.returns_copy
     )
 
 
-def _end(container: Gate, role: Role | None) -> tuple[int, ...] | None:
-    if role is None or not role.scaled:
-        return None
-    branches = container.plan.blocks
-    before = container.blocks[: container.blocks.index(role.block)]
-    number = sum(len(branches[block].branches) for block in before) + role.branch
-    return (number, *sorted(role.scaled))
-
-
-def _positional(module: nn.Module) -> tuple[str, ...]:
-    return tuple(inspect.signature(module.forward).parameters)
+def _settle(model: nn.Module, gate: Gate, members: Sequence[Gate]) -> None:
+    """Decide which calls of a block and its branch modules may go the fast way."""
+    plan = gate.plan
+    prefix = f"{gate.name}." if gate.name else ""
+    inside = [member.name for member in members if member.name.startswith(prefix)]
+    gate.parts = tuple(tuple(name.removeprefix(prefix).split(".")) for name in inside)
+    gate.simple_ends = all(
+        member.role is not None
+        for member in members
+        if any(role and role.ends for role in member.roles[gate.name])
+    )
+    first = next(iter(gate.positional), None)
+    gate.is_fast = (
+        plan.mode == "batch"
+        and plan.draw.redraw == "forward"
+        and gate.simple_ends
+        and not gate.roles
+        and bool(gate.places & {0, first})
+    )
 
 
 def _roles(
     model: nn.Module,
     recording: Recording,
-    plan: Plan,
-    groups: Mapping[int, Group],
+    gate: Gate,
+    groups: Sequence[Group],
+    branches: Sequence[ResidualBranch],
     batches: Batches | None,
 ) -> dict[str, tuple[Role | None, ...]]:
-    """For each module to gate in a container: what its first, second, ... call in it is.
+    """For each module to gate in a block: what its first, second, ... call in it is.
 
-    Calls inside of a gated member do not count: where the member is dropped they do not happen.
+    Calls inside of a gated module do not count: where it is dropped they do not happen.
     """
+    plan, container = gate.plan, groups[0].container
+    additions = [addition for group in groups for addition in group.additions]
+    as_one = len(set(gate.units)) == 1 and gate.whole is not None
+    gate.stands_in = not as_one or any(branch.unscalable for branch in branches)
+    gate.modules = tuple(dict.fromkeys(m for branch in branches for m in branch.modules))
     wanted: dict[int, Role] = {}
-    places = [(n, p) for n, group in groups.items() for p in range(len(group.additions))]
-    # A branch may lie inside of another one: the outer first, then the inner takes its modules.
-    for number, position in sorted(places, key=lambda place: -_length(groups, *place)):
-        group, branch = groups[number], plan.blocks[number].branches[position]
+    for number, (addition, branch) in enumerate(zip(additions, branches, strict=True)):
         scaled = dict(branch.scaled)
-        calls = member_calls(recording, group.additions[position], group.container)
-        rows: Sequence[tuple[Dims, Dims]] = [({}, {})] * len(calls)
-        if batches is not None:
-            rows = rows_of_members(batches, group.additions[position], calls, scaled)
+        calls = member_calls(recording, addition, container)
+        rows: Sequence[tuple[Dims, Dims]] = [_NO_ROWS] * len(calls)
+        if batches is not None and not as_one:
+            rows = rows_of_members(batches, addition, calls, scaled)
         for place, call in enumerate(calls):
-            unread = unread_outputs(recording, call, calls)
             ends = scaled.get(place, frozenset())
+            if not gate.stands_in and not ends:
+                continue
             module = model.get_submodule(call.module)
-            # In mode "batch" what is computed is exact to the last bit.
-            by_weights = ends and plan.mode == "sample"
-            parameters = branch.fold.parameters if by_weights else ()
-            weights = own_weights(module, call.module, parameters)
-            outer = wanted.get(call.index)
-            held: tuple[Dims, Dims] = rows[place]
-            within: tuple[tuple[int, int], ...] = ()
-            if outer is not None:  # it gives its modules the rows
-                held = (outer.takes, outer.gives)
-                within = (*outer.within, (outer.block, outer.branch))
-            wanted[call.index] = Role(number, position, ends, unread, *held, weights, within)
+            parameters = branch.fold.parameters if ends else ()
+            weights = weights_of(module, call.module, parameters)
+            unread = unread_outputs(recording, call, calls)
+            wanted[call.index] = Role(number, ends, unread, *rows[place], weights)
     names = {recording.calls[index].module for index in wanted}
     roles: dict[str, list[Role | None]] = {}
 
@@ -199,19 +211,26 @@ def _roles(
             if child.index not in wanted:
                 visit(child)
 
-    visit(next(iter(groups.values())).container)
+    visit(container)
     return {name: tuple(found) for name, found in roles.items()}
 
 
-def _length(groups: Mapping[int, Group], number: int, position: int) -> int:
-    return len(groups[number].additions[position].path)
-
-
 def _describe_calls(recording: Recording, gate: Gate) -> None:
-    """What is known about the member's calls from the watch: output shapes, other callers."""
+    """What is known about a branch module's calls: output shapes, other callers, its one role."""
+    inside = 0
     for call in recording.calls_of[gate.name]:
         around = {outer.module for outer in recording.enclosing(call.parent)}
         if around.isdisjoint(gate.roles):
             gate.used_elsewhere = True
-        elif call.template is not None:
+            continue
+        inside += 1
+        if call.template is not None:
             gate.templates[call.signature] = call.template
+    if len(gate.owners) > 1:
+        return
+    ((block, roles),) = gate.roles.items()
+    ends_nothing = not any(role and role.ends for role in roles)
+    once = len(roles) == 1 and inside == len(recording.calls_of[block])
+    if ends_nothing or once:
+        gate.role = next(role for role in roles if role is not None)
+        gate.fast_role = None if gate.units else gate.role

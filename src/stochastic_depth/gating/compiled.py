@@ -1,199 +1,151 @@
-"""The forward of a compiled container: a graph where all its branches run, else its own code."""
+"""`depth.compile()`, and what a gated module does while torch.compile or torch.export looks at it.
+
+Nothing can be drawn in a graph. A block's gate stays outside, in training, and the block's forward
+beneath it is compiled: the graph only ever sees a block all of whose branches run. What they are
+multiplied by are 0-dim tensors, so that no step of a schedule needs another graph.
+"""
 
 from __future__ import annotations
 
-import functools
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Mapping
+from functools import lru_cache, partial
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
 
-from stochastic_depth.deciding import few_counts, many_counts, possible_counts
-from stochastic_depth.gating.passage import Gate, Original, Passage, running
-from stochastic_depth.gating.recomputation import note, recall
-from stochastic_depth.gating.traced import graphs
-from stochastic_depth.rows import Held, Rows, put_back, take
-from stochastic_depth.torch_private import tree_leaves
+from stochastic_depth.errors import OptionError, warn
+from stochastic_depth.gating.gate import Gate, Original, gate_of
+from stochastic_depth.plan import Plan
+from stochastic_depth.rows import change_leaves
+from stochastic_depth.torch_private import (
+    is_compiled,
+    let_vary,
+    once_in_a_trace,
+    outside_of_graphs,
+    tree_leaves,
+)
 
-# Which graph: for so many rows of the batch, None: for all that are given; and what its branches
-# are multiplied by. Where a schedule, or several rates, bring many numbers of rows, 0 is for any
-# but one: torch makes a constant of a length of one.
-Graph = tuple[int | None, tuple[float, ...]]
-_ANY = 0
-
-
-class NoGraphError(Exception):
-    """There is no graph for a call."""
+_call_outside: Any = None  # `_call`, outside of all graphs; made in a trace: that takes an import
 
 
-def compiled_forward(forward: Original) -> Original:
-    """What stands in a gated class for its own class's forward."""
+def compile_blocks(model: nn.Module, plan: Plan, options: Mapping[str, Any]) -> None:
+    """Have the plan's blocks run as graphs, beneath their gates.
 
-    @functools.wraps(forward)
-    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if is_dynamo_compiling():
-            return forward(self, *args, **kwargs)
-        gate: Gate = self.__dict__["_stochastic_depth"]
-        compiler = gate.plan.compiler
-        if compiler is None or running.open_all:
-            return forward(self, *args, **kwargs)
-        passage = running.passages[-1] if running.passages else None
-        if passage is None or passage.gate is not gate:  # a checkpoint begins beneath the gate
-            passage, graph = None, recall(gate.beneath)[1]
-        else:
-            # Where collectives are looked for it runs eagerly, and so does its recomputation.
-            graph = None if passage.may_part else _of(passage)
-            note(gate.beneath, graph, passage.decisions, may_recompute=passage.training)
-        if graph is None:
-            return forward(self, *args, **kwargs)
-        try:
-            output = compiler.run(gate, graph, self, args, kwargs)
-        except NoGraphError:
-            return forward(self, *args, **kwargs)
-        if passage is not None:
-            passage.visits = gate.expected  # its members are parts of the graph
-        return output
-
-    return run
-
-
-def _of(passage: Passage) -> Graph | None:
-    """The graph for what is decided; None where not all branches run on all that is given."""
-    rows = passage.given
-    for decision in passage.decisions.values():
-        if not all(decision.kept) or any(
-            some is not None and some is not rows for some in decision.rows
-        ):
-            return None
-    return _graph(passage, rows)
+    Raises:
+        OptionError: None of them can.
+    """
+    gated = [(module, gate) for module in model.modules() if (gate := gate_of(module)) is not None]
+    blocks = [(module, gate) for module, gate in gated if gate.plan is plan and gate.units]
+    obstacles = {gate.name: why for module, gate in blocks if (why := _obstacle(module))}
+    if obstacles:
+        name, why = next(iter(obstacles.items()))
+        some = f'{len(obstacles)} of {len(blocks)} blocks ("{name}": {why})'
+        if len(obstacles) == len(blocks):
+            raise OptionError(
+                f"depth.compile() cannot compile {some}",
+                expected="blocks whose forwards are known, without blocks in them",
+                instead="leave depth.compile() out, and compile other parts of the model",
+            )
+        warn(f"depth.compile() leaves {some} as they are")
+    plan.compiling = True
+    functions: dict[Any, Any] = {}
+    for module, gate in blocks:
+        if gate.name not in obstacles:
+            kind = _kind(module)
+            if kind not in functions:
+                # torch keeps graphs by code object, few of each: each kind has one of its own.
+                code = _run_impl.__code__.replace(co_name=f"run_{type(module).__name__}")
+                function = FunctionType(code, _run_impl.__globals__, code.co_name)
+                functions[kind] = torch.compile(function, **options)
+            module._compiled_call_impl = partial(functions[kind], module)
 
 
-def _graph(passage: Passage, rows: Rows | None) -> Graph:
-    count = None if rows is None else rows.count
-    if count not in (None, 1) and not few_counts(passage.gate.plan, passage.gate.blocks[0]):
-        count = _ANY
-    return count, _factors(passage)
+def _run_impl(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return module._call_impl(*args, **kwargs)
 
 
-def _factors(passage: Passage) -> tuple[float, ...]:
-    """Those of its branches; none where no step of the schedule would multiply them."""
-    plan = passage.gate.plan
-    factors = tuple(f for decision in passage.decisions.values() for f in decision.factors)
-    trains = passage.training and not plan.disabled
-    multiplies = plan.scale == ("train" if trains else "eval") and any(
-        plan.rates[block] for block in passage.gate.blocks
+def _obstacle(module: nn.Module) -> str | None:
+    gate = gate_of(module)
+    assert gate is not None
+    if gate.is_residual:
+        return "what a Residual adds is known only when it is called"
+    inner = [gate_of(part) for part in module.modules() if part is not module]
+    return "there are blocks in it" if any(gate and gate.units for gate in inner) else None
+
+
+def _kind(module: nn.Module) -> Any:
+    """What blocks have in common that look alike; where they differ in more, torch finds out."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return tuple((name, type(part)) for name, part in module.named_modules()), tuple(
+        (name, t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for name, t in tensors
     )
-    return factors if multiplies or any(factor != 1.0 for factor in factors) else ()
 
 
-def build(
-    passage: Passage, module: nn.Module, held: Held | None, size: int, args: Any, kwargs: Any
-) -> None:
-    """Build the graphs that calls of a container may need under other draws.
-
-    Weights that are sharded are not there where a block is dropped. Then its graph is built when it
-    runs, on all ranks at once.
-
-    Args:
-        passage: The call, before it runs.
-        module: The container.
-        held: In mode "sample": where its arguments and its output hold the batch.
-        size: In mode "sample": the number of rows; else 0.
-        args: Its arguments.
-        kwargs: The same, by keyword.
-    """
-    gate, plan, compiler = passage.gate, passage.gate.plan, passage.gate.plan.compiler
-    call = (gate.name, size, plan.disabled, plan.forced is None, torch.is_grad_enabled())
-    if passage.layout.sharded or call in compiler.ready:
-        return
-    compiler.ready.add(call)
-    for graph, draws in _other_draws(passage, size).items():
-        if compiler.knows(gate, graph, module):
-            continue
-        _build(gate, graph, module, held, draws, (args, kwargs))
-        for given in compiler.formats.others(args, kwargs):
-            with suppress(Exception):  # it may not be able to run on these, which may never come
-                _build(gate, graph, module, held, draws, given)
+def let_rows_vary(module: nn.Module, arguments: Any, dims: Mapping[int, int]) -> None:
+    """Have a graph that is made for some rows of the batch hold for any number of them."""
+    if is_compiled(module):
+        leaves = tree_leaves(arguments)
+        for number, dim in dims.items():
+            if leaves[number] is not None:
+                let_vary(leaves[number], dim)
 
 
-def _build(
-    gate: Gate,
-    graph: Graph,
-    module: nn.Module,
-    held: Held | None,
-    draws: list[Rows | None],
-    given: tuple[Any, Any],
-) -> None:
-    """Build one graph of a block, and note the memory formats of what it makes.
-
-    Torch may make a graph for any number of rows and have it hold up to some number, or for
-    multiples of one: where the first of the draws needed another graph, so may each of the others.
-    """
-    before = graphs()
-    for rows in draws:
-        _build_on(gate, graph, module, held, rows, given)
-        if graphs() == before:
-            return
+def scales(factors: tuple[float, ...] | None, args: Any, kwargs: Any) -> tuple[Any, ...] | None:
+    """Factors as a graph takes them: on the device of the block's input."""
+    if factors is None:
+        return None
+    leaves = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+    like = next((leaf for leaf in leaves if leaf.is_floating_point()), None)
+    if like is None:
+        return factors
+    double = like.dtype is torch.float64
+    return tuple(_scalar(factor, like.device, double=double) for factor in factors)
 
 
-def _build_on(
-    gate: Gate,
-    graph: Graph,
-    module: nn.Module,
-    held: Held | None,
-    rows: Rows | None,
-    given: tuple[Any, Any],
-) -> None:
-    """Build it for these rows of what is given."""
-    compiler = gate.plan.compiler
-    if rows is None or held is None:
-        compiler.formats.note(compiler.build(gate, graph, module, *given, {}))
-        return
-    varies = held.takes if graph[0] == _ANY else {}
-    for window in _windows(gate, rows, given):
-        (some, named), rests = take(given, held.takes, window)
-        output = compiler.build(gate, graph, module, some, named, varies)
-        if output is not None:
-            compiler.formats.note(put_back(output, held.gives, rests, window))
+@lru_cache(maxsize=4096)
+def _scalar(factor: float, device: torch.device, *, double: bool) -> Tensor:
+    """A factor as a graph's input, so that another one needs no other graph."""
+    dtype = torch.float64 if double else torch.float32  # as a number counts in eager
+    with torch.inference_mode(False):  # noqa: FBT003
+        return torch.tensor(factor, dtype=dtype, device=device)
 
 
-def _windows(gate: Gate, rows: Rows, given: tuple[Any, Any]) -> list[Rows]:
-    """As many rows as in all ways in which they may lie in memory."""
-    if gate.plan.draw.rows == "random" or gate.name in gate.plan.in_groups:
-        device = next(leaf.device for leaf in tree_leaves(given) if isinstance(leaf, Tensor))
-        return [replace(rows, chosen=torch.arange(rows.count, device=device))]  # always a copy
-    # A window that wraps around is a copy, whose strides may be others.
-    return [rows] if rows.count == 1 else [rows, replace(rows, start=rows.batch - 1)]
+def traced_call(module: nn.Module, original: Original, args: Any, kwargs: Any) -> Any:
+    """A gated module's call in a trace."""
+    gate: Any = module._stochastic_depth
+    if gate.units:
+        if module.training or gate.plan.forcing or not gate.simple_ends:
+            _make_way()
+            return _call_outside(module, original, args, kwargs)
+        gate.scales = gate.plan.inference_factors(gate.units)
+    output = original(module, *args, **kwargs)
+    role = gate.role
+    if role is not None and role.ends and gate.owners[0].scales is not None:
+        scale = gate.owners[0].scales[role.branch]
+        output = change_leaves(output, role.ends, lambda leaf, number: _times(leaf, scale))
+    return output
 
 
-def _other_draws(passage: Passage, size: int) -> dict[Graph, list[Rows | None]]:
-    """For each graph the rows that a drawn call may run on as a whole."""
-    gate, plan, many = passage.gate, passage.gate.plan, passage.gate.plan.compiler.many_counts
-    if not size:
-        return {_graph(passage, None): [None]}
-    if plan.forced is not None or plan.disabled:
-        return {}
-    found: dict[Graph, list[Rows | None]] = {}
-    for count in possible_counts(plan, gate.blocks[0], size):
-        rows = None if count == size else Rows(size, 0, count)
-        graph = _graph(passage, rows)
-        if graph[0] != _ANY:
-            found[graph] = [rows]
-        elif graph not in found:
-            if size not in many:  # it looks at all blocks: not once more for each of them
-                many[size] = many_counts(plan, size)
-            found[graph] = [Rows(size, 0, each) for each in many[size]]
-    return found
+def _times(value: Tensor, scale: Any) -> Tensor:
+    """The product, with a factor that is not rounded to half a precision before."""
+    if isinstance(scale, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+        return (value.float() * scale).to(value.dtype)
+    return value * scale
 
 
-def as_made(leaf: Any) -> Any:
-    """What a dropped block hands on, needing a gradient as what it makes does: else graphs differ.
+def _call(module: nn.Module, original: Original, args: Any, kwargs: Any) -> Any:
+    """A call whose gate no graph holds; what it calls may be compiled."""
+    from stochastic_depth.gating.block import call_block
 
-    Only in front of all parameters does it need none.
-    """
-    if not isinstance(leaf, Tensor) or leaf.requires_grad or not leaf.is_floating_point():
-        return leaf
-    return leaf.detach().requires_grad_().clone()
+    gate = gate_of(module)
+    assert gate is not None
+    gate.plan.compiling = True
+    return call_block(gate, module, original, args, kwargs)
+
+
+@once_in_a_trace
+def _make_way() -> None:
+    global _call_outside
+    _call_outside = _call_outside or outside_of_graphs(_call)

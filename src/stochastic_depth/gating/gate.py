@@ -1,20 +1,78 @@
-"""What a gated module does when it is called: as a member of a branch, as a container, or both."""
+"""What is known about a gated module: a block's, or one of a branch; and what is under way."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, cast
 
-import torch
 from torch import nn
-from torch.compiler import is_dynamo_compiling
 
-from stochastic_depth.gating.container import call_container
-from stochastic_depth.gating.member import call_member, role_in
-from stochastic_depth.gating.passage import Gate, Original, running
-from stochastic_depth.gating.traced import traced_call
+from stochastic_depth.discovery.templates import Template
+from stochastic_depth.errors import ChangedModelError
+from stochastic_depth.plan import Counted, Plan
+from stochastic_depth.rows import Dims
 
 KEY = "_stochastic_depth"  # where a gated module keeps its gate
+
+Original = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What one call of a branch module is in its block: a part of which branch."""
+
+    branch: int  # its number in the gate
+    ends: frozenset[int]  # the leaves of its output that are the branch's value
+    unread: frozenset[int] = frozenset()  # those that only other modules of the branch read
+    takes: Dims = field(default_factory=dict)  # the leaves of its arguments to take rows of
+    gives: Dims = field(default_factory=dict)  # the leaves of its output to put back
+    weights: tuple[str, ...] = ()  # its own parameters that take the branch's factor in
+
+
+@dataclass(eq=False)
+class Gate(Counted):
+    """What is known about one gated module: a block's, a branch's, or both."""
+
+    plan: Plan = field(kw_only=True)
+    index: int = -1  # a block's: in `plan.gates`
+    is_fast: bool = False  # a block's: whether a call with one tensor may go the fast way
+    is_residual: bool = False  # a block's: it is an `sd.Residual`
+    is_one_tensor: bool = False  # a block's: when dropped, returns the one tensor that it is given
+    returns_copy: bool = False  # a block's: somebody outside of the model may hold its input
+    whole: Template | None = None  # a block's: what it returns when dropped; None: it has to run
+    places: frozenset[int | str] = frozenset()  # a block's: of its arguments that are no flags
+    flags: tuple[dict[int | str, Any], ...] = ()  # a block's: its other arguments, as watched
+    defaults: dict[int | str, Any] = field(default_factory=dict)  # of these
+    positional: tuple[str, ...] = ()  # a block's: the names of its forward's parameters
+    batch: Any = None  # a block's in mode "sample": which dimensions of its values hold the batch
+    parts: tuple[tuple[str, ...], ...] = ()  # a block's: the paths of its gated branch modules
+    modules: tuple[str, ...] = ()  # a block's: the names of all modules of its branches
+    stands_in: bool = False  # a block's: all its branch modules are gated, not just the ends
+    simple_ends: bool = True  # a block's: each end is called once in it and nowhere else
+    factors: tuple[float, ...] | None = None  # a block's: what its ends multiply by just now
+    scales: tuple[Any, ...] | None = None  # a block's: the same for a graph, as 0-dim tensors
+    depth: int = 0  # a block's: how many calls of it are under way, with all that it is given
+    roles: dict[str, tuple[Role | None, ...]] = field(default_factory=dict)
+    """A branch module's: for each block, what its first, second, ... call in it is."""
+    owners: tuple[Gate, ...] = ()  # a branch module's: the gates of these blocks
+    role: Role | None = None  # a branch module's: what it is at every call, where it has one owner
+    fast_role: Role | None = None  # the same, where it is no block itself
+    templates: dict[tuple[object, ...], Template] = field(default_factory=dict)
+    used_elsewhere: bool = False  # a branch module's: is called outside of its blocks, too
+
+
+class Running(threading.local):
+    """What is under way in this thread."""
+
+    def __init__(self) -> None:
+        self.passages: list[Any] = []  # calls of blocks that run in part, outermost first
+        self.open_all = False  # while the shapes of an output are looked up
+        self.trial: Any = None  # what is tried at each call of a block, before apply returns
+
+
+running = Running()
 
 
 def gate_of(module: nn.Module) -> Gate | None:
@@ -22,34 +80,12 @@ def gate_of(module: nn.Module) -> Gate | None:
     return cast("Gate | None", module.__dict__.get(KEY))
 
 
-def gated_call(original: Original) -> Callable[..., Any]:
-    """The `__call__` of a gated class; `original` is that of the module's own class.
-
-    Most calls are those of members whose branch runs as it is: they come first, in one piece, for
-    here a microsecond counts. One without gradients may be a reentrant checkpoint's, which has to
-    find what was decided.
-    """
-
-    def call_gated(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if is_dynamo_compiling():  # False outside of a trace; there, all that follows is left out
-            return traced_call(self, original, args, kwargs, call_gated)
-        gate, passages = self.__dict__[KEY], running.passages
-        if passages and gate in passages[-1].unchanged and torch.is_grad_enabled():
-            passage = passages[-1]
-            if passage.inside_member:
-                return original(self, *args, **kwargs)
-            passage.visits += 1
-            passage.inside_member = True
-            try:
-                return original(self, *args, **kwargs)
-            finally:
-                passage.inside_member = False
-        if running.open_all:
-            return original(self, *args, **kwargs)
-        if gate.roles:
-            found = role_in(gate)
-            if found is not None:
-                return call_member(gate, *found, self, original, args, kwargs)
-        return call_container(gate, self, original, args, kwargs)
-
-    return call_gated
+def changed(gate: Gate, what: str) -> ChangedModelError:
+    """The error for a block that does not run as it was watched."""
+    return ChangedModelError(
+        f'"{gate.name}" does not run as it did when it was watched: {what}',
+        expected="the modules that were watched, called as they were",
+        instead="change the model first (convert_sync_batchnorm, quantisation, new heads) and "
+        "apply stochastic depth afterwards; or depth.remove(), change, apply again. In inference: "
+        "depth.fold(), or torch.backends.mha.set_fastpath_enabled(False)",
+    )

@@ -6,51 +6,59 @@ without values (under fake tensors), which takes some milliseconds, and the resu
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stochastic_depth.discovery.templates import Template, describe, signature
-from stochastic_depth.discovery.unsharded import full_parameters
 from stochastic_depth.errors import ChangedModelError
-from stochastic_depth.torch_private import fake_mode, tree_map, without_modes
+from stochastic_depth.gating.gate import Gate, Role, running
+from stochastic_depth.torch_private import fake_mode, is_part, tree_map, without_modes
 
 _KEPT = 1024  # shapes; beyond that the oldest are forgotten
 
 
-class HasTemplates(Protocol):
-    """A gate, as far as this file is concerned."""
-
-    name: str
-    templates: dict[tuple[object, ...], Template]
-
-
-def stand_in(
-    gate: HasTemplates,
-    module: nn.Module,
-    args: Any,
-    kwargs: Any,
-    *,
-    zeros: frozenset[int],
-    unread: frozenset[int],
-) -> Any:
-    """An output of the module's shapes, of zeros but for the leaves that nobody will read."""
-    key = signature(args, kwargs)
-    template = gate.templates.get(key)
+def stand_in(gate: Gate, module: nn.Module, args: Any, kwargs: Any, role: Role) -> Any:
+    """An output of the module's shapes: zeros where it is the branch's value or may be read."""
+    key: tuple[object, ...] | None = None
+    if len(args) == 1 and not kwargs and type(args[0]) is Tensor:  # the short way, for most
+        x = args[0]
+        autocast = torch.is_autocast_enabled(x.device.type)
+        key = (x.shape, x.stride(), x.dtype, x.device, autocast)
+    template = gate.templates.get(key) if key is not None else None
     if template is None:
-        template = _look_up(gate.name, module, args, kwargs)
-        if len(gate.templates) >= _KEPT:
-            del gate.templates[next(iter(gate.templates))]
-        gate.templates[key] = template
-    return template.build(args, kwargs, zeros=zeros, unread=unread)
+        template = _look_up(gate, module, args, kwargs)
+        if key is not None:
+            _keep(gate, key, template)
+    return template.build(args, kwargs, zeros=role.ends, unread=role.unread)
 
 
-def _look_up(name: str, module: nn.Module, args: Any, kwargs: Any) -> Template:
+def _look_up(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> Template:
+    key = signature(args, kwargs)
+    if key not in gate.templates:
+        running.open_all = True  # gated modules in it run as plain ones
+        try:
+            _keep(gate, key, _without_values(gate.name, module, args, kwargs))
+        finally:
+            running.open_all = False
+    return gate.templates[key]
+
+
+def _keep(gate: Gate, key: tuple[object, ...], template: Template) -> None:
+    if len(gate.templates) >= _KEPT:
+        del gate.templates[next(iter(gate.templates))]
+    gate.templates[key] = template
+
+
+def _without_values(name: str, module: nn.Module, args: Any, kwargs: Any) -> Template:
+    """The template of the output of one run under fake tensors."""
     # The counters of BatchNorm hold real numbers under fake tensors, too, and count.
     counters = [(buffer, buffer.clone()) for buffer in module.buffers() if buffer.numel() == 1]
     detached = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
-    with without_modes(), fake_mode() as mode, full_parameters(module), torch.no_grad():
+    with without_modes(), fake_mode() as mode, _full_parameters(module), torch.no_grad():
         fake_args, fake_kwargs = tree_map(
             lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, detached
         )
@@ -68,3 +76,19 @@ def _look_up(name: str, module: nn.Module, args: Any, kwargs: Any) -> Template:
     for buffer, before in counters:
         buffer.copy_(before)
     return template
+
+
+@contextmanager
+def _full_parameters(module: nn.Module) -> Iterator[None]:
+    """For a while parameters in parts have their full shapes; under fake tensors, so no values."""
+    before = [(part, dict(part._parameters)) for part in module.modules()]
+    try:
+        for part, own in before:
+            for name, tensor in own.items():
+                if tensor is not None and is_part(tensor):
+                    full = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+                    part._parameters[name] = nn.Parameter(full, requires_grad=False)
+        yield
+    finally:
+        for part, own in before:
+            part._parameters.update(own)

@@ -8,18 +8,15 @@ those, too. Parameters, state-dict keys, `isinstance` and `__name__` stay. As in
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
 
-from stochastic_depth.gating.compiled import compiled_forward
-from stochastic_depth.gating.gate import KEY, gated_call
-from stochastic_depth.gating.passage import Gate
+from stochastic_depth.errors import SetupError
+from stochastic_depth.gating.call import gated_call
+from stochastic_depth.gating.gate import KEY, Gate
 from stochastic_depth.torch_private import without_fused_path
-
-_gated_classes: dict[tuple[type[nn.Module], bool], type[nn.Module]] = {}
 
 
 def swap_in(module: nn.Module, gate: Gate) -> None:
@@ -31,54 +28,38 @@ def swap_in(module: nn.Module, gate: Gate) -> None:
 def swap_out(module: nn.Module) -> None:
     """Give a gated module its own class back."""
     gate: Gate = module.__dict__.pop(KEY)
-    if gate.branch is not None:  # a `Residual`, whose class looks for its gate itself
+    if gate.is_residual:  # whose class looks for its gate itself
         module.__dict__[KEY] = None
         return
+    if isinstance(module._compiled_call_impl, partial):  # that `depth.compile()` made
+        module._compiled_call_impl = None
     own: Any = type(module)
     module.__class__ = _ungated(own)
 
 
-def compile_in(module: nn.Module) -> None:
-    """Have a gated module's forward look for its graph, beneath gate and hooks."""
-    own: Any = type(module)
-    module.__class__ = _with_graphs(own)
-
-
 @cache  # blocks of one class go on sharing one
 def _ungated(own: Any) -> type[nn.Module]:
-    return _remade(own, lambda original: original)
-
-
-@cache
-def _with_graphs(own: Any) -> type[nn.Module]:
-    return _remade(own, lambda original: _gated(original, with_graphs=True))
-
-
-def _remade(own: Any, kind: Callable[[type[nn.Module]], type[nn.Module]]) -> type[nn.Module]:
-    """A gated class, made anew from its own one."""
+    """The class that a gated one was made from."""
     if "gated_from" in vars(own):
-        return kind(own.gated_from)
+        original: type[nn.Module] = own.gated_from
+        return original
     # A class that fully_shard or a parametrization made from the gated one since.
-    bases = tuple(
-        kind(vars(base)["gated_from"]) if "gated_from" in vars(base) else base
-        for base in own.__bases__
-    )
+    bases = tuple(vars(base).get("gated_from", base) for base in own.__bases__)
     content = {k: v for k, v in vars(own).items() if k not in ("__dict__", "__weakref__")}
     remade: type[nn.Module] = type(own)(own.__name__, bases, content)
     return remade
 
 
-def _gated(original: type[nn.Module], *, with_graphs: bool = False) -> type[nn.Module]:
+@cache
+def _gated(original: type[nn.Module]) -> type[nn.Module]:
     """The gated subclass of a class, one for each."""
-    if (original, with_graphs) in _gated_classes:
-        return _gated_classes[original, with_graphs]
 
     def reduce_gated(self: nn.Module, protocol: Any) -> Any:
         # No module holds the gated class under its name, so a copy is built from the original.
         reduced: Any = original.__reduce_ex__(self, protocol)
         make, given, *rest = reduced
         if make is copyreg.__newobj__ and given[0] is gated:  # type: ignore[attr-defined]
-            make, given = _new, (original, with_graphs, *given[1:])
+            make, given = _new, (original, *given[1:])
         elif make is gated:  # as what torch.compile makes around a module
             make, given = _made, (original, self.__dict__[KEY], *given)
         return (make, given, *rest)
@@ -90,16 +71,24 @@ def _gated(original: type[nn.Module], *, with_graphs: bool = False) -> type[nn.M
         {
             "gated_from": original,
             **without_fused_path(original),
-            **({"forward": compiled_forward(original.forward)} if with_graphs else {}),
             "__call__": gated_call(original.__call__),
             "__reduce_ex__": reduce_gated,
+            "__prepare_scriptable__": _refuse_to_script,
             "__module__": original.__module__,
             "__qualname__": original.__qualname__,
             "__doc__": original.__doc__,
         },
     )
-    _gated_classes[original, with_graphs] = gated
     return gated
+
+
+def _refuse_to_script(module: nn.Module) -> nn.Module:
+    gate: Gate = module.__dict__[KEY]
+    raise SetupError(
+        f'torch.jit.script met "{gate.name}" with its gate, which a script cannot hold',
+        expected="a plain model",
+        instead="call depth.fold() (or depth.remove()) first, or use torch.export",
+    )
 
 
 def _made(original: type[nn.Module], gate: Gate, *args: Any) -> nn.Module:
@@ -109,7 +98,7 @@ def _made(original: type[nn.Module], gate: Gate, *args: Any) -> nn.Module:
     return module
 
 
-def _new(original: type[nn.Module], with_graphs: bool, *args: Any) -> nn.Module:  # noqa: FBT001
+def _new(original: type[nn.Module], *args: Any) -> nn.Module:
     """What `copy` and `pickle` call to make an empty gated module."""
-    gated = _gated(original, with_graphs=with_graphs)
+    gated = _gated(original)
     return gated.__new__(gated, *args)

@@ -41,22 +41,22 @@ _resolve_process_group          seen as an operation                  not refuse
 
 from __future__ import annotations
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from stochastic_depth.torch_private.backward import (
     after_backward,
-    backward_is_running,
     backward_task,
-    checkpoint_frames,
+    checkpoints,
+    top_hooks,
 )
 from stochastic_depth.torch_private.compiling import (
     is_compiled,
     is_wrapper,
-    left_out_of_graphs,
     let_vary,
-    no_graph,
     once_in_a_trace,
+    outside_of_graphs,
 )
 from stochastic_depth.torch_private.operations import (
     fake_mode,
@@ -64,38 +64,29 @@ from stochastic_depth.torch_private.operations import (
     without_modes,
 )
 from stochastic_depth.torch_private.processes import (
-    awaits_backward,
     called_by_a_pipeline,
-    called_by_fully_shard,
-    group_of_collective,
     holds_fsdp1,
     inside_ddp,
     inside_fsdp1,
     is_fully_sharded_unit,
     is_in_parts,
     is_managed_by_fsdp,
-    is_marked_by_fsdp,
     is_part,
     mesh_of,
-    modules_of_unit,
-    prefetched_by,
-    set_prefetched,
+    prefetches_explicitly,
     sharded_dtypes,
     without_sharding,
 )
 
 __all__ = [
+    "PLAIN_VALUES",
     "TorchDispatchMode",
     "TreeSpec",
     "after_backward",
-    "awaits_backward",
-    "backward_is_running",
     "backward_task",
     "called_by_a_pipeline",
-    "called_by_fully_shard",
-    "checkpoint_frames",
+    "checkpoints",
     "fake_mode",
-    "group_of_collective",
     "holds_fsdp1",
     "inside_ddp",
     "inside_fsdp1",
@@ -103,18 +94,15 @@ __all__ = [
     "is_fully_sharded_unit",
     "is_in_parts",
     "is_managed_by_fsdp",
-    "is_marked_by_fsdp",
     "is_part",
     "is_wrapper",
-    "left_out_of_graphs",
     "let_vary",
     "mesh_of",
-    "modules_of_unit",
-    "no_graph",
     "once_in_a_trace",
-    "prefetched_by",
-    "set_prefetched",
+    "outside_of_graphs",
+    "prefetches_explicitly",
     "sharded_dtypes",
+    "top_hooks",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
@@ -123,3 +111,6 @@ __all__ = [
     "without_modes",
     "without_sharding",
 ]
+
+PLAIN_VALUES = (type(None), bool, int, float, str, torch.dtype, torch.device)
+"""What a flag may be: an argument that is no tensor and no object."""

@@ -17,16 +17,8 @@ def is_wrapper(module: nn.Module) -> bool:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether a call of the module runs a graph that its user had compiled."""
+    """Whether a call of the module runs a graph."""
     return module._compiled_call_impl is not None or "_orig_mod" in module._modules
-
-
-def no_graph() -> tuple[type[Exception], ...]:
-    """What torch.compile raises with `fullgraph=True` where there is no graph, or too many."""
-    from torch._dynamo import exc
-
-    too_many = getattr(exc, "FailOnRecompileLimitHit", exc.Unsupported)
-    return exc.Unsupported, exc.UserError, too_many
 
 
 def let_vary(tensor: Tensor, dim: int) -> None:
@@ -39,12 +31,9 @@ def let_vary(tensor: Tensor, dim: int) -> None:
         mark(tensor, dim)
 
 
-def left_out_of_graphs(function: Call, why: str) -> Call:
-    """A function that torch.compile does not look into; it tells why where it may not do so."""
-    try:
-        return torch.compiler.disable(function, reason=why)
-    except TypeError:  # torch 2.6 takes no reason
-        return torch.compiler.disable(function)
+def outside_of_graphs(function: Call) -> Call:
+    """A function that torch.compile does not look into; what it calls may be compiled."""
+    return torch.compiler.disable(function, recursive=False)
 
 
 def once_in_a_trace(function: Call) -> Call:

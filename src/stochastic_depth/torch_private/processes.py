@@ -19,20 +19,6 @@ def inside_ddp() -> DistributedDataParallel | None:
     return wrapper
 
 
-def group_of_collective(operation: Any, args: tuple[Any, ...]) -> Any:
-    """The process group that an operation talks to; None where it talks to nobody."""
-    if operation.namespace not in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
-        return None
-    processes: Any = torch.distributed.distributed_c10d
-    for argument, given in zip(operation._schema.arguments, args, strict=False):
-        if argument.name == "group_name":
-            return processes._resolve_process_group(given)
-        if argument.name == "process_group":
-            kind = processes.ProcessGroup
-            return given if isinstance(given, kind) else kind.unbox(given)
-    return None
-
-
 def is_fully_sharded_unit(module: nn.Module) -> bool:
     """Whether `fully_shard` was called on it."""
     sharded = sys.modules.get("torch.distributed.fsdp")  # importing it takes seconds
@@ -43,12 +29,7 @@ def is_managed_by_fsdp(module: nn.Module) -> bool:
     """Whether its parameters belong to a unit of `fully_shard`, or of FSDP1."""
     if is_fully_sharded_unit(module):
         return bool(_known(module, "_is_fsdp_managed_module"))
-    return any(map(is_marked_by_fsdp, module.modules()))
-
-
-def is_marked_by_fsdp(module: nn.Module) -> bool:
-    """Whether parameters of its own, if it has any, would belong to such a unit."""
-    return bool(module.__dict__.get("_is_fsdp_managed_module"))
+    return any(bool(m.__dict__.get("_is_fsdp_managed_module")) for m in module.modules())
 
 
 def inside_fsdp1(module: nn.Module) -> bool:
@@ -92,11 +73,6 @@ def mesh_of(module: nn.Module) -> tuple[tuple[int, ...] | None, int]:
     return ranks, dims
 
 
-def called_by_fully_shard() -> bool:
-    """Whether it is a hook of `fully_shard` that runs just now."""
-    return _is_called_from("_fully_shard")
-
-
 def called_by_a_pipeline() -> bool:
     """Whether it is a stage of a pipeline that runs just now."""
     known = "torch.distributed.pipelining.stage" in sys.modules
@@ -120,38 +96,13 @@ def sharded_dtypes(module: nn.Module) -> tuple[torch.dtype | None, torch.dtype |
     return inputs, policy.output_dtype
 
 
-def set_prefetched(unit: nn.Module, forward: Any, backward: Any) -> None:
-    """Replace the lists of units that a unit of `fully_shard` prefetches, in its whole model.
-
-    Args:
-        unit: Any unit.
-        forward: Makes a new list of the old one.
-        backward: The same for the backward.
-    """
-    for state in _known(_known(_sharding_state(unit), "_state_ctx"), "all_states"):
-        state._states_to_forward_prefetch = forward(_known(state, "_states_to_forward_prefetch"))
-        state._states_to_backward_prefetch = backward(_known(state, "_states_to_backward_prefetch"))
-
-
-def prefetched_by(state: Any, *, forward: bool) -> list[Any]:
-    """The states of the units that a unit prefetches."""
-    name = "_states_to_forward_prefetch" if forward else "_states_to_backward_prefetch"
-    found: list[Any] = getattr(state, name)
-    return found
-
-
-def modules_of_unit(state: Any) -> tuple[nn.Module, ...]:
-    """The modules that a unit of `fully_shard` was made of."""
-    modules: tuple[nn.Module, ...] = state._modules
-    return modules
-
-
-def awaits_backward(state: Any) -> bool:
-    """Whether a unit ran in a forward whose backward is not over."""
-    groups = getattr(state, "_fsdp_param_groups", None)
-    if groups is None:  # torch before 2.11 has one for each unit
-        groups = [state._fsdp_param_group]
-    return any(group is not None and group._post_forward_indices for group in groups)
+def prefetches_explicitly(unit: nn.Module) -> bool:
+    """Whether any unit of the model around this one lists others to prefetch."""
+    return any(
+        _known(state, "_states_to_forward_prefetch")
+        or _known(state, "_states_to_backward_prefetch")
+        for state in _known(_known(_sharding_state(unit), "_state_ctx"), "all_states")
+    )
 
 
 def without_sharding(kind: type[nn.Module]) -> type[nn.Module]:
