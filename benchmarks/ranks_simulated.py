@@ -24,7 +24,12 @@ from torch import Tensor, nn
 import stochastic_depth as sd
 from interleaved import Ratio, ratio, sharing
 from ranks_cases import Network
-from stochastic_depth.draw import balancing_order, rates_of_a_forward, uniform
+from stochastic_depth.draw import (
+    balancing_numbers,
+    balancing_order,
+    rates_of_a_forward,
+)
+from stochastic_depth.draw import uniforms as drawn
 
 Kept = NDArray[np.bool_]
 Seconds = NDArray[np.float64]
@@ -57,20 +62,19 @@ class Costs:
 
 def uniforms(steps: int, ranks: int, blocks: int) -> Seconds:
     """The library's numbers for independent draws: of each step, rank and block."""
-    places = itertools.product(range(steps), range(ranks), range(blocks))
-    numbers = (uniform(0, step, (0,), str(block), rank) for step, rank, block in places)
-    count = steps * ranks * blocks
-    return np.fromiter(numbers, float, count).reshape(steps, ranks, blocks)
+    names = tuple(map(str, range(blocks)))
+    places = itertools.product(range(steps), range(ranks))
+    numbers = [drawn(0, step, 0, names, rank) for step, rank in places]
+    return np.array(numbers).reshape(steps, ranks, blocks)
 
 
 def balanced_on_ranks(
     step: int, names: tuple[str, ...], rates: tuple[float, ...], ranks: int
 ) -> Kept:
     """`stochastic_depth.draw.balanced` for all ranks at once: which runs which block."""
-    order = [names.index(name) for name in balancing_order(0, step, (0,), names)]
-    offset = uniform(0, step, (0,), ("offset",))
+    order = [names.index(name) for name in balancing_order(0, step, 0, names)]
+    number, offset = balancing_numbers(0, step, 0)
     starts = (offset + np.arange(ranks) / ranks) % 1.0
-    number = uniform(0, step, (0,), ("number",))
     whole = rates_of_a_forward(dict(zip(names, rates, strict=True)), number)
     terms = np.tile(np.array([whole[names[block]] for block in order]), (ranks, 1))
     sums = np.floor(np.cumsum(np.column_stack([starts, terms]), axis=1))

@@ -25,7 +25,6 @@ LONG_TABLES = """
     compile
     compile_beside
     compile_by_users
-    compile_every_draw
     coverage
     data_parallel
     example_text
@@ -39,7 +38,6 @@ LONG_TABLES = """
     resume_on_ranks
     rows_are_drawn_exactly
     rows_equal_masks
-    rows_in_groups
     several_forwards
     sharded
     strangers_networks

@@ -38,7 +38,7 @@ DRAWS = {
 }
 SAMPLE_DRAWS = {
     "rows": sd.Draw(seed=3),
-    "rows alike": sd.Draw(seed=3, across_ranks="same", rows="random"),
+    "rows alike": sd.Draw(seed=3, across_ranks="same"),
 }
 STEPS = 3
 

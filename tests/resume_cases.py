@@ -37,7 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "different": {"draw": sd.Draw(seed=3, across_ranks="different"), "unit": "branch"},
     "balanced": {"draw": sd.Draw(seed=3, across_ranks="different", sampling="balanced")},
     "rows": {"draw": sd.Draw(seed=3), "mode": "sample"},
-    "same rows": {"draw": sd.Draw(seed=3, across_ranks="same", rows="random"), "mode": "sample"},
+    "same rows": {"draw": sd.Draw(seed=3, across_ranks="same"), "mode": "sample"},
 }
 SAME = ("same", "same rows")
 

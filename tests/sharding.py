@@ -62,7 +62,7 @@ DRAWS: dict[str, dict[str, Any]] = {
     "branch": {"unit": "branch"},
     "different": {"draw": sd.Draw(across_ranks="different")},
     "rows": {"mode": "sample", "draw": sd.Draw(seed=2)},
-    "rows, branch": {"mode": "sample", "unit": "branch", "draw": sd.Draw(rows="random")},
+    "rows, branch": {"mode": "sample", "unit": "branch", "draw": sd.Draw()},
 }
 
 

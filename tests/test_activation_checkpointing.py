@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
+from draws import kept, rates_of
 from networks import vectors
-from stochastic_depth.draw import uniform
 
 pytestmark = [
     pytest.mark.oldest,
@@ -111,7 +111,6 @@ def gradients(
     unit: Any = "block",
     redraw: Any = "forward",
     mode: Any = "batch",
-    rows: Any = "contiguous",
     steps: int = 3,
 ) -> list[Tensor | None]:
     """All gradients of some steps, each with some forwards before their backwards."""
@@ -125,7 +124,7 @@ def gradients(
         unit=unit,
         mode=mode,
         scale="train",
-        draw=sd.Draw(seed=3, redraw=redraw, rows=rows),
+        draw=sd.Draw(seed=3, redraw=redraw),
     )
     found: list[Tensor | None] = []
     for step in range(steps):
@@ -169,10 +168,10 @@ def test_inside_of_a_block(unit: Any, reentrant: bool) -> None:
     assert same(gradients(plainly, inner=reentrant, unit=unit), gradients(plainly, unit=unit))
 
 
-@pytest.mark.parametrize(("unit", "rows"), [("block", "contiguous"), ("branch", "random")])
+@pytest.mark.parametrize("unit", ["block", "branch"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rows(shape: str, unit: Any, rows: Any) -> None:
-    drawn = {"mode": "sample", "unit": unit, "rows": rows}
+def test_rows(shape: str, unit: Any) -> None:
+    drawn = {"mode": "sample", "unit": unit}
     expected = gradients(plainly, **drawn)
     assert same(gradients(SHAPES[shape](False), **drawn), expected)
     assert same(gradients(SHAPES[shape](True), **drawn), expected)
@@ -208,9 +207,7 @@ def test_recomputations_do_not_count_as_calls() -> None:
     )
     for call in range(6):
         network(torch.randn(2, 4)).sum().backward()
-        assert depth.last_gates == {
-            f"layers.{i}": uniform(3, 0, (call,), f"layers.{i}") >= 0.5 for i in range(8)
-        }
+        assert depth.last_gates == kept(rates_of(depth), 3, 0, call)
 
 
 def test_gates_forced_in_the_forward_hold_in_the_recomputation() -> None:

@@ -29,7 +29,7 @@ SIGMAS = 5.0
 def dropped(rates: list[float], *, share: float = 0.0, seed: int = 0) -> Tensor:
     """A row for each draw, a column for each block: 1 where it is dropped."""
     names = {str(number): rate for number, rate in enumerate(rates)}
-    draws = [balanced(seed, step, (0,), names, share) for step in range(DRAWS)]
+    draws = [balanced(seed, step, 0, names, share) for step in range(DRAWS)]
     return torch.tensor([[not draw[name] for name in names] for draw in draws]).double()
 
 
@@ -43,7 +43,7 @@ def test_every_block_is_dropped_at_exactly_its_rate(rates: list[float]) -> None:
 @given(st.lists(st.floats(0, 0.99), min_size=1, max_size=12), st.integers(0, 1000))
 def test_the_number_of_drops_is_one_of_two_neighbours(rates: list[float], step: int) -> None:
     names = {str(number): rate for number, rate in enumerate(rates)}
-    kept = balanced(0, step, (0,), names)
+    kept = balanced(0, step, 0, names)
     drops = [not kept[name] for name in names]
     total = sum(rates)
     assert math.floor(total - 1e-9) <= sum(drops) <= math.ceil(total + 1e-9)

@@ -33,7 +33,7 @@ MODES: dict[str, dict[str, Any]] = {
     "by branch": {"draw": sd.Draw(seed=3), "unit": "branch"},
     "one a step": {"draw": sd.Draw(seed=3, redraw="step")},
     "rows": {"draw": sd.Draw(seed=3), "mode": "sample"},
-    "random rows": {"draw": sd.Draw(seed=3, rows="random"), "mode": "sample", "unit": "branch"},
+    "random rows": {"draw": sd.Draw(seed=3), "mode": "sample", "unit": "branch"},
 }
 Loss = Callable[[int], Tensor]
 

@@ -104,10 +104,9 @@ def test_a_branch_that_ends_in_a_function_is_scaled() -> None:
 
 
 @pytest.mark.oldest
-@pytest.mark.parametrize("rows", ["contiguous", "random"])
-def test_rows_equal_masks_and_arguments_follow(rows: Any) -> None:
+def test_rows_equal_masks_and_arguments_follow() -> None:
     model, x = tanhs(), vectors(8, WIDTH).requires_grad_()
-    depth = sd.apply_stochastic_depth(model, 0.5, "uniform", mode="sample", draw=sd.Draw(rows=rows))
+    depth = sd.apply_stochastic_depth(model, 0.5, "uniform", mode="sample")
     ours = model.train()(x)
     (gradient,) = torch.autograd.grad(ours.sum(), x)
     masks = []

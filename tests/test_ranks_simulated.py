@@ -11,7 +11,7 @@ import pytest
 
 import ranks_simulated as benchmark
 from stochastic_depth.distributions import linear
-from stochastic_depth.draw import balanced, rates_of_a_forward, uniform
+from stochastic_depth.draw import balanced, balancing_numbers, rates_of_a_forward, uniforms
 
 pytest.importorskip("matplotlib")
 
@@ -32,14 +32,14 @@ def test_balanced_draws_are_the_librarys(rates: tuple[float, ...], ranks: int) -
     for step in range(3):
         ours = benchmark.balanced_on_ranks(step, names(rates), rates, ranks)
         for rank in {0, 1 % ranks, ranks // 3, ranks - 1}:
-            theirs = balanced(0, step, (0,), by_name, rank / ranks)
+            theirs = balanced(0, step, 0, by_name, rank / ranks)
             assert ours[rank].tolist() == [theirs[name] for name in by_name]
 
 
 def test_independent_draws_are_the_librarys() -> None:
     numbers = benchmark.uniforms(2, 3, 4)
     assert numbers.shape == (2, 3, 4)
-    assert numbers[1, 2, 3] == uniform(0, 1, (0,), "3", 2)
+    assert numbers[1, 2, 3] == uniforms(0, 1, 0, ("0", "1", "2", "3"), 2)[3]
 
 
 @RATES
@@ -58,7 +58,7 @@ def test_each_block_is_dropped_on_its_share_of_the_ranks(rates: tuple[float, ...
     by_name = dict(zip(names(rates), rates, strict=True))
     for step in range(5):
         dropped = (~benchmark.balanced_on_ranks(step, names(rates), rates, ranks)).mean(axis=0)
-        whole = rates_of_a_forward(by_name, uniform(0, step, (0,), ("number",)))
+        whole = rates_of_a_forward(by_name, balancing_numbers(0, step, 0)[0])
         assert np.abs(dropped - list(whole.values())).max() < 1 / ranks + 1e-12
 
 

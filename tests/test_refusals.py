@@ -199,7 +199,6 @@ OPTIONS = [
                 {"across_ranks": "all"},
                 ("Draw(across_ranks=...) got 'all'", '"same" or "different"'),
             ),
-            ({"rows": "few"}, ("Draw(rows=...) got 'few'", '"contiguous" or "random"')),
         ]
     ),
 ]

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import stochastic_depth as sd
 from networks import WIDTH, Residual, make, settled, vectors
-from stochastic_depth.draw import Counts, kept_count, order_of_rows
+from stochastic_depth.draw import Counts, kept_count
 
 pytestmark = pytest.mark.oldest
 DRAWS = 3000
@@ -60,11 +60,10 @@ def test_a_fixed_number_of_rows_would_be_biased() -> None:
     assert 1 - sum(counts) / 16_000 == pytest.approx(0.4)
 
 
-@pytest.mark.parametrize("rows", ["contiguous", "random"])
 @pytest.mark.parametrize("batch", [1, 5])
-def test_every_row_is_dropped_at_its_rate(rows: Any, batch: int) -> None:
+def test_every_row_is_dropped_at_its_rate(batch: int) -> None:
     model = stack()
-    depth = gate(model, 0.4, draw=sd.Draw(seed=4, rows=rows))
+    depth = gate(model, 0.4, draw=sd.Draw(seed=4))
     x = torch.randn(batch, WIDTH)
     kept = torch.zeros(len(depth.blocks), batch)
     with torch.no_grad():
@@ -94,19 +93,6 @@ def test_rows_of_different_blocks_steps_and_seeds_are_independent() -> None:
     together = torch.cat([kept[1:], kept[:-1]], 1)  # beside those of the step before
     correlation = torch.corrcoef(together.T) - torch.eye(together.shape[1])
     assert float(correlation.abs().max()) < 5 / math.sqrt(DRAWS)
-
-
-def test_the_order_of_rows_is_a_permutation_that_every_key_changes() -> None:
-    orders = [
-        order_of_rows(seed, step, (call,), name, 9, rank)
-        for seed in (0, 1)
-        for step in (0, 1)
-        for call in (0, 1)
-        for name in ("a", "b")
-        for rank in (None, 0, 1)
-    ]
-    assert all(sorted(order) == list(range(9)) for order in orders)
-    assert len({tuple(order) for order in orders}) == len(orders)
 
 
 def test_a_block_shares_its_rows_and_branches_draw_their_own() -> None:
@@ -179,20 +165,18 @@ def test_batch_norm_sees_the_kept_rows_alone_and_never_one() -> None:
 def test_resumed_and_copied_networks_draw_the_same_rows() -> None:
     model = stack()
     x = torch.randn(5, WIDTH)
-    depth = gate(model, 0.5, draw=sd.Draw(seed=9, rows="random"))
+    depth = gate(model, 0.5, draw=sd.Draw(seed=9))
     model(x)
     file = io.BytesIO()
     torch.save(depth.state_dict(), file)
     twin = copy.deepcopy(model)
     file.seek(0)
     other = stack()
-    resumed = gate(other, 0.5, draw=sd.Draw(seed=9, rows="random"))
+    resumed = gate(other, 0.5, draw=sd.Draw(seed=9))
     resumed.load_state_dict(torch.load(file, weights_only=True))
     outputs = [net(x) for net in (model, twin, other)]
     assert all(torch.equal(outputs[0], output) for output in outputs[1:])
     assert depth.last_gates == resumed.last_gates
-    with pytest.raises(sd.StateMismatchError, match="rows"):
-        gate(stack(), 0.5, draw=sd.Draw(seed=9)).load_state_dict(depth.state_dict())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 import stochastic_depth as sd
+from draws import kept, rates_of
 from networks import assert_same, batch, make, sgd, vectors
-from stochastic_depth.draw import uniform
 
 pytestmark = pytest.mark.oldest
 
@@ -42,8 +42,7 @@ def gated(name: str, **options: Any) -> tuple[Any, Tensor, sd.StochasticDepth]:
 
 def drawn(depth: sd.StochasticDepth, step: int, call: int) -> dict[str, bool]:
     """What stands in the sequence at that place."""
-    names = [block.name for block in depth.blocks]
-    return {name: uniform(SEED, step, (call,), name) >= RATE for name in names}
+    return kept(rates_of(depth), SEED, step, call)
 
 
 def listed(gates: dict[str, Any]) -> dict[str, Any]:

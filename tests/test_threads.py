@@ -42,7 +42,7 @@ def test_inference_from_several_threads() -> None:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "batch": {"draw": sd.Draw(seed=1)},
-    "rows": {"draw": sd.Draw(seed=1, rows="random"), "mode": "sample", "scale": "eval"},
+    "rows": {"draw": sd.Draw(seed=1), "mode": "sample", "scale": "eval"},
 }
 
 
