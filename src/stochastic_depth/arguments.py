@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from numbers import Real
 from typing import TypeVar
 
-from stochastic_depth.errors import SelectionError, nearest
+from stochastic_depth.errors import SelectionError, nearest, wrong_value
 
 Value = TypeVar("Value")
 
@@ -32,6 +32,31 @@ def as_number(value: object) -> float | None:
     return value if isinstance(value, int) else float(value)
 
 
+def number(
+    value: object, option: str, *, fits: Callable[[float], bool], expected: str, instead: str
+) -> float:
+    """Returns a plain finite number that fits.
+
+    Args:
+        value: What the user passed.
+        option: What it was passed as, for the error.
+        fits: Whether a number can be used.
+        expected: What can be used, in words.
+        instead: What to pass instead.
+
+    Raises:
+        OptionError: It is no number, or one that does not fit.
+
+    Example:
+        >>> number(8, "steps", fits=lambda n: n >= 0, expected="0 or more", instead="pass 1000")
+        8
+    """
+    plain = as_number(value)
+    if plain is None or not fits(plain):
+        raise wrong_value(option, value, expected=expected, instead=instead)
+    return plain
+
+
 def matching(pattern: object, names: Sequence[str], *, argument: str) -> tuple[str, ...]:
     """Returns the names that a name or glob stands for, in their own order.
 
@@ -47,11 +72,10 @@ def matching(pattern: object, names: Sequence[str], *, argument: str) -> tuple[s
         >>> matching("layer1.*", ["layer1.0", "layer1.1", "layer2.0"], argument="blocks")
         ('layer1.0', 'layer1.1')
     """
-    matched: tuple[str, ...] = ()
-    if isinstance(pattern, str):
-        # A name that is there means itself, also where it holds a glob's special characters.
-        exact = pattern in names
-        matched = (pattern,) if exact else tuple(n for n in names if fnmatchcase(n, pattern))
+    # A name that is there means itself, also where it holds a glob's special characters.
+    exact = tuple(name for name in names if name == pattern)
+    globbed = (name for name in names if isinstance(pattern, str) and fnmatchcase(name, pattern))
+    matched = exact or tuple(globbed)
     if not matched:
         raise SelectionError(
             f"{argument} names {pattern!r}, which is none of the {len(names)} names there",

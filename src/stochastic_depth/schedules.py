@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from stochastic_depth.arguments import as_number, spread
-from stochastic_depth.errors import OptionError
+from stochastic_depth.arguments import number, spread
+from stochastic_depth.errors import OptionError, wrong_value
 
 ScheduleFunction = Callable[[int], float]
 
@@ -67,6 +67,26 @@ class _Product(Schedule):
 
     def __repr__(self) -> str:
         return " * ".join(map(repr, self.factors))
+
+
+@dataclass(frozen=True)
+class Progressive(Schedule):
+    """`1 - exp(-gamma * t)`: from 0 towards 1, as Progressive Layer Dropping sets in.
+
+    Attributes:
+        gamma: How fast, per optimizer step.
+
+    Example:
+        >>> schedule = Progressive(gamma=0.001)
+        >>> [round(schedule(step), 4) for step in (0, 1000, 5000)]
+        [0.0, 0.6321, 0.9933]
+    """
+
+    gamma: float
+
+    def __call__(self, step: int) -> float:
+        """Returns the factor at this step."""
+        return -math.expm1(-self.gamma * step)
 
 
 def constant(factor: float) -> Schedule:
@@ -147,11 +167,7 @@ class ResolvedSchedule:
         schedule = self.by_name.get(name)
         if schedule is None:
             return 1.0
-        value = schedule(step)
-        factor = as_number(value)
-        if factor is None or not 0 <= factor <= 1:
-            raise _not_a_factor(value, f'schedule {schedule!r} of "{name}" at step {step}')
-        return float(factor)
+        return float(_factor(schedule(step), f'schedule {schedule!r} of "{name}" at step {step}'))
 
 
 def resolve_schedule(
@@ -199,8 +215,9 @@ def _block_of(name: str) -> str:
 def _checked(schedule: object, source: str) -> ScheduleFunction:
     if callable(schedule):
         return schedule
-    raise OptionError(
-        f"{source} is {schedule!r}, of type {type(schedule).__name__}",
+    raise wrong_value(
+        source,
+        schedule,
         expected="a function of the optimizer step that returns a factor in [0, 1]",
         instead="pass linear_warmup(steps), say, or constant(0.5) for a fixed factor",
     )
@@ -213,26 +230,20 @@ def _factors(schedule: object) -> tuple[ScheduleFunction, ...]:
 
 
 def _step(value: object, source: str) -> float:
-    step = as_number(value)
-    if step is None or step < 0:
-        raise OptionError(
-            f"{source} is {value!r}, of type {type(value).__name__}",
-            expected="a finite number of optimizer steps, 0 or more",
-            instead="pass how many optimizer steps it takes, such as 0.1 * epochs * len(loader)",
-        )
-    return step
+    return number(
+        value,
+        source,
+        fits=lambda step: step >= 0,
+        expected="a finite number of optimizer steps, 0 or more",
+        instead="pass how many optimizer steps it takes, such as 0.1 * epochs * len(loader)",
+    )
 
 
 def _factor(value: object, source: str) -> float:
-    factor = as_number(value)
-    if factor is None or not 0 <= factor <= 1:
-        raise _not_a_factor(value, source)
-    return factor
-
-
-def _not_a_factor(value: object, source: str) -> OptionError:
-    return OptionError(
-        f"{source} is {value!r}, of type {type(value).__name__}",
+    return number(
+        value,
+        source,
+        fits=lambda factor: 0 <= factor <= 1,
         expected="a factor on the drop rate, from 0 to 1",
         instead="give 1 for the full rate and 0 for none",
     )
