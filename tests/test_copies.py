@@ -574,6 +574,18 @@ def test_with_two_applies_the_handle_needs_blocks() -> None:
     assert sd.get_stochastic_depth(twin).blocks[0].name == "stages.0.0"
 
 
+def test_with_two_copies_the_handle_needs_the_part() -> None:
+    student = residuals(6)
+    depth = sd.apply_stochastic_depth(student, 0.2, example_inputs=vectors(1, 8))
+    both = nn.ModuleDict({"student": student, "teacher": copy.deepcopy(student)})
+    with pytest.raises(sd.SelectionError) as caught:
+        sd.get_stochastic_depth(both)
+    assert "blocks=" not in caught.value.instead
+    for part in ("pass a part of the model", "'student'", "'teacher'"):
+        assert part in caught.value.instead
+    assert sd.get_stochastic_depth(both["student"]) is depth
+
+
 def test_parts_of_a_model_are_gated_on_their_own() -> None:
     model = settled(Wrapped)
     x = vectors(1, 8)

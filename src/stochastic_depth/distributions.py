@@ -76,8 +76,8 @@ def resolve_rates(
         >>> resolve_rates({"layer2.*": 0.2, "layer2.1": 0.4}, None, names)
         (0.0, 0.0, 0.2, 0.4)
     """
-    is_number = not isinstance(drop_rate, Iterable) or getattr(drop_rate, "ndim", 1) == 0
-    if is_number or isinstance(drop_rate, str | AbstractSet):
+    is_scalar = isinstance(drop_rate, str | AbstractSet) or getattr(drop_rate, "ndim", 1) == 0
+    if is_scalar or not isinstance(drop_rate, Iterable):
         return _spread_over_depth(_rate(drop_rate, "drop_rate"), drop_distribution, names)
     if drop_distribution is not None:
         raise OptionError(
@@ -102,13 +102,15 @@ def _spread_over_depth(
     rate: float, distribution: str | Distribution | None, names: Sequence[str]
 ) -> tuple[float, ...]:
     known = f"one of {', '.join(_BY_NAME)}, or a function (num_blocks, drop_rate)"
-    if isinstance(distribution, str) and distribution not in _BY_NAME:
-        raise SelectionError(
-            f'drop_distribution is "{distribution}"',
-            expected=known,
-            instead=nearest(distribution, _BY_NAME),
-        )
-    function = _BY_NAME[distribution] if isinstance(distribution, str) else distribution or linear
+    function = linear if distribution is None else distribution
+    if isinstance(function, str):
+        if function not in _BY_NAME:
+            raise SelectionError(
+                f'drop_distribution is "{function}"',
+                expected=known,
+                instead=nearest(function, _BY_NAME),
+            )
+        function = _BY_NAME[function]
     if not callable(function):
         raise wrong_value(
             "drop_distribution",

@@ -11,9 +11,8 @@ from torch import nn
 from stochastic_depth.arguments import number
 from stochastic_depth.depth import Rates, apply, spread_over_depth
 from stochastic_depth.discovery import Discovery, ResidualBlock, plain_model
-from stochastic_depth.discovery.own_drops import own_drops, rates_taken_over, switched_off
+from stochastic_depth.discovery.own_drops import rates_taken_over, switched_off
 from stochastic_depth.draw import Draw
-from stochastic_depth.errors import OptionError
 from stochastic_depth.handle import StochasticDepth
 from stochastic_depth.schedules import Progressive, Schedule, ScheduleFunction
 from stochastic_depth.selection import Selector
@@ -256,20 +255,10 @@ def _rates(
         )
         yield spread_over_depth(rate, distribution)
         return
-    model = plain_model(model)
-    drops = own_drops(model)
-    if not drops:
-        raise OptionError(
-            f'drop_rate is "model", but no drop path or layerdrop of {type(model).__name__} is '
-            "above 0",
-            expected="a model that drops branches of its own accord",
-            instead="build the model with it (drop_path_rate=0.1, stochastic_depth_prob=0.1, "
-            "layerdrop=0.1), or pass a number as drop_rate",
-        )
+    with switched_off(plain_model(model)) as drops:
 
-    def taken_over(found: Discovery, gated: Sequence[ResidualBlock]) -> tuple[float, ...]:
-        by_name = rates_taken_over(drops, found, gated, chosen=blocks is not None)
-        return spread_over_depth(by_name, None)(found, gated)
+        def taken_over(found: Discovery, gated: Sequence[ResidualBlock]) -> tuple[float, ...]:
+            by_name = rates_taken_over(drops, found, gated, chosen=blocks is not None)
+            return spread_over_depth(by_name, None)(found, gated)
 
-    with switched_off(drops):
         yield taken_over

@@ -8,7 +8,7 @@ runs the layers, or of its configuration.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,8 @@ from typing import Any
 from torch import nn
 
 from stochastic_depth.arguments import as_number
-from stochastic_depth.discovery.blocks import Discovery, ResidualBlock, ResidualBranch
-from stochastic_depth.errors import ActiveDropPathError, warn
+from stochastic_depth.discovery.blocks import Discovery, ResidualBlock
+from stochastic_depth.errors import ActiveDropPathError, OptionError, warn
 
 _DROP_PATHS = ("DropPath", "StochasticDepth", "DropConnect")  # how the names of classes end
 _DROP_PATH_RATES = ("drop_prob", "p", "drop_rate")
@@ -32,7 +32,7 @@ class OwnDrop:
 
     Attributes:
         holder: The module or configuration that has the rate as an attribute.
-        owner: The name of the holder in the model.
+        owner: The holder's name in the model.
         attribute: The attribute's name.
         rate: The rate.
         layers: The names of the layers that it skips as a whole; None for a drop path.
@@ -49,11 +49,13 @@ class OwnDrop:
         """How the attribute is reached from the model."""
         return f"{self.owner}.{self.attribute}" if self.owner else self.attribute
 
+    def __str__(self) -> str:
+        return f"{self.path} is {self.rate}"
+
 
 def own_drops(model: nn.Module) -> list[OwnDrop]:
     """Every drop path and layerdrop of the model whose rate is above 0, configurations last."""
-    in_modules: list[OwnDrop] = []
-    in_configurations: list[OwnDrop] = []
+    drops: list[OwnDrop] = []
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         layers = frozenset(
@@ -63,14 +65,14 @@ def own_drops(model: nn.Module) -> list[OwnDrop]:
             for number in range(len(modules))
         )
         if type(module).__name__.endswith(_DROP_PATHS):
-            in_modules += _above_zero(module, name, _DROP_PATH_RATES, None)
-        in_modules += _above_zero(module, name, ["sample_drop_ratio"], frozenset([name]))
-        in_modules += _above_zero(module, name, _LAYERDROPS + _COPIED_LAYERDROPS, layers)
+            drops += _above_zero(module, name, _DROP_PATH_RATES, None)
+        drops += _above_zero(module, name, ["sample_drop_ratio"], frozenset([name]))
+        drops += _above_zero(module, name, _LAYERDROPS + _COPIED_LAYERDROPS, layers)
         config, copied = getattr(module, "config", None), hasattr(module, "layerdrop")
         read = frozenset[str]() if copied else layers
-        in_configurations += _above_zero(config, f"{prefix}config", _LAYERDROPS, read)
-        in_configurations += _above_zero(config, f"{prefix}config", _COPIED_LAYERDROPS, frozenset())
-    return in_modules + in_configurations
+        drops += _above_zero(config, f"{prefix}config", _LAYERDROPS, read)
+        drops += _above_zero(config, f"{prefix}config", _COPIED_LAYERDROPS, frozenset())
+    return sorted(drops, key=lambda drop: not isinstance(drop.holder, nn.Module))
 
 
 def _above_zero(
@@ -84,29 +86,37 @@ def _above_zero(
 
 def refuse_own_drops(model: nn.Module) -> None:
     """Raises where the model's own drop path or layerdrop is active, naming what to set to 0."""
-    for drop in own_drops(model):
-        preset = "apply_layer_drop" if "layerdrop" in drop.attribute else "apply_drop_path"
+    if drops := own_drops(model):
+        first = drops[0]
+        preset = "apply_layer_drop" if "layerdrop" in first.attribute else "apply_drop_path"
         raise ActiveDropPathError(
-            f"{drop.path} is {drop.rate}: the model drops branches of its own accord "
-            f"({type(drop.holder).__name__})",
+            f"{first}: the model drops branches of its own accord ({type(first.holder).__name__})",
             expected="a model whose own drop path and layerdrop are 0",
-            instead=f"build the model without it (drop_path_rate=0, stochastic_depth_prob=0, "
-            f'layerdrop=0) or set {drop.path} = 0; or call sd.{preset}(model, "model"), which '
-            "takes its rates over",
+            instead="build the model without it (drop_path_rate=0, stochastic_depth_prob=0, "
+            f"layerdrop=0) or set {_all_to_zero(drops)}; or call "
+            f'sd.{preset}(model, "model"), which takes its rates over',
         )
 
 
 @contextmanager
-def switched_off(drops: Sequence[OwnDrop]) -> Iterator[None]:
-    """Sets the rates to 0; for good, unless what is done meanwhile raises."""
-    before = [getattr(drop.holder, drop.attribute) for drop in drops]
+def switched_off(model: nn.Module) -> Iterator[list[OwnDrop]]:
+    """Sets the model's own rates to 0; for good, unless what is done meanwhile raises."""
+    drops = own_drops(model)
+    if not drops:
+        raise OptionError(
+            f'drop_rate is "model", but no drop path or layerdrop of {type(model).__name__} is '
+            "above 0",
+            expected="a model that drops branches of its own accord",
+            instead="build the model with it (drop_path_rate=0.1, stochastic_depth_prob=0.1, "
+            "layerdrop=0.1), or pass a number as drop_rate",
+        )
     try:
         for drop in drops:
             setattr(drop.holder, drop.attribute, 0.0)
-        yield
+        yield drops
     except BaseException:
-        for drop, value in zip(drops, before, strict=True):
-            setattr(drop.holder, drop.attribute, value)
+        for drop in drops:
+            setattr(drop.holder, drop.attribute, drop.rate)
         raise
 
 
@@ -119,32 +129,26 @@ def rates_taken_over(
         drops: What the model drops by itself.
         found: What was found in the model.
         gated: The blocks to gate.
-        chosen: Whether the user chose the blocks; then what is dropped elsewhere is given up.
+        chosen: Whether the user chose them; then what is dropped elsewhere is given up.
 
     Raises:
         ActiveDropPathError: A block has two rates, or something is dropped that is no gated block.
     """
-    drops_of: dict[str, list[OwnDrop]] = {b.name: [] for block in gated for b in block.branches}
-    for drop in drops:
-        dropped = list(_dropped_by(drop, found))
-        for block, branch in dropped:
-            if not chosen and branch.name not in drops_of:
-                raise _not_gated(drop, f'block "{block.name}" is affine')
-            drops_of.setdefault(branch.name, []).append(drop)
-        # Some are built and never called (EfficientNet).
-        if not chosen and not dropped and drop.owner in found.recording.calls_of:
-            raise _not_gated(drop, "what it drops was not found as a residual block")
+    dropped = {drop: _branches_of(drop, found) for drop in drops}
     rates: dict[str, float] = {}
     partly: list[str] = []
     for block in gated:
-        acting = [drop for branch in block.branches for drop in drops_of[branch.name]]
-        if not acting:
-            continue
-        rates[block.name] = _the_one_rate(block, acting)
-        if not all(drops_of[branch.name] for branch in block.branches):
-            partly.append(block.name)
+        names = [branch.name for branch in block.branches]
+        acting = [drop for drop in drops if dropped[drop].intersection(names)]
+        if acting:
+            rates[block.name] = _common_rate(block, acting)
+            if not all(any(name in dropped[drop] for drop in acting) for name in names):
+                partly.append(block.name)
     if not rates:
-        raise _not_gated(drops[0], "it drops none of the gated blocks")
+        to_zero = f"set {_all_to_zero(drops)} and pass a number as drop_rate"
+        raise _not_taken_over(drops[0], "it drops none of the gated blocks", to_zero)
+    if not chosen:
+        _refuse_dropped_elsewhere(dropped, found, gated)
     if partly:
         warn(
             f'the model itself drops only some of the branches of {len(partly)} blocks ("'
@@ -153,41 +157,65 @@ def rates_taken_over(
     return rates
 
 
-def _dropped_by(drop: OwnDrop, found: Discovery) -> Sequence[tuple[ResidualBlock, ResidualBranch]]:
-    """The branches that it drops: those of its layers, or those around a drop path."""
-    branches = [(block, branch) for block in found.blocks for branch in block.branches]
+def _branches_of(drop: OwnDrop, found: Discovery) -> set[str]:
+    """The names of the branches that it drops."""
+    pairs = [(block, branch) for block in found.blocks for branch in block.branches]
     if drop.layers is not None:
-        return [(block, branch) for block, branch in branches if block.name in drop.layers]
-    if around := [pair for pair in branches if _lies_in(drop.owner, *pair[1].modules)]:
+        return {branch.name for block, branch in pairs if block.name in drop.layers}
+    around = [pair for pair in pairs if any(_lies_in(drop.owner, m) for m in pair[1].modules)]
+    if around:
         innermost = max(block.nesting for block, _ in around)
-        return [pair for pair in around if pair[0].nesting == innermost]
+        return {branch.name for block, branch in around if block.nesting == innermost}
     # In eval mode some do not call it (DINOv2): its name says where it belongs.
     names = [block.name for block in found.blocks if _lies_in(drop.owner, block.name)]
     nearest = max(names, key=len, default=None)
-    return [pair for pair in branches if pair[0].name == nearest]
+    return {branch.name for block, branch in pairs if block.name == nearest}
 
 
-def _lies_in(module: str, *modules: str) -> bool:
-    return any(f"{module}.".startswith(f"{around}." if around else "") for around in modules)
+def _lies_in(module: str, around: str) -> bool:
+    return f"{module}.".startswith(f"{around}." if around else "")
 
 
-def _the_one_rate(block: ResidualBlock, acting: Sequence[OwnDrop]) -> float:
-    low, high = min(acting, key=lambda d: d.rate), max(acting, key=lambda d: d.rate)
-    if low.rate != high.rate:
-        raise ActiveDropPathError(
-            f'block "{block.name}" has two rates of its own: {low.path} is {low.rate}, '
-            f"{high.path} is {high.rate}",
-            expected="one rate for a block",
-            instead="set them to the same rate; or leave the block out, "
-            f'blocks=["!{block.name}"], which sets both to 0',
-        )
-    return low.rate
+def _common_rate(block: ResidualBlock, acting: Sequence[OwnDrop]) -> float:
+    first = acting[0]
+    for other in acting:
+        if other.rate != first.rate:
+            raise ActiveDropPathError(
+                f'block "{block.name}" has two rates of its own: {first}, {other}',
+                expected="one rate for a block",
+                instead="set them to the same rate; or leave the block out, "
+                f'blocks=["!{block.name}"], which sets both to 0',
+            )
+    return first.rate
 
 
-def _not_gated(drop: OwnDrop, why: str) -> ActiveDropPathError:
-    return ActiveDropPathError(
-        f'{drop.path} is {drop.rate}, which "model" cannot take over: {why}',
-        expected="rates of residual blocks that are gated",
-        instead='pass blocks="*" to do without it, or name the blocks that you want: what is '
-        "dropped elsewhere is then set to 0",
+def _refuse_dropped_elsewhere(
+    dropped: Mapping[OwnDrop, set[str]], found: Discovery, gated: Sequence[ResidualBlock]
+) -> None:
+    instead = (
+        'pass blocks="*" to do without it, or name the blocks that you want: what is dropped '
+        "elsewhere is then set to 0"
     )
+    kept = {branch.name for block in gated for branch in block.branches}
+    for drop, branches in dropped.items():
+        for branch in branches - kept:
+            why = f'block "{branch.partition(":")[0]}" is affine'
+            raise _not_taken_over(drop, why, instead)
+        # Others are built and never called (EfficientNet).
+        if not branches and drop.owner in found.recording.calls_of:
+            why = "what it drops was not found as a residual block"
+            raise _not_taken_over(drop, why, instead)
+
+
+def _not_taken_over(drop: OwnDrop, why: str, instead: str) -> ActiveDropPathError:
+    return ActiveDropPathError(
+        f'{drop}, which "model" cannot take over: {why}',
+        expected="rates of residual blocks that are gated",
+        instead=instead,
+    )
+
+
+def _all_to_zero(drops: Sequence[OwnDrop]) -> str:
+    """What to set, in words; the modules of a model share one configuration."""
+    more = len({(id(drop.holder), drop.attribute) for drop in drops}) - 1
+    return f"{drops[0].path} = 0" + (f" (and {more} more)" if more else "")
