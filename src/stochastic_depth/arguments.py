@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from numbers import Real
-from typing import TypeVar
 
 from stochastic_depth.errors import SelectionError, nearest, wrong_value
-
-Value = TypeVar("Value")
 
 
 def as_number(value: object) -> float | None:
@@ -32,29 +30,35 @@ def as_number(value: object) -> float | None:
     return value if isinstance(value, int) else float(value)
 
 
-def number(
-    value: object, option: str, *, fits: Callable[[float], bool], expected: str, instead: str
-) -> float:
-    """Returns a plain finite number that fits.
+@dataclass(frozen=True)
+class Number:
+    """A number that an option takes, and what its error says.
 
-    Args:
-        value: What the user passed.
-        option: What it was passed as, for the error.
+    Attributes:
         fits: Whether a number can be used.
         expected: What can be used, in words.
-        instead: What to pass instead.
-
-    Raises:
-        OptionError: It is no number, or one that does not fit.
+        instead: What to do instead.
 
     Example:
-        >>> number(8, "steps", fits=lambda n: n >= 0, expected="0 or more", instead="pass 1000")
+        >>> steps = Number(lambda steps: steps >= 0, expected="0 or more", instead="pass 1000")
+        >>> steps.read(8, "linear_warmup(steps)")
         8
     """
-    plain = as_number(value)
-    if plain is None or not fits(plain):
-        raise wrong_value(option, value, expected=expected, instead=instead)
-    return plain
+
+    fits: Callable[[float], bool]
+    expected: str
+    instead: str
+
+    def read(self, value: object, option: str) -> float:
+        """Returns a plain finite number that fits, from a number of any library.
+
+        Raises:
+            OptionError: It is no number, or one that does not fit.
+        """
+        number = as_number(value)
+        if number is None or not self.fits(number):
+            raise wrong_value(option, value, expected=self.expected, instead=self.instead)
+        return number
 
 
 def matching(pattern: object, names: Sequence[str], *, argument: str) -> tuple[str, ...]:
@@ -83,22 +87,3 @@ def matching(pattern: object, names: Sequence[str], *, argument: str) -> tuple[s
             instead=nearest(str(pattern), names),
         )
     return matched
-
-
-def spread(
-    mapping: Mapping[str, Value], names: Sequence[str], *, argument: str
-) -> dict[str, Value]:
-    """Returns the value of each name that a mapping's names and globs stand for.
-
-    Later keys override earlier ones; names that no key matches are left out.
-
-    Example:
-        >>> spread(
-        ...     {"layer*": 0.1, "layer2": 0.4}, ["stem", "layer1", "layer2"], argument="drop_rate"
-        ... )
-        {'layer1': 0.1, 'layer2': 0.4}
-    """
-    values: dict[str, Value] = {}
-    for key, value in mapping.items():
-        values.update(dict.fromkeys(matching(key, names, argument=argument), value))
-    return values

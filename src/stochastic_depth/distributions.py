@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
-from stochastic_depth.arguments import number, spread
+from stochastic_depth.arguments import Number, matching
 from stochastic_depth.errors import OptionError, SelectionError, nearest, wrong_value
 
 DropRate = float | Iterable[float] | Mapping[str, float]
 Distribution = Callable[[int, float], Iterable[float]]
+
+
+_RATE = Number(
+    lambda rate: 0 <= rate < 1,
+    expected="a number from 0 up to, but not including, 1",
+    instead="pass the share of steps in which the block is dropped, such as 0.2",
+)
 
 
 def linear(num_blocks: int, drop_rate: float) -> list[float]:
@@ -93,9 +100,11 @@ def resolve_rates(
             expected="at least one name or glob of a block with its rate",
             instead=nearest("", names),
         )
-    rates = {key: _rate(value, f"drop_rate[{key!r}]") for key, value in drop_rate.items()}
-    by_name = spread(rates, names, argument="drop_rate")
-    return tuple(by_name.get(name, 0.0) for name in names)
+    by_name = dict.fromkeys(names, 0.0)
+    for key, value in drop_rate.items():
+        rate = _rate(value, f"drop_rate[{key!r}]")
+        by_name |= dict.fromkeys(matching(key, names, argument="drop_rate"), rate)
+    return tuple(by_name.values())
 
 
 def _spread_over_depth(
@@ -143,11 +152,4 @@ def _one_per_block(
 
 
 def _rate(value: object, source: str) -> float:
-    rate = number(
-        value,
-        source,
-        fits=lambda rate: 0 <= rate < 1,
-        expected="a number from 0 up to, but not including, 1",
-        instead="pass the share of steps in which the block is dropped, such as 0.2",
-    )
-    return float(rate)
+    return float(_RATE.read(value, source))

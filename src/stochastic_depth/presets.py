@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from stochastic_depth.arguments import number
+from stochastic_depth.arguments import Number
 from stochastic_depth.depth import Rates, apply, spread_over_depth
 from stochastic_depth.discovery import Discovery, ResidualBlock, plain_model
 from stochastic_depth.discovery.own_drops import rates_taken_over, switched_off
@@ -16,6 +16,22 @@ from stochastic_depth.draw import Draw
 from stochastic_depth.handle import StochasticDepth
 from stochastic_depth.schedules import Progressive, Schedule, ScheduleFunction
 from stochastic_depth.selection import Selector
+
+_RATE = Number(
+    lambda rate: 0 <= rate < 1,
+    expected='a number from 0 up to, but not including, 1, or "model"',
+    instead="pass 0.1, say; sd.apply_stochastic_depth takes a rate for each block",
+)
+_THETA = Number(
+    lambda theta: 0 < theta <= 1,
+    expected="the survival probability in the end, above 0 and at most 1",
+    instead="pass 0.5, as the paper does; 1 drops nothing",
+)
+_GAMMA = Number(
+    lambda gamma: gamma >= 0,
+    expected="how fast the dropping sets in, per optimizer step, 0 or more",
+    instead="pass 100 / T for a training of T optimizer steps",
+)
 
 
 def apply_drop_path(
@@ -203,20 +219,7 @@ def apply_progressive_layer_dropping(
         >>> [round(block.survival_probability, 3) for block in depth.blocks]
         [1.0, 0.947, 0.895, 0.842, 0.789, 0.737]
     """
-    floor = number(
-        theta,
-        "theta",
-        fits=lambda value: 0 < value <= 1,
-        expected="the survival probability in the end, above 0 and at most 1",
-        instead="pass 0.5, as the paper does; 1 drops nothing",
-    )
-    speed = number(
-        gamma,
-        "gamma",
-        fits=lambda value: value >= 0,
-        expected="how fast the dropping sets in, per optimizer step, 0 or more",
-        instead="pass 100 / T for a training of T optimizer steps",
-    )
+    floor, speed = _THETA.read(theta, "theta"), _GAMMA.read(gamma, "gamma")
     example = example_inputs, example_kwargs
     rates = spread_over_depth(1.0 - floor, _below_the_rate)
     product = _times(Progressive(speed), schedule)
@@ -246,14 +249,7 @@ def _rates(
 ) -> Iterator[Rates]:
     """A number spread over the blocks, or the model's own rates, which are 0 from then on."""
     if not isinstance(drop_rate, str) or drop_rate != "model":
-        rate = number(
-            drop_rate,
-            "drop_rate",
-            fits=lambda value: 0 <= value < 1,
-            expected='a number from 0 up to, but not including, 1, or "model"',
-            instead="pass 0.1, say; sd.apply_stochastic_depth takes a rate for each block",
-        )
-        yield spread_over_depth(rate, distribution)
+        yield spread_over_depth(_RATE.read(drop_rate, "drop_rate"), distribution)
         return
     with switched_off(plain_model(model)) as drops:
 

@@ -11,10 +11,22 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from stochastic_depth.arguments import number, spread
+from stochastic_depth.arguments import Number, matching
 from stochastic_depth.errors import OptionError, wrong_value
 
 ScheduleFunction = Callable[[int], float]
+
+
+_STEPS = Number(
+    lambda steps: steps >= 0,
+    expected="a finite number of optimizer steps, 0 or more",
+    instead="pass how many optimizer steps it takes, such as 0.1 * epochs * len(loader)",
+)
+_FACTOR = Number(
+    lambda factor: 0 <= factor <= 1,
+    expected="a factor on the drop rate, from 0 to 1",
+    instead="give 1 for the full rate and 0 for none",
+)
 
 
 class Schedule:
@@ -96,7 +108,7 @@ def constant(factor: float) -> Schedule:
         >>> constant(0.5)(123)
         0.5
     """
-    factor = _factor(factor, "constant(factor)")
+    factor = _FACTOR.read(factor, "constant(factor)")
     return _Lines(((0, factor),), f"constant({factor})")
 
 
@@ -110,7 +122,7 @@ def linear_warmup(steps: float) -> Schedule:
         >>> warmup(0), warmup(250), warmup(1000), warmup(9999)
         (0.0, 0.25, 1.0, 1.0)
     """
-    steps = _step(steps, "linear_warmup(steps)")
+    steps = _STEPS.read(steps, "linear_warmup(steps)")
     return _Lines(((0, 0.0), (steps, 1.0)), f"linear_warmup({steps})")
 
 
@@ -125,7 +137,10 @@ def linear_decay(steps: float, start: float = 0) -> Schedule:
         >>> decay(1000), decay(2000), decay(5000), decay(9999)
         (1.0, 0.75, 0.0, 0.0)
     """
-    steps, start = _step(steps, "linear_decay(steps)"), _step(start, "linear_decay(start)")
+    steps, start = (
+        _STEPS.read(steps, "linear_decay(steps)"),
+        _STEPS.read(start, "linear_decay(start)"),
+    )
     if start > steps:
         raise OptionError(
             f"linear_decay starts at step {start} and reaches 0 at step {steps}",
@@ -146,7 +161,9 @@ def piecewise_linear(points: Iterable[tuple[float, float]]) -> Schedule:
         >>> [schedule(step) for step in (0, 1500, 3000, 9999)]
         [1.0, 0.75, 0.25, 0.0]
     """
-    checked = [(_step(s, "a point's step"), _factor(f, "a point's factor")) for s, f in points]
+    checked = [
+        (_STEPS.read(s, "a point's step"), _FACTOR.read(f, "a point's factor")) for s, f in points
+    ]
     if not checked or any(later <= earlier for (earlier, _), (later, _) in pairwise(checked)):
         raise OptionError(
             f"piecewise_linear has the points {checked}",
@@ -167,7 +184,9 @@ class ResolvedSchedule:
         schedule = self.by_name.get(name)
         if schedule is None:
             return 1.0
-        return float(_factor(schedule(step), f'schedule {schedule!r} of "{name}" at step {step}'))
+        return float(
+            _FACTOR.read(schedule(step), f'schedule {schedule!r} of "{name}" at step {step}')
+        )
 
 
 def resolve_schedule(
@@ -195,21 +214,19 @@ def resolve_schedule(
         return ResolvedSchedule({})
     if not isinstance(schedule, Mapping):
         return ResolvedSchedule(dict.fromkeys(names, _checked(schedule, "schedule")))
-    blocks = list(dict.fromkeys(_block_of(name) for name in names))
+    blocks = list(dict.fromkeys(name.partition(":")[0] for name in names))
     branches = [name for name in names if ":" in name]
-    for_blocks: dict[str, ScheduleFunction] = {}
-    for_branches: dict[str, ScheduleFunction] = {}
-    for key, value in schedule.items():
+    by_name: dict[str, ScheduleFunction] = {}
+    # Keys of branches come last: they override those of blocks.
+    for key, value in sorted(schedule.items(), key=lambda item: ":" in str(item[0])):
+        function = _checked(value, f"schedule[{key!r}]")
         # Without branches that draw on their own, a branch's key fails beside the blocks' names.
-        group = for_branches if branches and ":" in str(key) else for_blocks
-        group[key] = _checked(value, f"schedule[{key!r}]")
-    of_block = spread(for_blocks, blocks, argument="schedule")
-    inherited = {name: of_block[_block_of(name)] for name in names if _block_of(name) in of_block}
-    return ResolvedSchedule(inherited | spread(for_branches, branches, argument="schedule"))
-
-
-def _block_of(name: str) -> str:
-    return name.partition(":")[0]
+        choices = branches if branches and ":" in str(key) else blocks
+        matched = matching(key, choices, argument="schedule")
+        by_name |= {
+            name: function for name in names if name in matched or name.partition(":")[0] in matched
+        }
+    return ResolvedSchedule(by_name)
 
 
 def _checked(schedule: object, source: str) -> ScheduleFunction:
@@ -226,24 +243,4 @@ def _checked(schedule: object, source: str) -> ScheduleFunction:
 def _factors(schedule: object) -> tuple[ScheduleFunction, ...]:
     if isinstance(schedule, _Product):
         return schedule.factors
-    return (schedule if callable(schedule) else constant(_factor(schedule, "a factor")),)
-
-
-def _step(value: object, source: str) -> float:
-    return number(
-        value,
-        source,
-        fits=lambda step: step >= 0,
-        expected="a finite number of optimizer steps, 0 or more",
-        instead="pass how many optimizer steps it takes, such as 0.1 * epochs * len(loader)",
-    )
-
-
-def _factor(value: object, source: str) -> float:
-    return number(
-        value,
-        source,
-        fits=lambda factor: 0 <= factor <= 1,
-        expected="a factor on the drop rate, from 0 to 1",
-        instead="give 1 for the full rate and 0 for none",
-    )
+    return (schedule if callable(schedule) else constant(_FACTOR.read(schedule, "a factor")),)
