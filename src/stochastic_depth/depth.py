@@ -134,9 +134,7 @@ def apply(
     check_choice("scale=", scale, ("auto", "eval", "train", "none"))
     if not isinstance(draw, Draw):
         raise OptionError(
-            f"draw is {draw!r}",
-            expected="an sd.Draw",
-            instead="pass sd.Draw(seed=1), say",
+            f"draw is {draw!r}", expected="an sd.Draw", instead="pass sd.Draw(seed=1), say"
         )
     if mode == "sample" and draw.sampling == "balanced":
         raise OptionError(

@@ -16,7 +16,6 @@ from stochastic_depth.errors import OptionError, wrong_value
 
 ScheduleFunction = Callable[[int], float]
 
-
 _STEPS = Number(
     lambda steps: steps >= 0,
     expected="a finite number of optimizer steps, 0 or more",
@@ -168,7 +167,7 @@ def piecewise_linear(points: Iterable[tuple[float, float]]) -> Schedule:
         raise OptionError(
             f"piecewise_linear has the points {checked}",
             expected="at least one (step, factor), with steps that rise from point to point",
-            instead="sort the points by step and keep one for each step",
+            instead="pass them sorted by step, one for each step",
         )
     return _Lines(tuple(checked), f"piecewise_linear({checked})")
 
@@ -182,11 +181,10 @@ class ResolvedSchedule:
     def __call__(self, step: int, name: str) -> float:
         """Returns the factor on the rate of this block or branch, 1 where it has no schedule."""
         schedule = self.by_name.get(name)
-        if schedule is None:
-            return 1.0
-        return float(
-            _FACTOR.read(schedule(step), f'schedule {schedule!r} of "{name}" at step {step}')
-        )
+        factor = 1.0 if schedule is None else schedule(step)
+        if type(factor) is float and 0 <= factor <= 1:  # nearly always, and every gate asks
+            return factor
+        return float(_FACTOR.read(factor, f'schedule {schedule!r} of "{name}" at step {step}'))
 
 
 def resolve_schedule(

@@ -8,7 +8,7 @@ runs the layers, or of its configuration.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,8 @@ _DROP_PATH_RATES = ("drop_prob", "p", "drop_rate")
 # Modules copy the first when they are built; the second they read from their configuration.
 _COPIED_LAYERDROPS = ("encoder_layerdrop", "decoder_layerdrop")
 _LAYERDROPS = ("layerdrop", "speech_encoder_layerdrop")
+
+Rates = dict[str, frozenset[str] | None]  # the name of an attribute -> the layers that it skips
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,9 +51,6 @@ class OwnDrop:
         """How the attribute is reached from the model."""
         return f"{self.owner}.{self.attribute}" if self.owner else self.attribute
 
-    def __str__(self) -> str:
-        return f"{self.path} is {self.rate}"
-
 
 def own_drops(model: nn.Module) -> list[OwnDrop]:
     """Every drop path and layerdrop of the model whose rate is above 0, configurations last."""
@@ -64,21 +63,20 @@ def own_drops(model: nn.Module) -> list[OwnDrop]:
             if isinstance(modules, nn.ModuleList)
             for number in range(len(modules))
         )
+        rates: Rates = {"sample_drop_ratio": frozenset([name])}
+        rates |= dict.fromkeys(_LAYERDROPS + _COPIED_LAYERDROPS, layers)
         if type(module).__name__.endswith(_DROP_PATHS):
-            drops += _above_zero(module, name, _DROP_PATH_RATES, None)
-        drops += _above_zero(module, name, ["sample_drop_ratio"], frozenset([name]))
-        drops += _above_zero(module, name, _LAYERDROPS + _COPIED_LAYERDROPS, layers)
-        config, copied = getattr(module, "config", None), hasattr(module, "layerdrop")
-        read = frozenset[str]() if copied else layers
-        drops += _above_zero(config, f"{prefix}config", _LAYERDROPS, read)
-        drops += _above_zero(config, f"{prefix}config", _COPIED_LAYERDROPS, frozenset())
+            rates |= dict.fromkeys(_DROP_PATH_RATES)
+        drops += _above_zero(module, name, rates)
+        rates = dict.fromkeys(_LAYERDROPS + _COPIED_LAYERDROPS, frozenset())
+        if not hasattr(module, "layerdrop"):
+            rates |= dict.fromkeys(_LAYERDROPS, layers)
+        drops += _above_zero(getattr(module, "config", None), f"{prefix}config", rates)
     return sorted(drops, key=lambda drop: not isinstance(drop.holder, nn.Module))
 
 
-def _above_zero(
-    holder: Any, owner: str, attributes: Iterable[str], layers: frozenset[str] | None
-) -> Iterator[OwnDrop]:
-    for attribute in attributes:
+def _above_zero(holder: Any, owner: str, rates: Rates) -> Iterator[OwnDrop]:
+    for attribute, layers in rates.items():
         rate = as_number(getattr(holder, attribute, None))
         if rate is not None and rate > 0:
             yield OwnDrop(holder, owner, attribute, rate, layers)
@@ -90,7 +88,8 @@ def refuse_own_drops(model: nn.Module) -> None:
         first = drops[0]
         preset = "apply_layer_drop" if "layerdrop" in first.attribute else "apply_drop_path"
         raise ActiveDropPathError(
-            f"{first}: the model drops branches of its own accord ({type(first.holder).__name__})",
+            f"{first.path} is {first.rate}: the model drops branches of its own accord "
+            f"({type(first.holder).__name__})",
             expected="a model whose own drop path and layerdrop are 0",
             instead="build the model without it (drop_path_rate=0, stochastic_depth_prob=0, "
             f"layerdrop=0) or set {_all_to_zero(drops)}; or call "
@@ -181,7 +180,8 @@ def _common_rate(block: ResidualBlock, acting: Sequence[OwnDrop]) -> float:
     for other in acting:
         if other.rate != first.rate:
             raise ActiveDropPathError(
-                f'block "{block.name}" has two rates of its own: {first}, {other}',
+                f'block "{block.name}" has two rates of its own: {first.path} is {first.rate}, '
+                f"{other.path} is {other.rate}",
                 expected="one rate for a block",
                 instead="set them to the same rate; or leave the block out, "
                 f'blocks=["!{block.name}"], which sets both to 0',
@@ -198,7 +198,7 @@ def _refuse_dropped_elsewhere(
     )
     kept = {branch.name for block in gated for branch in block.branches}
     for drop, branches in dropped.items():
-        for branch in branches - kept:
+        for branch in sorted(branches - kept):
             why = f'block "{branch.partition(":")[0]}" is affine'
             raise _not_taken_over(drop, why, instead)
         # Others are built and never called (EfficientNet).
@@ -209,7 +209,7 @@ def _refuse_dropped_elsewhere(
 
 def _not_taken_over(drop: OwnDrop, why: str, instead: str) -> ActiveDropPathError:
     return ActiveDropPathError(
-        f'{drop}, which "model" cannot take over: {why}',
+        f'{drop.path} is {drop.rate}, which "model" cannot take over: {why}',
         expected="rates of residual blocks that are gated",
         instead=instead,
     )
