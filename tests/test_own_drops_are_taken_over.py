@@ -496,11 +496,12 @@ def test_a_refusal_leaves_the_models_own_rates(
 
 @oldest
 def test_where_nothing_that_is_dropped_is_a_block_the_advice_is_a_number() -> None:
-    model = nn.Sequential(Stem(0.1), *(Residual() for _ in range(6)))
+    stem = Stem(0.1)
+    model = nn.Sequential(stem, *(Residual() for _ in range(6)))
     with pytest.raises(sd.ActiveDropPathError, match="drops none of the gated blocks") as caught:
         sd.apply_drop_path(model, "model", example_inputs=X)
     assert "set 0.drop.drop_prob = 0 and pass a number" in caught.value.instead
-    model[0].drop.drop_prob = 0.0
+    stem.drop.drop_prob = 0.0
     sd.apply_drop_path(model, 0.1, example_inputs=X)
 
 

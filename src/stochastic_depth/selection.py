@@ -75,7 +75,8 @@ def _chosen(
         modules = dict(model.named_modules())
         chosen = {name for name in names if isinstance(modules.get(name), selector)}
         kinds = ", ".join(sorted({block.kind for block in usual}))
-        what, choices = f"class {selector.__name__}", f"the blocks are of class {kinds}"
+        what = f"class {selector.__name__}"
+        choices = f"pass a class of theirs: the blocks are of class {kinds}"
     else:
         chosen = {block.name for block in usual if selector(block)}
         what = f"predicate {selector!r}"
