@@ -37,9 +37,14 @@ class Block(nn.Module):
         self.norm2, self.mlp = nn.LayerNorm(width, 1e-6), Mlp(width)
         self.add1, self.add2 = sd.Residual(), sd.Residual()
 
+    def attend(self, x: Tensor) -> Tensor:
+        return self.attn(self.norm1(x))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.norm2(x))
+
     def forward(self, x: Tensor) -> Tensor:
-        x = self.add1(x, lambda x: self.attn(self.norm1(x)))
-        return self.add2(x, lambda x: self.mlp(self.norm2(x)))
+        return self.add2(self.add1(x, self.attend), self.feed_forward)
 
 
 class VisionTransformer(nn.Module):

@@ -25,7 +25,7 @@ from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
 import stochastic_depth as sd
 from ddp_cases import NETWORKS, averaged, same
-from networks import settled, vectors
+from networks import WIDTH, Residual, settled, vectors
 from processes import report
 from sharding import (
     DRAWS,
@@ -323,6 +323,53 @@ def a_pipeline_is_refused() -> None:
         ScheduleGPipe(stage, n_microbatches=2, loss_fn=nn.functional.mse_loss).step(x)
 
 
+class DropPath(nn.Identity):
+    """As other libraries have it."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+
+class Dropped(Residual):
+    """A residual block with a drop path."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop = DropPath(drop_prob)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.linear(self.norm(x).relu()))
+
+
+def own_rates_come_to_the_same_as_a_number(wrap: Callable[[nn.Module], Any]) -> None:
+    """Where a number works on a model "model" does, and where it is refused "model" is, too."""
+
+    def outcome(drop_prob: float, drop_rate: Any) -> Any:
+        model = nn.Sequential(*(Dropped(drop_prob) for _ in range(6)))
+        try:
+            depth = sd.apply_layer_drop(wrap(model), drop_rate, example_inputs=vectors(4, WIDTH))
+        except sd.StochasticDepthError as error:
+            return type(error), error.instead
+        return [(block.name, block.drop_rate) for block in depth.blocks]
+
+    assert outcome(0.1, "model") == outcome(0.0, 0.1)
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    for unit in [*model.children(), model]:
+        fully_shard(unit)
+    return model
+
+
+OWN_RATES_OF: dict[str, Callable[[nn.Module], Any]] = {
+    "sharded": sharded,
+    "meta": lambda model: model.to("meta"),
+    "meta, sharded": lambda model: sharded(model.to("meta")),
+    "wrapped": lambda model: nn.parallel.DistributedDataParallel(model),
+}
+
+
 def shared_cases() -> dict[str, Callable[[], None]]:
     """Training as one process does, in every way of sharding and of drawing."""
     found: dict[str, Callable[[], None]] = {}
@@ -363,6 +410,8 @@ def cases(ranks: int) -> dict[str, Callable[[], None]]:
         found[f"traffic, {name}"] = partial(skipped_blocks_are_not_sent, "pre-norm", SETUPS[name])
     if ranks > 1:
         found["ranks that differ"] = partial(ranks_that_differ_raise, "pre-norm")
+    for name, wrap in OWN_RATES_OF.items():
+        found[f"own rates, {name}"] = partial(own_rates_come_to_the_same_as_a_number, wrap)
     found["FSDP1"] = fsdp1_is_refused
     found["pipeline"] = a_pipeline_is_refused
     found["units inside of a branch"] = units_inside_of_a_branch

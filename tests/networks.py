@@ -91,9 +91,11 @@ class ExplicitLayer(PreNormLayer):
         y = self.norm1(x)
         return self.attention(y, y, y, need_weights=False)[0]
 
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.norm2(x))
+
     def forward(self, x: Tensor) -> Tensor:
-        x = self.add1(x, self.attend)
-        return self.add2(x, lambda x: self.mlp(self.norm2(x)))
+        return self.add2(self.add1(x, self.attend), self.feed_forward)
 
 
 class Transformer(nn.Module):

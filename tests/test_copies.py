@@ -475,14 +475,6 @@ def test_a_replaced_child_is_noticed_whenever_its_block_runs() -> None:
     assert len(set(ran)) == 2
 
 
-def test_a_child_that_is_called_more_often_than_it_was_raises() -> None:
-    model, x, _ = gated("post-norm")
-    layer = model.layers[2]
-    layer.forward = lambda y: type(layer).forward(layer, y) + layer.mlp(y)
-    with pytest.raises(sd.ChangedModelError, match=r"layers.2.mlp.* is called 2 times"):
-        model.eval()(x)
-
-
 def test_a_replaced_block_is_plain_and_the_others_stay_gated() -> None:
     """Nothing is wrong with it: it was taken out together with its gate."""
     model, x, depth = gated("resnet")
@@ -572,6 +564,18 @@ def test_with_two_applies_the_handle_needs_blocks() -> None:
     assert own is not second
     own.remove()
     assert sd.get_stochastic_depth(twin).blocks[0].name == "stages.0.0"
+
+
+def test_with_two_copies_the_handle_needs_the_part() -> None:
+    student = residuals(6)
+    depth = sd.apply_stochastic_depth(student, 0.2, example_inputs=vectors(1, 8))
+    both = nn.ModuleDict({"student": student, "teacher": copy.deepcopy(student)})
+    with pytest.raises(sd.SelectionError) as caught:
+        sd.get_stochastic_depth(both)
+    assert "blocks=" not in caught.value.instead
+    for part in ("pass a part of the model", "'student'", "'teacher'"):
+        assert part in caught.value.instead
+    assert sd.get_stochastic_depth(both["student"]) is depth
 
 
 def test_parts_of_a_model_are_gated_on_their_own() -> None:

@@ -420,8 +420,11 @@ def nested_draws(outer_rate: float, redraw: Any = "forward") -> list[tuple[dict[
 @pytest.mark.parametrize("redraw", ["forward", "step"])
 def test_dropping_an_outer_block_does_not_desynchronise_the_inner_ones(redraw: str) -> None:
     always_open, sometimes = nested_draws(0.0, redraw), nested_draws(0.5, redraw)
-    for (_, expected), (_, seen) in zip(always_open, sometimes, strict=True):
-        assert seen == {name: expected[name] for name in seen}
+    # A gate that is not called, in a dropped block, does not count: its next draw is the next one.
+    for name, first in itertools.product(INNER, range(0, 60, 3)):  # of each step the calls
+        expected = [inner[name] for _, inner in always_open[first : first + 3]]
+        seen = [inner[name] for _, inner in sometimes[first : first + 3] if name in inner]
+        assert seen == expected[: len(seen)]
     for name in OUTER:
         ran = [outer[name] for outer, _ in sometimes]
         assert any(ran)

@@ -322,6 +322,106 @@ def test_blocks_without_a_module_of_their_own_have_their_rates() -> None:
     assert [*rates(depth).values()] == RISING
 
 
+class Config:
+    """As transformers' models have it."""
+
+    def __init__(self, **rates: float) -> None:
+        vars(self).update(rates)
+
+
+class Encoder(nn.Module):
+    """Runs layers; their rate is its own, or that of the configuration."""
+
+    def __init__(self, config: Config, copied: float | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(Residual() for _ in range(3))
+        if copied is not None:
+            self.layerdrop = copied
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Heads(nn.Module):
+    """Shares the configuration, and has a list of modules that are not dropped."""
+
+    def __init__(self, config: Config, **parts: nn.Module) -> None:
+        super().__init__()
+        self.config, self.parts = config, nn.ModuleDict(parts)
+        self.heads = nn.ModuleList(nn.Linear(WIDTH, 2) for _ in range(3))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        for part in self.parts.values():
+            x = part(x)
+        return [head(x) for head in self.heads]
+
+
+def speech_and_text() -> tuple[nn.Module, Config]:
+    """One encoder reads the configuration's rate, the other has copied its own (SeamlessM4T)."""
+    config = Config(speech_encoder_layerdrop=0.1, encoder_layerdrop=0.2)
+    parts = {"speech": Encoder(config), "text": Encoder(config, copied=0.2)}
+    return Heads(config, **parts), config
+
+
+def copied_from_the_configuration() -> tuple[nn.Module, Config]:
+    config = Config(layerdrop=0.2)
+    return Heads(config, text=Encoder(config, copied=0.2)), config
+
+
+def read_from_the_configuration() -> tuple[nn.Module, Config]:
+    config = Config(layerdrop=0.1)
+    return Heads(config, speech=Encoder(config)), config
+
+
+@oldest
+@pytest.mark.parametrize(
+    "make", [speech_and_text, copied_from_the_configuration, read_from_the_configuration]
+)
+def test_each_list_of_layers_has_the_rate_that_its_module_reads(
+    make: Callable[[], tuple[nn.Module, Config]],
+) -> None:
+    model, config = make()
+    depth = sd.apply_layer_drop(model, "model", example_inputs=X)
+    expected = {"speech": 0.1, "text": 0.2}
+    assert rates(depth) == {
+        block.name: expected[block.name.split(".")[1]] for block in depth.blocks
+    }
+    assert not any(vars(config).values())
+
+
+@oldest
+def test_a_stage_that_is_a_block_takes_no_rate_from_the_blocks_in_it() -> None:
+    class Stage(nn.Module):
+        def __init__(self, drop_prob: float) -> None:
+            super().__init__()
+            self.blocks = nn.Sequential(Dropped(drop_prob), Dropped(drop_prob))
+            self.end = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.blocks(x)
+            return x + self.end(x.relu())
+
+    model = nn.Sequential(*map(Stage, RISING))
+    depth = sd.apply_layer_drop(model, "model", example_inputs=X)
+    assert [block.drop_rate for block in depth.blocks if "." not in block.name] == [0.0] * 6
+
+
+@oldest
+@both_presets
+def test_the_model_is_watched_as_often_as_at_a_number(preset: Preset) -> None:
+    def calls(drop_rate: Any, probabilities: Sequence[float]) -> int:
+        model = nn.Sequential(*map(Dropped, probabilities))
+        count = []
+        model[0].register_forward_pre_hook(lambda *_: count.append(1))
+        preset(model, drop_rate, example_inputs=X)
+        return len(count)
+
+    assert calls("model", RISING) == calls(0.25, [0.0] * 6)
+
+
 @oldest
 def test_what_blocks_leaves_out_is_not_dropped_any_more() -> None:
     model = nn.Sequential(*map(Dropped, RISING))
@@ -366,7 +466,7 @@ REFUSED: list[tuple[nn.Module, dict[str, Any], type[sd.StochasticDepthError], tu
         with_(Residual()),
         {"blocks": ["6"]},
         sd.ActiveDropPathError,
-        ("1.drop.drop_prob is 0.05", "drops none of the gated blocks"),
+        ("1.drop.drop_prob is 0.05", "drops none of the gated blocks", "pass a number"),
     ),
     # Refused by `apply_stochastic_depth` itself, when the rates are 0 already:
     (with_(EndsInLine(0.1)), {}, sd.RefusedBlockError, ('block "6": 6:0 cannot be scaled', "tanh")),
@@ -395,6 +495,17 @@ def test_a_refusal_leaves_the_models_own_rates(
 
 
 @oldest
+def test_where_nothing_that_is_dropped_is_a_block_the_advice_is_a_number() -> None:
+    stem = Stem(0.1)
+    model = nn.Sequential(stem, *(Residual() for _ in range(6)))
+    with pytest.raises(sd.ActiveDropPathError, match="drops none of the gated blocks") as caught:
+        sd.apply_drop_path(model, "model", example_inputs=X)
+    assert "set 0.drop.drop_prob = 0 and pass a number" in caught.value.instead
+    stem.drop.drop_prob = 0.0
+    sd.apply_drop_path(model, 0.1, example_inputs=X)
+
+
+@oldest
 def test_an_affine_block_that_is_named_has_its_rate() -> None:
     depth = sd.apply_layer_drop(with_(Affine(0.1)), "model", example_inputs=X, blocks=["*", "6"])
     assert [*rates(depth).values()] == [*RISING, 0.1]
@@ -413,7 +524,11 @@ def test_without_model_an_active_drop_path_is_refused_by_name(call: Callable[[An
     model = nn.Sequential(*map(Dropped, RISING))
     with pytest.raises(sd.ActiveDropPathError) as caught:
         call(model)
-    for part in ("1.drop.drop_prob is 0.05", "set 1.drop.drop_prob = 0", "takes its rates over"):
+    for part in (
+        "1.drop.drop_prob is 0.05",
+        "set 1.drop.drop_prob = 0 (and 4 more)",
+        "takes its rates over",
+    ):
         assert part in str(caught.value)
     assert 'sd.apply_drop_path(model, "model")' in caught.value.instead
     assert own_rates(model) == RISING

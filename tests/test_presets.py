@@ -17,7 +17,7 @@ from torch import Tensor
 import stochastic_depth as sd
 from comparing import rates
 from networks import WIDTH, Residual, batch, make, residuals, settled, vectors
-from stochastic_depth.presets import Progressive
+from stochastic_depth.schedules import Progressive
 
 oldest = pytest.mark.oldest
 Preset = Callable[..., sd.StochasticDepth]

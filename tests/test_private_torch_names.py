@@ -40,18 +40,18 @@ def test_dispatch_mode_sees_operations_and_their_schemas() -> None:
 def test_backward_is_running_in_a_backward_only() -> None:
     seen = []
     x = torch.ones(2, requires_grad=True)
-    x.register_hook(lambda grad: seen.append(torch_private.backward_is_running()))
-    assert not torch_private.backward_is_running()
+    x.register_hook(lambda grad: seen.append((torch_private.backward_task() != -1)))
+    assert not (torch_private.backward_task() != -1)
     x.sum().backward()
     assert seen == [True]
-    assert not torch_private.backward_is_running()
+    assert not (torch_private.backward_task() != -1)
 
 
-def test_checkpoint_frames() -> None:
+def test_checkpoints() -> None:
     found = []
 
     def inner(x: torch.Tensor) -> torch.Tensor:
-        found.append(torch_private.checkpoint_frames())
+        found.append(torch_private.checkpoints())
         return x.exp().exp()
 
     def outer(x: torch.Tensor) -> torch.Tensor:
@@ -66,12 +66,12 @@ def test_checkpoint_frames() -> None:
     # The outer recomputation lies in a new inner forward.
     assert len(again[0]) == 1
     assert again[1] is not None
-    assert again[1][0] is forward[0][1]
+    assert again[1][0] is forward[0][1]  # one log
     # The inner recomputation.
     assert recomputed[0] == []
     assert recomputed[1] is not None
     assert recomputed[1][0] in (forward[0][0], again[0][0])
-    assert torch_private.checkpoint_frames() == ([], None)
+    assert torch_private.checkpoints() == ([], None)
 
 
 def test_other_saved_tensor_hooks_are_put_back_and_ignored() -> None:
@@ -83,7 +83,7 @@ def test_other_saved_tensor_hooks_are_put_back_and_ignored() -> None:
 
     x = torch.ones(2, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda y: y):
-        assert torch_private.checkpoint_frames() == ([], None)
+        assert torch_private.checkpoints() == ([], None)
         x.exp()
     assert len(packed) == 1
 
@@ -158,51 +158,6 @@ def test_units_of_fully_shard_are_known(one_process: None) -> None:
     assert torch_private.without_sharding(nn.Linear) is nn.Linear
 
 
-@needs_shards_on_the_cpu
-def test_what_units_of_fully_shard_prefetch(one_process: None) -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    units: list[Any] = [fully_shard(part) for part in model]
-    fully_shard(model)
-    units[0].set_modules_to_forward_prefetch([units[1]])
-    units[1].set_modules_to_backward_prefetch([units[0]])
-    seen: dict[str, Any] = {"forward": [], "backward": []}
-
-    def noted(direction: str) -> Any:
-        def note(states: list[Any]) -> list[Any]:
-            seen[direction] += [torch_private.modules_of_unit(state) for state in states]
-            return list(states)
-
-        return note
-
-    out = model(torch.ones(1, 2, requires_grad=True))
-    torch_private.set_prefetched(units[0], noted("forward"), noted("backward"))
-    assert seen == {"forward": [(units[1],)], "backward": [(units[0],)]}
-    state = units[0]._get_fsdp_state()
-    (following,) = torch_private.prefetched_by(state, forward=True)
-    assert torch_private.prefetched_by(state, forward=False) == []
-    assert torch_private.awaits_backward(state)
-    assert torch_private.awaits_backward(following)
-    out.sum().backward()
-    assert not torch_private.awaits_backward(state)
-    assert not torch_private.awaits_backward(following)
-
-
-@needs_shards_on_the_cpu
-def test_collectives_of_fully_shard_are_told_from_others(one_process: None) -> None:
-    seen = []
-
-    class Mode(torch_private.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            seen.append(torch_private.called_by_fully_shard())
-            return func(*args, **(kwargs or {}))
-
-    model: Any = fully_shard(nn.Linear(2, 2))
-    with Mode():  # type: ignore[no-untyped-call]
-        model(torch.ones(1, 2))
-    assert True in seen
-    assert False in seen
-
-
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
 @pytest.mark.parametrize("use_orig_params", [False, True])
 def test_fsdp1_is_known(one_process: None, use_orig_params: bool) -> None:
@@ -273,35 +228,6 @@ def test_a_dimension_that_may_vary_needs_one_graph(monkeypatch: pytest.MonkeyPat
     assert len(traces()) == 1
     monkeypatch.delattr(torch._dynamo, "maybe_mark_dynamic")
     assert len(traces()) == 2  # torch finds out by itself, one graph later
-
-
-def test_what_is_no_graph_is_told() -> None:
-    def breaks(x: torch.Tensor) -> torch.Tensor:
-        return x + 1 if float(x) > 0 else x
-
-    torch.compiler.reset()
-    compiled: Any = torch.compile(breaks, backend="eager", fullgraph=True)
-    with pytest.raises(torch_private.no_graph()):
-        compiled(torch.ones(()))
-
-
-def test_what_is_left_out_of_graphs_says_why() -> None:
-    def negative(x: torch.Tensor) -> torch.Tensor:
-        return -x
-
-    left_out = torch_private.left_out_of_graphs(negative, "because")
-    torch.compiler.reset()
-
-    def call(x: torch.Tensor) -> torch.Tensor:
-        return left_out(x) * 2
-
-    compiled: Any = torch.compile(call, backend="eager")
-    assert float(compiled(torch.ones(()))) == -2.0
-    torch.compiler.reset()
-    compiled = torch.compile(call, backend="eager", fullgraph=True)
-    with pytest.raises(torch_private.no_graph()) as caught:
-        compiled(torch.ones(()))
-    assert "because" in str(caught.value) or torch.__version__ < "2.7"
 
 
 def test_a_torch_that_lacks_a_name_raises(

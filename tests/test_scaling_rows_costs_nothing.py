@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import stochastic_depth as sd
 from networks import WIDTH, BasicBlock, make, residuals, settled, vectors
+from stochastic_depth.gating import branch
 
 pytestmark = pytest.mark.oldest
 RATE = 0.5
@@ -72,6 +73,24 @@ def gated(kind: str) -> tuple[nn.Module, nn.Module, Tensor, sd.StochasticDepth]:
     reference = doubled(model, ends)
     depth = sd.apply_stochastic_depth(model, RATE, "uniform", example_inputs=x, mode="sample")
     return model, reference, x, depth
+
+
+@pytest.fixture(autouse=True)
+def small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what holds many values has its weights multiplied instead."""
+    monkeypatch.setattr(branch, "_MANY_VALUES", 1)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_few_values_are_multiplied_themselves(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(branch, "_MANY_VALUES", 1000)
+    model, reference, x, depth = gated(kind)
+    with depth.fixed({}), Products() as products:
+        mine = trained(model, x)
+    assert x.shape in products.shapes
+    assert_close(mine, trained(reference, x))
 
 
 @pytest.mark.parametrize("kind", NETWORKS)

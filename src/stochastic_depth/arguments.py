@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from numbers import Real
-from typing import TypeVar
 
-from stochastic_depth.errors import SelectionError, nearest
-
-Value = TypeVar("Value")
+from stochastic_depth.errors import SelectionError, nearest, wrong_value
 
 
 def as_number(value: object) -> float | None:
@@ -32,6 +30,37 @@ def as_number(value: object) -> float | None:
     return value if isinstance(value, int) else float(value)
 
 
+@dataclass(frozen=True)
+class Number:
+    """A number that an option takes, and what its error says.
+
+    Attributes:
+        fits: Whether a number can be used.
+        expected: What can be used, in words.
+        instead: What to do instead.
+
+    Example:
+        >>> steps = Number(lambda steps: steps >= 0, expected="0 or more", instead="pass 1000")
+        >>> steps.read(8, "linear_warmup(steps)")
+        8
+    """
+
+    fits: Callable[[float], bool]
+    expected: str
+    instead: str
+
+    def read(self, value: object, option: str) -> float:
+        """Returns a plain finite number that fits, from a number of any library.
+
+        Raises:
+            OptionError: It is no number, or one that does not fit.
+        """
+        number = as_number(value)
+        if number is None or not self.fits(number):
+            raise wrong_value(option, value, expected=self.expected, instead=self.instead)
+        return number
+
+
 def matching(pattern: object, names: Sequence[str], *, argument: str) -> tuple[str, ...]:
     """Returns the names that a name or glob stands for, in their own order.
 
@@ -47,11 +76,10 @@ def matching(pattern: object, names: Sequence[str], *, argument: str) -> tuple[s
         >>> matching("layer1.*", ["layer1.0", "layer1.1", "layer2.0"], argument="blocks")
         ('layer1.0', 'layer1.1')
     """
-    matched: tuple[str, ...] = ()
-    if isinstance(pattern, str):
-        # A name that is there means itself, also where it holds a glob's special characters.
-        exact = pattern in names
-        matched = (pattern,) if exact else tuple(n for n in names if fnmatchcase(n, pattern))
+    # A name that is there means itself, also where it holds a glob's special characters.
+    exact = tuple(name for name in names if name == pattern)
+    globbed = (name for name in names if isinstance(pattern, str) and fnmatchcase(name, pattern))
+    matched = exact or tuple(globbed)
     if not matched:
         raise SelectionError(
             f"{argument} names {pattern!r}, which is none of the {len(names)} names there",
@@ -59,22 +87,3 @@ def matching(pattern: object, names: Sequence[str], *, argument: str) -> tuple[s
             instead=nearest(str(pattern), names),
         )
     return matched
-
-
-def spread(
-    mapping: Mapping[str, Value], names: Sequence[str], *, argument: str
-) -> dict[str, Value]:
-    """Returns the value of each name that a mapping's names and globs stand for.
-
-    Later keys override earlier ones; names that no key matches are left out.
-
-    Example:
-        >>> spread(
-        ...     {"layer*": 0.1, "layer2": 0.4}, ["stem", "layer1", "layer2"], argument="drop_rate"
-        ... )
-        {'layer1': 0.1, 'layer2': 0.4}
-    """
-    values: dict[str, Value] = {}
-    for key, value in mapping.items():
-        values.update(dict.fromkeys(matching(key, names, argument=argument), value))
-    return values

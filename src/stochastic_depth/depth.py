@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import nn
 
-from stochastic_depth.discovery import ResidualBlock, plain_model, to_watch, watch
+from stochastic_depth.discovery import Discovery, ResidualBlock, plain_model, to_watch, watch
 from stochastic_depth.discovery.batch import allowed_counts, watch_more_rows
-from stochastic_depth.discovery.existing import refuse_active_drop_path
+from stochastic_depth.discovery.own_drops import refuse_own_drops
 from stochastic_depth.distributed.layout import refuse_wrappers
 from stochastic_depth.distributions import Distribution, DropRate, resolve_rates
 from stochastic_depth.draw import Draw, check_choice
@@ -21,6 +21,9 @@ from stochastic_depth.proving import prove
 from stochastic_depth.schedules import ScheduleFunction, resolve_schedule
 from stochastic_depth.selection import Selector, select
 from stochastic_depth.torch_private import is_wrapper
+
+Rates = Callable[[Discovery, Sequence[ResidualBlock]], tuple[float, ...]]
+"""From what was found and the blocks to gate, the rate of each of these."""
 
 _FEW_BLOCKS, _HIGH_RATE = 6, 0.2
 _SCALES: dict[Mode, Scale] = {"batch": "eval", "sample": "train"}
@@ -100,14 +103,37 @@ def apply_stochastic_depth(
         >>> sum(depth.last_gates.values())  # blocks that ran
         5
     """
+    example = example_inputs, example_kwargs
+    rates = spread_over_depth(drop_rate, drop_distribution)
+    return apply(model, rates, example, blocks, unit, mode, scale, schedule, draw)
+
+
+def spread_over_depth(drop_rate: DropRate, drop_distribution: str | Distribution | None) -> Rates:
+    """The rates that the user gives the blocks."""
+    return lambda _, chosen: resolve_rates(drop_rate, drop_distribution, [b.name for b in chosen])
+
+
+def apply(
+    model: nn.Module,
+    rates: Rates,
+    example: tuple[Any, Mapping[str, Any] | None],
+    blocks: Selector | Sequence[Selector] | None,
+    unit: Unit,
+    mode: Mode,
+    scale: Literal["auto", "eval", "train", "none"],
+    schedule: ScheduleFunction | Mapping[str, ScheduleFunction] | None,
+    draw: Draw,
+) -> StochasticDepth:
+    """Puts stochastic depth on a model at the rates that a function of the chosen blocks returns.
+
+    The other arguments are those of `apply_stochastic_depth`.
+    """
     check_choice("unit=", unit, ("block", "branch"))
     check_choice("mode=", mode, ("batch", "sample"))
     check_choice("scale=", scale, ("auto", "eval", "train", "none"))
     if not isinstance(draw, Draw):
         raise OptionError(
-            f"draw is {draw!r}",
-            expected="an sd.Draw",
-            instead="pass sd.Draw(seed=1), say",
+            f"draw is {draw!r}", expected="an sd.Draw", instead="pass sd.Draw(seed=1), say"
         )
     if mode == "sample" and draw.sampling == "balanced":
         raise OptionError(
@@ -115,23 +141,17 @@ def apply_stochastic_depth(
             expected='mode="batch": the number of rows that are kept hardly varies anyway',
             instead='leave sampling out, or pass mode="batch"',
         )
-    if not isinstance(model, nn.Module):
-        raise OptionError(
-            f"model is a {type(model).__name__}",
-            expected="a torch.nn.Module",
-            instead="pass the model itself",
-        )
     given, model = model, plain_model(model)
     refuse_wrappers(model)
-    refuse_active_drop_path(model)
+    refuse_own_drops(model)
     watched = to_watch(model)
-    found, example = watch(watched, example_inputs, example_kwargs)
+    found, shown = watch(watched, *example)
     chosen = select(watched, found, blocks)
     _refuse_gated(model, chosen)
     _refuse_compiled(given, chosen)
     plan = Plan(
         blocks=chosen,
-        rates=resolve_rates(drop_rate, drop_distribution, [block.name for block in chosen]),
+        rates=rates(found, chosen),
         unit=unit,
         mode=mode,
         scale=_SCALES[mode] if scale == "auto" else scale,
@@ -143,8 +163,8 @@ def apply_stochastic_depth(
     plan.counts = tuple(allowed_counts(model, found, block) for block in chosen)
     by_watching = not all(block.explicit for block in chosen)
     by_rows = by_watching and mode == "sample"
-    batches = watch_more_rows(watched, found.recording, example) if by_rows else None
-    whole = prove(watched, found, plan, example, batches) if by_watching else {}
+    batches = watch_more_rows(watched, found.recording, shown) if by_rows else None
+    whole = prove(watched, found, plan, shown, batches) if by_watching else {}
     _warn(model, plan)  # before anything is changed: a warning may be an error
     attach(model, found, plan, whole, batches)
     return StochasticDepth(model, plan)

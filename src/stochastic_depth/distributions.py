@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
-from stochastic_depth.arguments import as_number, spread
-from stochastic_depth.errors import OptionError, SelectionError, nearest
+from stochastic_depth.arguments import Number, matching
+from stochastic_depth.errors import OptionError, SelectionError, nearest, wrong_value
 
 DropRate = float | Iterable[float] | Mapping[str, float]
 Distribution = Callable[[int, float], Iterable[float]]
 
-_IN_RANGE = "a number from 0 up to, but not including, 1"
+
+_RATE = Number(
+    lambda rate: 0 <= rate < 1,
+    expected="a number from 0 up to, but not including, 1",
+    instead="pass the share of steps in which the block is dropped, such as 0.2",
+)
 
 
 def linear(num_blocks: int, drop_rate: float) -> list[float]:
@@ -78,43 +83,52 @@ def resolve_rates(
         >>> resolve_rates({"layer2.*": 0.2, "layer2.1": 0.4}, None, names)
         (0.0, 0.0, 0.2, 0.4)
     """
-    if not isinstance(drop_rate, Iterable) or getattr(drop_rate, "ndim", 1) == 0:
-        rate = _rate(drop_rate, "drop_rate")
-        return _distributed(rate, drop_distribution, names)
+    is_scalar = isinstance(drop_rate, str | AbstractSet) or getattr(drop_rate, "ndim", 1) == 0
+    if is_scalar or not isinstance(drop_rate, Iterable):
+        return _spread_over_depth(_rate(drop_rate, "drop_rate"), drop_distribution, names)
     if drop_distribution is not None:
         raise OptionError(
             f"drop_distribution is {drop_distribution!r} although drop_rate says each block's rate",
             expected="a distribution only beside a single number",
             instead="leave drop_distribution out, or pass one number as drop_rate",
         )
-    if isinstance(drop_rate, Mapping):
-        return _from_mapping(drop_rate, names)
-    if isinstance(drop_rate, (str, bytes, AbstractSet)):
-        raise _not_a_rate(drop_rate, "drop_rate")
-    return _one_per_block(drop_rate, names, source="drop_rate")
+    if not isinstance(drop_rate, Mapping):
+        return _one_per_block(drop_rate, names, source="drop_rate")
+    if not drop_rate:
+        raise SelectionError(
+            "drop_rate is an empty mapping",
+            expected="at least one name or glob of a block with its rate",
+            instead=nearest("", names),
+        )
+    by_name = dict.fromkeys(names, 0.0)
+    for key, value in drop_rate.items():
+        rate = _rate(value, f"drop_rate[{key!r}]")
+        by_name |= dict.fromkeys(matching(key, names, argument="drop_rate"), rate)
+    return tuple(by_name.values())
 
 
-def _distributed(
+def _spread_over_depth(
     rate: float, distribution: str | Distribution | None, names: Sequence[str]
 ) -> tuple[float, ...]:
-    if distribution is None:
-        return tuple(linear(len(names), rate))
-    if isinstance(distribution, str):
-        if distribution not in _BY_NAME:
+    known = f"one of {', '.join(_BY_NAME)}, or a function (num_blocks, drop_rate)"
+    function = linear if distribution is None else distribution
+    if isinstance(function, str):
+        if function not in _BY_NAME:
             raise SelectionError(
-                f'drop_distribution is "{distribution}"',
-                expected=f"one of {', '.join(_BY_NAME)}, or a function (num_blocks, drop_rate)",
-                instead=nearest(distribution, _BY_NAME),
+                f'drop_distribution is "{function}"',
+                expected=known,
+                instead=nearest(function, _BY_NAME),
             )
-        return tuple(_BY_NAME[distribution](len(names), rate))
-    if not callable(distribution):
-        raise OptionError(
-            f"drop_distribution is {distribution!r}, of type {type(distribution).__name__}",
-            expected=f"one of {', '.join(_BY_NAME)}, or a function (num_blocks, drop_rate)",
+        function = _BY_NAME[function]
+    if not callable(function):
+        raise wrong_value(
+            "drop_distribution",
+            distribution,
+            expected=known,
             instead="pass the rates themselves as drop_rate, and no distribution",
         )
-    rates = distribution(len(names), rate)
-    source = f"{getattr(distribution, '__name__', repr(distribution))}({len(names)}, {rate})"
+    rates = function(len(names), rate)
+    source = f"{getattr(function, '__name__', repr(function))}({len(names)}, {rate})"
     if not isinstance(rates, Iterable):
         raise OptionError(
             f"drop_distribution returned {rates!r} from {source}",
@@ -122,18 +136,6 @@ def _distributed(
             instead='return a list; for one rate everywhere, pass drop_distribution="uniform"',
         )
     return _one_per_block(rates, names, source=source)
-
-
-def _from_mapping(mapping: Mapping[str, float], names: Sequence[str]) -> tuple[float, ...]:
-    if not mapping:
-        raise SelectionError(
-            "drop_rate is an empty mapping",
-            expected="at least one name or glob of a block with its rate",
-            instead=nearest("", names),
-        )
-    rates = {key: _rate(value, f"drop_rate[{key!r}]") for key, value in mapping.items()}
-    by_name = spread(rates, names, argument="drop_rate")
-    return tuple(by_name.get(name, 0.0) for name in names)
 
 
 def _one_per_block(
@@ -150,15 +152,4 @@ def _one_per_block(
 
 
 def _rate(value: object, source: str) -> float:
-    rate = as_number(value)
-    if rate is None or not 0 <= rate < 1:
-        raise _not_a_rate(value, source)
-    return float(rate)
-
-
-def _not_a_rate(value: object, source: str) -> OptionError:
-    return OptionError(
-        f"{source} is {value!r}, of type {type(value).__name__}",
-        expected=_IN_RANGE,
-        instead="pass the share of steps in which the block is dropped, such as 0.2",
-    )
+    return float(_RATE.read(value, source))

@@ -94,6 +94,12 @@ class StochasticDepthWarning(UserWarning):
     """Something that works, though hardly as it was meant."""
 
 
+def wrong_value(option: str, value: object, *, expected: str, instead: str) -> OptionError:
+    """Returns the error for a value of an option, with the value's type."""
+    arrived = f"{option} is {value!r}, of type {type(value).__name__}"
+    return OptionError(arrived, expected=expected, instead=instead)
+
+
 def warn(message: str) -> None:
     """Warn at the line outside of this package that is to blame."""
     frame, level = sys._getframe(1), 2
@@ -112,17 +118,14 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
         'choose from "layer1.0", "layer3.2"'
     """
     known = list(candidates)
-    if close := difflib.get_close_matches(name, known, n=3, cutoff=0.75):
-        return f"did you mean {' or '.join(map(_quoted, close))}?"
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.75)
+    shown = [f'"{candidate}"' for candidate in close or known[:6]]
+    if close:
+        return f"did you mean {' or '.join(shown)}?"
     if not known:
         return "there is nothing to choose from"
-    shown = 6
-    more = f" and {len(known) - shown} more" if len(known) > shown else ""
-    return f"choose from {', '.join(map(_quoted, known[:shown]))}{more}"
-
-
-def _quoted(name: str) -> str:
-    return f'"{name}"'
+    more = f" and {len(known) - len(shown)} more" if len(known) > len(shown) else ""
+    return f"choose from {', '.join(shown)}{more}"
 
 
 def _sentence(text: str) -> str:

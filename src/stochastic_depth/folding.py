@@ -49,8 +49,7 @@ def fold_into(model: nn.Module, factors: dict[str, float]) -> None:
     """Multiply the parameters in place; nothing is written unless all results are finite."""
     parameters = {name: model.get_parameter(name) for name in factors}
     with torch.no_grad():
-        scaled = {name: parameters[name] * factor for name, factor in factors.items()}
-        _check_finite(scaled)
+        scaled = {name: _finite(name, parameters[name] * factors[name]) for name in factors}
         for name, value in scaled.items():
             parameters[name].copy_(value)
 
@@ -59,21 +58,19 @@ def folded(model: nn.Module, factors: dict[str, float]) -> dict[str, Any]:
     """The state dict of the folded model; the model itself is left alone."""
     by_identity = {id(model.get_parameter(name)): factor for name, factor in factors.items()}
     state: dict[str, Any] = model.state_dict(keep_vars=True)
-    scaled: dict[str, Tensor] = {}
     for key, value in state.items():
-        if isinstance(value, Tensor):  # a module's extra state need be none
-            state[key] = value.detach()
         if id(value) in by_identity:
-            state[key] = scaled[key] = value.detach() * by_identity[id(value)]
-    _check_finite(scaled)
+            state[key] = _finite(key, value.detach() * by_identity[id(value)])
+        elif isinstance(value, Tensor):  # a module's extra state need be none
+            state[key] = value.detach()
     return state
 
 
-def _check_finite(tensors: dict[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-            raise RefusedBlockError(
-                f'"{name}" holds values that are not finite, before or after folding',
-                expected="finite weights",
-                instead="fold a checkpoint from before the training diverged",
-            )
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    if tensor.is_meta or bool(torch.isfinite(tensor).all()):
+        return tensor
+    raise RefusedBlockError(
+        f'"{name}" holds values that are not finite, before or after folding',
+        expected="finite weights",
+        instead="fold a checkpoint from before the training diverged",
+    )

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from torch import nn
 
-from stochastic_depth.arguments import as_number
-from stochastic_depth.depth import apply_stochastic_depth
-from stochastic_depth.discovery import plain_model, watch
-from stochastic_depth.discovery.existing import active_drops, switched_off
-from stochastic_depth.discovery.takeover import rates_taken_over
+from stochastic_depth.arguments import Number
+from stochastic_depth.depth import Rates, apply, spread_over_depth
+from stochastic_depth.discovery import Discovery, ResidualBlock, plain_model
+from stochastic_depth.discovery.own_drops import rates_taken_over, switched_off
 from stochastic_depth.draw import Draw
-from stochastic_depth.errors import OptionError
 from stochastic_depth.handle import StochasticDepth
-from stochastic_depth.schedules import Schedule, ScheduleFunction
-from stochastic_depth.selection import Selector, select
+from stochastic_depth.schedules import Progressive, Schedule, ScheduleFunction
+from stochastic_depth.selection import Selector
+
+_RATE = Number(
+    lambda rate: 0 <= rate < 1,
+    expected='a number from 0 up to, but not including, 1, or "model"',
+    instead="pass 0.1, say; sd.apply_stochastic_depth takes a rate for each block",
+)
+_THETA = Number(
+    lambda theta: 0 < theta <= 1,
+    expected="the survival probability in the end, above 0 and at most 1",
+    instead="pass 0.5, as the paper does; 1 drops nothing",
+)
+_GAMMA = Number(
+    lambda gamma: gamma >= 0,
+    expected="how fast the dropping sets in, per optimizer step, 0 or more",
+    instead="pass 100 / T for a training of T optimizer steps",
+)
 
 
 def apply_drop_path(
@@ -83,19 +95,9 @@ def apply_drop_path(
         >>> [round(block.drop_rate, 2) for block in depth.blocks]
         [0.0, 0.05, 0.1, 0.15, 0.2]
     """
-    preset = partial(
-        apply_stochastic_depth,
-        model,
-        example_inputs=example_inputs,
-        example_kwargs=example_kwargs,
-        blocks=blocks,
-        unit="branch",
-        mode="sample",
-        scale="train",
-        schedule=schedule,
-        draw=draw,
-    )
-    return _at(drop_rate, "linear_from_zero", preset)
+    example = example_inputs, example_kwargs
+    with _rates(model, drop_rate, "linear_from_zero", blocks) as rates:
+        return apply(model, rates, example, blocks, "branch", "sample", "train", schedule, draw)
 
 
 def apply_layer_drop(
@@ -153,19 +155,9 @@ def apply_layer_drop(
         >>> [block.drop_rate for block in depth.blocks]
         [0.2, 0.2, 0.2, 0.2, 0.2, 0.2]
     """
-    preset = partial(
-        apply_stochastic_depth,
-        model,
-        example_inputs=example_inputs,
-        example_kwargs=example_kwargs,
-        blocks=blocks,
-        unit="block",
-        mode="batch",
-        scale="none",
-        schedule=schedule,
-        draw=draw,
-    )
-    return _at(drop_rate, "uniform", preset)
+    example = example_inputs, example_kwargs
+    with _rates(model, drop_rate, "uniform", blocks) as rates:
+        return apply(model, rates, example, blocks, "block", "batch", "none", schedule, draw)
 
 
 def apply_progressive_layer_dropping(
@@ -227,100 +219,42 @@ def apply_progressive_layer_dropping(
         >>> [round(block.survival_probability, 3) for block in depth.blocks]
         [1.0, 0.947, 0.895, 0.842, 0.789, 0.737]
     """
-    floor, speed = as_number(theta), as_number(gamma)
-    if floor is None or not 0 < floor <= 1:
-        raise OptionError(
-            f"theta is {theta!r}, of type {type(theta).__name__}",
-            expected="the survival probability in the end, above 0 and at most 1",
-            instead="pass 0.5, as the paper does; 1 drops nothing",
-        )
-    if speed is None or speed < 0:
-        raise OptionError(
-            f"gamma is {gamma!r}, of type {type(gamma).__name__}",
-            expected="how fast the dropping sets in, per optimizer step, 0 or more",
-            instead="pass 100 / T for a training of T optimizer steps",
-        )
-    return apply_stochastic_depth(
-        model,
-        1.0 - floor,
-        _below_the_last,
-        example_inputs=example_inputs,
-        example_kwargs=example_kwargs,
-        blocks=blocks,
-        unit="block",
-        mode="batch",
-        scale="train",
-        schedule=_together(Progressive(speed), schedule),
-        draw=draw,
-    )
+    floor, speed = _THETA.read(theta, "theta"), _GAMMA.read(gamma, "gamma")
+    example = example_inputs, example_kwargs
+    rates = spread_over_depth(1.0 - floor, _below_the_rate)
+    product = _times(Progressive(speed), schedule)
+    return apply(model, rates, example, blocks, "block", "batch", "train", product, draw)
 
 
-@dataclass(frozen=True)
-class Progressive(Schedule):
-    """`1 - exp(-gamma * t)`: from 0 towards 1, as Progressive Layer Dropping sets in.
-
-    Attributes:
-        gamma: How fast, per optimizer step.
-
-    Example:
-        >>> schedule = Progressive(gamma=0.001)
-        >>> [round(schedule(step), 4) for step in (0, 1000, 5000)]
-        [0.0, 0.6321, 0.9933]
-    """
-
-    gamma: float
-
-    def __call__(self, step: int) -> float:
-        """Returns the factor at this step."""
-        return -math.expm1(-self.gamma * step)
-
-
-def _below_the_last(num_blocks: int, drop_rate: float) -> list[float]:
-    """`i / L * drop_rate`, i = 0..L-1: the last block stays below the rate."""
+def _below_the_rate(num_blocks: int, drop_rate: float) -> list[float]:
+    """`i / L * drop_rate`, i = 0..L-1: the first block always runs."""
     return [block / num_blocks * drop_rate for block in range(num_blocks)]
 
 
-def _together(own: Schedule, schedule: Any) -> Any:
-    """The product; what is no schedule is handed on, for `apply_stochastic_depth` to refuse."""
+def _times(factor: Schedule, schedule: Any) -> Any:
+    """The product; what is no schedule stays, for `apply` to refuse."""
     if schedule is None:
-        return own
+        return factor
     if not isinstance(schedule, Mapping):
-        return own * schedule if callable(schedule) else schedule
-    # What no key matches has the preset's own; a "*" of the user's says so of everything.
-    rest = {} if "*" in schedule else {"*": own}
-    return rest | {
-        key: own * value if callable(value) else value for key, value in schedule.items()
-    }
+        return factor * schedule if callable(schedule) else schedule
+    # What no key matches has the preset's schedule; a "*" of the user's says so of everything.
+    rest = {} if "*" in schedule else {"*": factor}
+    products = {key: factor * own if callable(own) else own for key, own in schedule.items()}
+    return rest | products
 
 
-def _at(drop_rate: object, distribution: str, preset: partial[StochasticDepth]) -> StochasticDepth:
-    """`preset`, which has a model and options, at a number as rate or at the model's own rates."""
-    own = isinstance(drop_rate, str) and drop_rate == "model"
-    if own and isinstance(preset.args[0], nn.Module):
-        return _taken_over(preset)
-    if not own and as_number(drop_rate) is None:
-        raise OptionError(
-            f"drop_rate is {drop_rate!r}, of type {type(drop_rate).__name__}",
-            expected='a number from 0 up to, but not including, 1, or "model"',
-            instead="pass 0.1, say; sd.apply_stochastic_depth takes a rate for each block",
-        )
-    return preset(drop_rate, distribution)
+@contextmanager
+def _rates(
+    model: nn.Module, drop_rate: object, distribution: str, blocks: object
+) -> Iterator[Rates]:
+    """A number spread over the blocks, or the model's own rates, which are 0 from then on."""
+    if not isinstance(drop_rate, str) or drop_rate != "model":
+        yield spread_over_depth(_RATE.read(drop_rate, "drop_rate"), distribution)
+        return
+    with switched_off(plain_model(model)) as drops:
 
+        def taken_over(found: Discovery, gated: Sequence[ResidualBlock]) -> tuple[float, ...]:
+            by_name = rates_taken_over(drops, found, gated, chosen=blocks is not None)
+            return spread_over_depth(by_name, None)(found, gated)
 
-def _taken_over(preset: partial[StochasticDepth]) -> StochasticDepth:
-    """`preset` at the rates at which the model drops branches of its own."""
-    model, options = plain_model(preset.args[0]), preset.keywords
-    drops = active_drops(model)
-    if not drops:
-        raise OptionError(
-            f'drop_rate is "model", but no drop path or layerdrop of {type(model).__name__} is '
-            "above 0",
-            expected="a model that drops branches of its own accord",
-            instead="build the model with it (drop_path_rate=0.1, stochastic_depth_prob=0.1, "
-            "layerdrop=0.1), or pass a number as drop_rate",
-        )
-    found, _ = watch(model, options["example_inputs"], options["example_kwargs"])
-    gated = select(model, found, options["blocks"])
-    rates = rates_taken_over(model, found, gated, drops, chosen=options["blocks"] is not None)
-    with switched_off(drops):
-        return preset(rates)
+        yield taken_over

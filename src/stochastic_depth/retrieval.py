@@ -6,6 +6,7 @@ from typing import cast
 
 from torch import nn
 
+from stochastic_depth.discovery import plain_model
 from stochastic_depth.errors import SelectionError
 from stochastic_depth.gating.attach import gated_modules
 from stochastic_depth.gating.gate import Gate
@@ -25,23 +26,22 @@ def get_stochastic_depth(model: nn.Module, *, blocks: str | None = None) -> Stoc
     Raises:
         SelectionError: It has no stochastic depth, or several.
     """
-    plans = {
-        id(gate.plan): (_root(name, gate), gate.plan) for name, _, gate in gated_modules(model)
-    }
-    found = [
-        (root, plan)
-        for root, plan in plans.values()
-        if blocks is None or any(block.name == blocks for block in plan.blocks)
-    ]
+    model = plain_model(model)
+    applied = {g.plan: _root(name, g) for name, _, g in gated_modules(model)}
+    found = [p for p in applied if blocks is None or any(b.name == blocks for b in p.blocks)]
     if len(found) != 1:
-        names = [plan.blocks[0].name for _, plan in plans.values()]
+        names = [plan.blocks[0].name for plan in found or applied]
+        instead = f"pass blocks= with one of {names}" if names else "call apply_stochastic_depth"
+        if len(set(names)) < len(names):  # copies
+            instead = f"pass a part of the model, one of {[applied[plan] for plan in found]}"
         raise SelectionError(
             f"{type(model).__name__} has {len(found) or 'no'} stochastic depth"
             + (f" with a block {blocks!r}" if blocks else ""),
             expected="a model on which it was applied once",
-            instead=f"pass blocks= with one of {names}" if names else "call apply_stochastic_depth",
+            instead=instead,
         )
-    root, plan = found[0]
+    plan = found[0]
+    root = applied[plan]
     handle = plan.handle() if plan.handle is not None else None
     if handle is not None and (root is None or handle.model is model.get_submodule(root)):
         return cast(StochasticDepth, handle)
@@ -57,6 +57,6 @@ def get_stochastic_depth(model: nn.Module, *, blocks: str | None = None) -> Stoc
 def _root(name: str, gate: Gate) -> str | None:
     """Where the model that was watched lies; None where only a part of it is at hand."""
     name = ".".join(part for part in name.split(".") if part not in _WRAPPED)
-    if not gate.name or name == gate.name:
-        return name if not gate.name else ""
-    return name.removesuffix(f".{gate.name}") if name.endswith(f".{gate.name}") else None
+    if gate.name and not f".{name}".endswith(f".{gate.name}"):
+        return None
+    return name.removesuffix(gate.name).removesuffix(".")

@@ -11,10 +11,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from stochastic_depth.arguments import as_number, spread
-from stochastic_depth.errors import OptionError
+from stochastic_depth.arguments import Number, matching
+from stochastic_depth.errors import OptionError, wrong_value
 
 ScheduleFunction = Callable[[int], float]
+
+_STEPS = Number(
+    lambda steps: steps >= 0,
+    expected="a finite number of optimizer steps, 0 or more",
+    instead="pass how many optimizer steps it takes, such as 0.1 * epochs * len(loader)",
+)
+_FACTOR = Number(
+    lambda factor: 0 <= factor <= 1,
+    expected="a factor on the drop rate, from 0 to 1",
+    instead="give 1 for the full rate and 0 for none",
+)
 
 
 class Schedule:
@@ -69,6 +80,26 @@ class _Product(Schedule):
         return " * ".join(map(repr, self.factors))
 
 
+@dataclass(frozen=True)
+class Progressive(Schedule):
+    """`1 - exp(-gamma * t)`: from 0 towards 1, as Progressive Layer Dropping sets in.
+
+    Attributes:
+        gamma: How fast, per optimizer step.
+
+    Example:
+        >>> schedule = Progressive(gamma=0.001)
+        >>> [round(schedule(step), 4) for step in (0, 1000, 5000)]
+        [0.0, 0.6321, 0.9933]
+    """
+
+    gamma: float
+
+    def __call__(self, step: int) -> float:
+        """Returns the factor at this step."""
+        return -math.expm1(-self.gamma * step)
+
+
 def constant(factor: float) -> Schedule:
     """The same factor at every step.
 
@@ -76,7 +107,7 @@ def constant(factor: float) -> Schedule:
         >>> constant(0.5)(123)
         0.5
     """
-    factor = _factor(factor, "constant(factor)")
+    factor = _FACTOR.read(factor, "constant(factor)")
     return _Lines(((0, factor),), f"constant({factor})")
 
 
@@ -90,7 +121,7 @@ def linear_warmup(steps: float) -> Schedule:
         >>> warmup(0), warmup(250), warmup(1000), warmup(9999)
         (0.0, 0.25, 1.0, 1.0)
     """
-    steps = _step(steps, "linear_warmup(steps)")
+    steps = _STEPS.read(steps, "linear_warmup(steps)")
     return _Lines(((0, 0.0), (steps, 1.0)), f"linear_warmup({steps})")
 
 
@@ -105,7 +136,10 @@ def linear_decay(steps: float, start: float = 0) -> Schedule:
         >>> decay(1000), decay(2000), decay(5000), decay(9999)
         (1.0, 0.75, 0.0, 0.0)
     """
-    steps, start = _step(steps, "linear_decay(steps)"), _step(start, "linear_decay(start)")
+    steps, start = (
+        _STEPS.read(steps, "linear_decay(steps)"),
+        _STEPS.read(start, "linear_decay(start)"),
+    )
     if start > steps:
         raise OptionError(
             f"linear_decay starts at step {start} and reaches 0 at step {steps}",
@@ -126,12 +160,14 @@ def piecewise_linear(points: Iterable[tuple[float, float]]) -> Schedule:
         >>> [schedule(step) for step in (0, 1500, 3000, 9999)]
         [1.0, 0.75, 0.25, 0.0]
     """
-    checked = [(_step(s, "a point's step"), _factor(f, "a point's factor")) for s, f in points]
+    checked = [
+        (_STEPS.read(s, "a point's step"), _FACTOR.read(f, "a point's factor")) for s, f in points
+    ]
     if not checked or any(later <= earlier for (earlier, _), (later, _) in pairwise(checked)):
         raise OptionError(
             f"piecewise_linear has the points {checked}",
             expected="at least one (step, factor), with steps that rise from point to point",
-            instead="sort the points by step and keep one for each step",
+            instead="pass them sorted by step, one for each step",
         )
     return _Lines(tuple(checked), f"piecewise_linear({checked})")
 
@@ -145,13 +181,10 @@ class ResolvedSchedule:
     def __call__(self, step: int, name: str) -> float:
         """Returns the factor on the rate of this block or branch, 1 where it has no schedule."""
         schedule = self.by_name.get(name)
-        if schedule is None:
-            return 1.0
-        value = schedule(step)
-        factor = as_number(value)
-        if factor is None or not 0 <= factor <= 1:
-            raise _not_a_factor(value, f'schedule {schedule!r} of "{name}" at step {step}')
-        return float(factor)
+        factor = 1.0 if schedule is None else schedule(step)
+        if type(factor) is float and 0 <= factor <= 1:  # nearly always, and every gate asks
+            return factor
+        return float(_FACTOR.read(factor, f'schedule {schedule!r} of "{name}" at step {step}'))
 
 
 def resolve_schedule(
@@ -179,28 +212,27 @@ def resolve_schedule(
         return ResolvedSchedule({})
     if not isinstance(schedule, Mapping):
         return ResolvedSchedule(dict.fromkeys(names, _checked(schedule, "schedule")))
-    blocks = list(dict.fromkeys(_block_of(name) for name in names))
+    blocks = list(dict.fromkeys(name.partition(":")[0] for name in names))
     branches = [name for name in names if ":" in name]
-    for_blocks: dict[str, ScheduleFunction] = {}
-    for_branches: dict[str, ScheduleFunction] = {}
-    for key, value in schedule.items():
+    by_name: dict[str, ScheduleFunction] = {}
+    # Keys of branches come last: they override those of blocks.
+    for key, value in sorted(schedule.items(), key=lambda item: ":" in str(item[0])):
+        function = _checked(value, f"schedule[{key!r}]")
         # Without branches that draw on their own, a branch's key fails beside the blocks' names.
-        group = for_branches if branches and ":" in str(key) else for_blocks
-        group[key] = _checked(value, f"schedule[{key!r}]")
-    of_block = spread(for_blocks, blocks, argument="schedule")
-    inherited = {name: of_block[_block_of(name)] for name in names if _block_of(name) in of_block}
-    return ResolvedSchedule(inherited | spread(for_branches, branches, argument="schedule"))
-
-
-def _block_of(name: str) -> str:
-    return name.partition(":")[0]
+        choices = branches if branches and ":" in str(key) else blocks
+        matched = matching(key, choices, argument="schedule")
+        by_name |= {
+            name: function for name in names if name in matched or name.partition(":")[0] in matched
+        }
+    return ResolvedSchedule(by_name)
 
 
 def _checked(schedule: object, source: str) -> ScheduleFunction:
     if callable(schedule):
         return schedule
-    raise OptionError(
-        f"{source} is {schedule!r}, of type {type(schedule).__name__}",
+    raise wrong_value(
+        source,
+        schedule,
         expected="a function of the optimizer step that returns a factor in [0, 1]",
         instead="pass linear_warmup(steps), say, or constant(0.5) for a fixed factor",
     )
@@ -209,30 +241,4 @@ def _checked(schedule: object, source: str) -> ScheduleFunction:
 def _factors(schedule: object) -> tuple[ScheduleFunction, ...]:
     if isinstance(schedule, _Product):
         return schedule.factors
-    return (schedule if callable(schedule) else constant(_factor(schedule, "a factor")),)
-
-
-def _step(value: object, source: str) -> float:
-    step = as_number(value)
-    if step is None or step < 0:
-        raise OptionError(
-            f"{source} is {value!r}, of type {type(value).__name__}",
-            expected="a finite number of optimizer steps, 0 or more",
-            instead="pass how many optimizer steps it takes, such as 0.1 * epochs * len(loader)",
-        )
-    return step
-
-
-def _factor(value: object, source: str) -> float:
-    factor = as_number(value)
-    if factor is None or not 0 <= factor <= 1:
-        raise _not_a_factor(value, source)
-    return factor
-
-
-def _not_a_factor(value: object, source: str) -> OptionError:
-    return OptionError(
-        f"{source} is {value!r}, of type {type(value).__name__}",
-        expected="a factor on the drop rate, from 0 to 1",
-        instead="give 1 for the full rate and 0 for none",
-    )
+    return (schedule if callable(schedule) else constant(_FACTOR.read(schedule, "a factor")),)

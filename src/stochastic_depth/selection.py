@@ -29,20 +29,23 @@ def select(model: nn.Module, found: Discovery, blocks: Any) -> tuple[ResidualBlo
         OptionError: Something that selects no blocks.
     """
     usual = [block for block in found.blocks if not block.affine]
+    if not found.blocks or (blocks is None and not usual):
+        raise none_found(model, found)
     if blocks is None:
-        if not usual:
-            raise none_found(model, found)
         return tuple(usual)
-    single = isinstance(blocks, str | type | ResidualBlock) or callable(blocks)
-    selectors: list[Any] = list(blocks) if isinstance(blocks, Iterable) and not single else [blocks]
-    out = [s[1:] for s in selectors if isinstance(s, str) and s.startswith("!")]
-    into = [s for s in selectors if not (isinstance(s, str) and s.startswith("!"))]
-    names = [block.name for block in found.blocks]
-    kept = {block.name for block in usual} if out and not into else set()
-    for selector in into:
-        kept |= _chosen(model, found, usual, selector)
-    for pattern in out:
-        kept -= set(matching(pattern, names, argument="blocks"))
+    is_one = isinstance(blocks, str) or not isinstance(blocks, Iterable)
+    selectors: list[Any] = [blocks] if is_one else list(blocks)
+    chosen: set[str] = set()
+    left_out: set[str] = set()
+    for selector in selectors:
+        if isinstance(selector, str) and selector.startswith("!"):
+            names = [block.name for block in found.blocks]
+            left_out.update(matching(selector[1:], names, argument="blocks"))
+        else:
+            chosen |= _chosen(model, found, usual, selector)
+    if left_out and not chosen:
+        chosen = {block.name for block in usual}
+    kept = chosen - left_out
     if not kept:
         raise SelectionError(
             f"blocks={blocks!r} leaves nothing of {len(usual)} residual blocks",
@@ -55,26 +58,29 @@ def select(model: nn.Module, found: Discovery, blocks: Any) -> tuple[ResidualBlo
 def _chosen(
     model: nn.Module, found: Discovery, usual: Sequence[ResidualBlock], selector: Any
 ) -> set[str]:
+    """The names of the blocks that one selector stands for."""
+    names = [block.name for block in usual]
     if isinstance(selector, ResidualBlock):
         selector = selector.name
     if isinstance(selector, str):
-        if any(block.name == selector for block in found.blocks):
-            return {selector}
-        return set(matching(selector, [block.name for block in usual], argument="blocks"))
-    if isinstance(selector, type):
-        modules = dict(model.named_modules())
-        chosen = {b.name for b in usual if isinstance(modules.get(b.name), selector)}
-        kinds = sorted({block.kind for block in usual})
-        what, choices = f"class {selector.__name__}", f"the blocks are of class {', '.join(kinds)}"
-    elif callable(selector):
-        chosen = {block.name for block in usual if selector(block)}
-        what, choices = f"predicate {selector!r}", "it is called with each found block"
-    else:
+        exact = {block.name for block in found.blocks if block.name == selector}
+        return exact or set(matching(selector, names, argument="blocks"))
+    if not callable(selector):
         raise OptionError(
             f"blocks= holds {selector!r}, a {type(selector).__name__}",
             expected="names, globs, classes, found blocks or a predicate",
             instead='pass, say, blocks=["layer3.*", "!layer3.0"]',
         )
+    if isinstance(selector, type):
+        modules = dict(model.named_modules())
+        chosen = {name for name in names if isinstance(modules.get(name), selector)}
+        kinds = ", ".join(sorted({block.kind for block in usual}))
+        what = f"class {selector.__name__}"
+        choices = f"pass a class of theirs: the blocks are of class {kinds}"
+    else:
+        chosen = {block.name for block in usual if selector(block)}
+        what = f"predicate {selector!r}"
+        choices = "print sd.find_residual_blocks(model, ...): it is called with each found block"
     if not chosen:
         raise SelectionError(
             f"blocks= holds the {what}, which matches none of {len(usual)} residual blocks",
@@ -91,10 +97,10 @@ def refusal(block: ResidualBlock, *, unit: Unit, scale: Scale) -> str | None:
     if block.irregular:
         return "its module is called several times with different structure"
     if unit == "branch" and block.branches_leak:
-        return 'one of its branches computes with a value of another (unit="block" works)'
+        return 'one of its branches computes with a value of another (try unit="block")'
     for branch in block.branches:
         if branch.unscalable and scale != "none":
-            return f'{branch.name} cannot be scaled: {branch.unscalable} (scale="none" works)'
+            return f'{branch.name} cannot be scaled: {branch.unscalable} (try scale="none")'
     return None
 
 
@@ -106,11 +112,13 @@ def refuse(
     more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
     left = [block.name for block in gated if block.name not in reasons]
     out = [f"!{name}" for name in reasons]
-    paste = out if len(left) + len(reasons) == sum(not b.affine for b in found.blocks) else left
+    is_all = len(left) + len(reasons) == sum(not block.affine for block in found.blocks)
+    instead = "train the model as it is: no block is left"
+    if left:
+        them = "it" if len(reasons) == 1 else "them"
+        instead = f"pass blocks={out if is_all else left!r} to leave {them} out"
+    elif "(try " in told:
+        instead = f"try what the reasons say, or {instead}"
     return RefusedBlockError(
-        f"{told}{more}",
-        expected="blocks that can be skipped exactly",
-        instead=f"pass blocks={paste!r} to leave {'it' if len(reasons) == 1 else 'them'} out"
-        if left
-        else "do as the reasons say, or train the model as it is: no block is left",
+        f"{told}{more}", expected="blocks that can be skipped exactly", instead=instead
     )

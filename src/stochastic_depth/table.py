@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import nn
 
-from stochastic_depth.discovery.blocks import ResidualBlock
 from stochastic_depth.plan import Plan
 
 
@@ -19,69 +16,50 @@ def table(model: nn.Module, plan: Plan, whole: frozenset[str]) -> str:
         whole: The names of the blocks that are skipped as a whole.
     """
     rows = [("block", "class", "drop rate", "parameters", "when dropped")]
-    total, now = 0, plan.rates_at(plan.clock.step)
+    total, running, now = 0, float(len(plan.blocks)), plan.rates_at(plan.clock.step)
     for number, block in enumerate(plan.blocks):
-        modules = [
-            model.get_submodule(name)
-            for name in ([block.name] if block.explicit else _members(block))
-        ]
+        rates = [now[unit] for unit in plan.units_of(number)]
+        running -= sum(rates) / len(rates)
+        members = [name for branch in block.branches for name in branch.modules]
+        modules = map(model.get_submodule, [block.name] if block.explicit else members)
         size = sum(p.numel() for p in {p for module in modules for p in module.parameters()})
         total += size
-        rates = [now[unit] for unit in plan.units_of(number)]
         shown = ", ".join(dict.fromkeys(f"{rate:.4g}" for rate in rates))
-        how = _how(plan, number, whole)
+        how = _how(plan, number, rates, is_whole=block.name in whole)
         rows.append((block.name, block.kind, shown, f"{size:,}", how))
-    mode = 'mode="sample", ' if plan.mode == "sample" else ""
-    head = (
-        f"Stochastic depth on {type(model).__name__}: {len(plan.blocks)} blocks, "
-        f'{mode}unit="{plan.unit}", scale="{plan.scale}", step {plan.clock.step}'
-    )
-    expected = sum(
-        now[unit] / len(plan.units_of(number))
-        for number in range(len(plan.blocks))
-        for unit in plan.units_of(number)
-    )
-    run = f"{len(plan.blocks) - expected:.4g} of {len(plan.blocks)} blocks run on average"
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    blocks = f"{len(plan.blocks)} blocks"
+    run = f"{running:.4g} of {blocks} run on average"
+    options = f'unit="{plan.unit}", scale="{plan.scale}", step {plan.clock.step}'
     if plan.mode == "sample":
-        run = f"on average a row goes through {len(plan.blocks) - expected:.4g} blocks"
-    foot = f"{total:,} parameters in gated branches; {run}"
-    return "\n".join([head, *_aligned(rows), foot])
+        run = f"on average a row goes through {running:.4g} blocks"
+        options = f'mode="sample", {options}'
+    head = f"Stochastic depth on {type(model).__name__}: {blocks}, {options}"
+    return "\n".join([head, *lines, f"{total:,} parameters in gated branches; {run}"])
 
 
-def _members(block: ResidualBlock) -> list[str]:
-    return list(dict.fromkeys(m for branch in block.branches for m in branch.modules))
-
-
-def _how(plan: Plan, number: int, whole: frozenset[str]) -> str:
+def _how(plan: Plan, number: int, rates: list[float], *, is_whole: bool) -> str:
+    """How a block is skipped, and what to know of it."""
     block = plan.blocks[number]
+    has_several_units = len(rates) > 1
     notes = []
     if plan.mode == "sample":
         how = "its branch runs on the kept rows"
-        if block.name in whole and (plan.unit == "block" or len(block.branches) == 1):
+        if is_whole and not has_several_units:
             how = "runs on the kept rows; dropped ones are handed on"
         least = plan.counts[number].fewest_dropped
-        now = plan.rates_at(plan.clock.step)
-        if any(0 < now[unit] < least for unit in plan.units_of(number)):
+        if any(0 < rate < least for rate in rates):
             notes.append(f"{least:.0%} of the rows at once, less often")
-    elif block.name in whole:
+    elif is_whole:
         how = "skipped whole: returns its input"
-        if plan.unit == "branch" and len(block.branches) > 1:
+        if has_several_units:
             how = "each branch skipped; whole where all are dropped"
     else:
         how = "its branch skipped, its skip path runs"
         in_line = sorted({p for branch in block.branches for p in branch.in_line_parameters})
         if in_line:
             notes.append(f"{', '.join(in_line)} may get zero gradients")
-    if plan.scale == "eval":
-        stuck = [branch.name for branch in block.branches if branch.fold.obstacle]
-        if stuck:
-            notes.append("cannot be folded")
+    if plan.scale == "eval" and any(branch.fold.obstacle for branch in block.branches):
+        notes.append("cannot be folded")
     return "; ".join([how, *notes])
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]

@@ -22,7 +22,7 @@ from stochastic_depth.discovery.explicit import (
 from stochastic_depth.discovery.recording import Recording
 from stochastic_depth.discovery.unsharded import unsharded
 from stochastic_depth.discovery.watch import watch_once
-from stochastic_depth.errors import ExampleInputsError, NoResidualBlocksError
+from stochastic_depth.errors import ExampleInputsError, NoResidualBlocksError, OptionError
 from stochastic_depth.torch_private import is_in_parts
 
 __all__ = [
@@ -85,6 +85,12 @@ def find_residual_blocks(
 
 def plain_model(model: nn.Module) -> nn.Module:
     """The model inside of DistributedDataParallel or `torch.compile`."""
+    if not isinstance(model, nn.Module):
+        raise OptionError(
+            f"model is a {type(model).__name__}",
+            expected="a torch.nn.Module",
+            instead="pass the model itself",
+        )
     while True:
         inner = model._modules.get("_orig_mod")  # of torch.compile
         if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):

@@ -134,7 +134,9 @@ def _describe_block(
         for call in calls
     ]
     gate.flags = tuple(
-        {**gate.defaults, **{k: v for k, v in flags.items() if k not in places}} for flags in given
+        gate.defaults
+        | {k: v for k, v in flags.items() if k not in places and k in gate.positional}
+        for flags in given
     )
     shape = tuple(place for call in calls for place, _ in call.form)
     one_tensor = set(shape) == {0} and all(isinstance(c.form[0][1], int) for c in calls)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.discovery.undisturbed import eagerly
 from stochastic_depth.distributed.groups import is_running
+from stochastic_depth.distributed.layout import refuse_replica
 from stochastic_depth.distributed.setup import ALONE, Setup, setup_of
 from stochastic_depth.errors import ChangedModelError, SetupError
 from stochastic_depth.gating import hooks
@@ -58,12 +59,12 @@ def call_block(gate: Gate, module: nn.Module, original: Original, args: Any, kwa
         return original(module, *args, **kwargs)
     if running.trial is not None:
         return running.trial(gate, module, original, args, kwargs)
-    if nn.Module.__call__ is not _plain_call:
+    if nn.Module.__call__ is not _plain_call and not _is_exporting():
         raise _no_trace(gate, "torch.fx")
     decision = remembered(
         gate, lambda: decide(gate, module, lambda: gate.batch.size(args, kwargs), module)
     )
-    if module.training or decision.factors is not None or not all(decision.kept):
+    if module.training or not all(decision.kept):
         _check_arguments(gate, args, kwargs)
     return carry_out(gate, decision, module, original, args, kwargs)
 
@@ -83,10 +84,11 @@ def begin(gate: Gate, module: nn.Module, number: int) -> Row:
     Raises:
         SetupError: A trace writes the call down, and would write down this draw for good.
     """
-    if nn.Module.__call__ is not _plain_call or torch._C._get_tracing_state() is not None:
-        raise _no_trace(gate, "a trace (torch.jit.trace or torch.fx)")
     if _is_exporting():
         raise _no_trace(gate, "torch.export")
+    if nn.Module.__call__ is not _plain_call or torch._C._get_tracing_state() is not None:
+        raise _no_trace(gate, "a trace (torch.jit.trace or torch.fx)")
+    refuse_replica(module, gate.name)
     plan = gate.plan
     plan.expect_steps(gate.name, module)
     row = plan.row_for(number)
@@ -98,9 +100,9 @@ def begin(gate: Gate, module: nn.Module, number: int) -> Row:
 def _no_trace(gate: Gate, what: str) -> SetupError:
     return SetupError(
         f'{what} met block "{gate.name}" with its gate',
-        expected="a plain model: a program cannot draw anew",
-        instead="call depth.fold() (or depth.remove()) first; or, with torch.export and "
-        "torch.jit.trace, model.eval()",
+        expected="a model for inference: a program cannot draw anew",
+        instead="call depth.fold() (or depth.remove()) first; with torch.export and torch.jit.trace "
+        "model.eval() is enough",
     )
 
 
@@ -276,7 +278,8 @@ def _flags(gate: Gate, args: Any, kwargs: Any) -> Mapping[int | str, Any]:
     return {
         name: value
         for name, value in given.items()
-        if name not in gate.places and isinstance(value, PLAIN_VALUES)
+        # What the forward takes as **kwargs is handed on to its modules.
+        if name not in gate.places and name in gate.positional and isinstance(value, PLAIN_VALUES)
     }
 
 

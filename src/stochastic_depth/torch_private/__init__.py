@@ -65,6 +65,7 @@ from stochastic_depth.torch_private.operations import (
 )
 from stochastic_depth.torch_private.processes import (
     called_by_a_pipeline,
+    group_of_collective,
     holds_fsdp1,
     inside_ddp,
     inside_fsdp1,
@@ -87,6 +88,7 @@ __all__ = [
     "called_by_a_pipeline",
     "checkpoints",
     "fake_mode",
+    "group_of_collective",
     "holds_fsdp1",
     "inside_ddp",
     "inside_fsdp1",

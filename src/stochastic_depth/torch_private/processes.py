@@ -19,6 +19,20 @@ def inside_ddp() -> DistributedDataParallel | None:
     return wrapper
 
 
+def group_of_collective(operation: Any, args: tuple[Any, ...]) -> Any:
+    """The process group that an operation talks to; None where it talks to nobody."""
+    if operation.namespace not in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
+        return None
+    processes: Any = torch.distributed.distributed_c10d
+    for argument, given in zip(operation._schema.arguments, args, strict=False):
+        if argument.name == "group_name":
+            return processes._resolve_process_group(given)
+        if argument.name == "process_group":
+            kind = processes.ProcessGroup
+            return given if isinstance(given, kind) else kind.unbox(given)
+    return None
+
+
 def is_fully_sharded_unit(module: nn.Module) -> bool:
     """Whether `fully_shard` was called on it."""
     sharded = sys.modules.get("torch.distributed.fsdp")  # importing it takes seconds
