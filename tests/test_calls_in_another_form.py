@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -50,11 +52,32 @@ def test_a_mask_that_the_example_did_not_have(unit: str, training: bool) -> None
     assert str(depth).count("whole") == 6
     with depth.fixed(closed(depth)):
         assert torch.equal(model(x), x)
-        masked = x
-        for _ in range(6):
-            masked = masked * mask
-        assert torch.equal(model(x, mask), masked)
-        assert torch.equal(model(x, gain=2), 64 * x)
+        with pytest.raises(sd.ChangedModelError, match='"mask", where the example had none'):
+            model(x, mask)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", sd.StochasticDepthWarning)
+            assert torch.equal(model(x, gain=2), 64 * x)
+    if training:
+        with pytest.raises(sd.ChangedModelError, match="pass the example that you train with"):
+            model(x, mask)
+    else:  # nothing is dropped
+        assert torch.equal(model(x, mask), depth.remove()(x, mask))
+
+
+@pytest.mark.oldest
+def test_another_flag_is_exact_and_says_what_it_costs() -> None:
+    torch.manual_seed(0)
+    model, x = Network().train(), torch.randn(2, 8)
+    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=x)
+    with depth.fixed({"layers.3": False}):
+        with pytest.warns(sd.StochasticDepthWarning, match=r'"layers\.3" .*gain.*: 2.*thrown away'):
+            found = model(x.requires_grad_(), gain=2)
+        found.sum().backward()
+    dropped = [p.grad is None for p in model.layers[3].parameters()]
+    assert all(dropped)
+    twin = depth.remove()
+    twin.layers[3].branch[2].register_forward_hook(lambda module, args, output: output * 0)
+    assert torch.equal(found, twin(x, gain=2))
 
 
 def test_a_mask_that_the_example_had_as_well() -> None:

@@ -106,7 +106,7 @@ def test_a_block_shares_its_rows_and_branches_draw_their_own() -> None:
     model(x)
     gates = depth.last_gates
     assert list(gates) == [branch.name for block in depth.blocks for branch in block.branches]
-    assert gates["layers.0:0"] != gates["layers.0:1"]
+    assert any(gates[f"layers.{n}:0"] != gates[f"layers.{n}:1"] for n in range(6))
 
 
 def test_only_the_kept_rows_are_computed() -> None:
@@ -251,7 +251,7 @@ def test_arguments_that_the_example_lacked_are_refused() -> None:
     depth = gate(model)
     x, mask = torch.randn(4, WIDTH), torch.ones(4, 1)
     model(x)
-    with pytest.raises(sd.ChangedModelError, match="pass example_inputs as in the training"):
+    with pytest.raises(sd.ChangedModelError, match="pass the example that you train with"):
         model(x, mask)
     depth.remove()
     gate(model, example_inputs=(x, mask))
