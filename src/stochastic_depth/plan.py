@@ -202,6 +202,11 @@ class Plan:
             self._factors[key] = known
         return known
 
+    def may_multiply(self, units: tuple[int, ...], *, training: bool) -> bool:
+        """Whether branches of these units are multiplied at one step or another."""
+        applies = self.scale == ("train" if training else "eval")
+        return applies and any(self.base_rates[unit] for unit in units)
+
     def inference_factors(self, units: tuple[int, ...]) -> tuple[float, ...] | None:
         """The same for one gate in inference, in a way that torch.compile can follow."""
         if self.scale != "eval":

@@ -19,7 +19,7 @@ from stochastic_depth.gating.gate import KEY, Gate, Role, gate_of
 from stochastic_depth.gating.swap import swap_in, swap_out
 from stochastic_depth.plan import Plan
 from stochastic_depth.rows import Dims
-from stochastic_depth.torch_private import PLAIN_VALUES
+from stochastic_depth.torch_private import PLAIN_VALUES, is_wrapper
 
 _NO_ROWS: tuple[Dims, Dims] = ({}, {})
 
@@ -166,6 +166,7 @@ def _settle(model: nn.Module, gate: Gate, members: Sequence[Gate]) -> None:
         and plan.draw.redraw == "forward"
         and gate.simple_ends
         and not gate.roles
+        and not is_wrapper(model.get_submodule(gate.name))
         and bool(gate.places & {0, first})
     )
 

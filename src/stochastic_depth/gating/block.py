@@ -22,7 +22,7 @@ from stochastic_depth.errors import ChangedModelError, SetupError
 from stochastic_depth.gating import hooks
 from stochastic_depth.gating.batch import named
 from stochastic_depth.gating.branch import Passage
-from stochastic_depth.gating.compiled import let_rows_vary, scales
+from stochastic_depth.gating.compiled import let_rows_vary, run_compiled
 from stochastic_depth.gating.gate import KEY, Gate, Original, changed, running
 from stochastic_depth.gating.recomputation import remembered
 from stochastic_depth.plan import Row
@@ -176,8 +176,8 @@ def _run(
     gate.factors = factors
     gate.depth += 1
     try:
-        if gate.plan.compiling:
-            gate.scales = scales(factors, args, kwargs)
+        if gate.plan.compiling or is_compiled(module):
+            return run_compiled(gate, module, original, args, kwargs)
         return original(module, *args, **kwargs)
     finally:
         gate.depth -= 1

@@ -38,13 +38,13 @@ def gated_call(original: Original) -> Original:
             role = gate.fast_role
             if role is not None:
                 owner = gate.owners[0]
-                if owner.depth and (_grad_is_enabled() or not own["training"]):
+                if owner.depth and (_grad_is_enabled() or not self.training):
                     if owner.factors is None or not role.ends:
                         return run(self, *args, **kwargs)
                     factor = owner.factors[role.branch]
                     return run_multiplied(self, run, role, factor, args, kwargs)
             elif gate.is_fast and len(args) == 1 and not kwargs and backward_task() == -1:
-                if own["training"] and _grad_is_enabled():
+                if self.training and _grad_is_enabled():
                     step = plan.clock.step
                     if gate.step == step:
                         number = gate.calls
@@ -60,7 +60,7 @@ def gated_call(original: Original) -> Original:
                     if not runs:
                         return run_drawn(gate, self, original, args, kwargs, row)
                     gate.factors = row.factors[gate.index]
-                elif not own["training"] and nn.Module.__call__ is _plain_call:
+                elif not self.training and nn.Module.__call__ is _plain_call:
                     gate.factors = plan.factors_at(plan.clock.step, training=False)[gate.index]
                 else:
                     return call_block(gate, self, original, args, kwargs)

@@ -8,15 +8,17 @@ multiplied by are 0-dim tensors, so that no step of a schedule needs another gra
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
+from itertools import count
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from stochastic_depth.errors import OptionError, warn
-from stochastic_depth.gating.gate import Gate, Original, gate_of
+from stochastic_depth.gating.gate import Gate, Original, gate_of, running
 from stochastic_depth.plan import Plan
 from stochastic_depth.rows import change_leaves
 from stochastic_depth.torch_private import (
@@ -24,9 +26,15 @@ from stochastic_depth.torch_private import (
     let_vary,
     once_in_a_trace,
     outside_of_graphs,
+    set_compiler,
     tree_leaves,
 )
 
+_WHY = (
+    "what stochastic depth drops is drawn anew at every call, outside of all graphs: leave "
+    "fullgraph=True out, or call depth.compile(), which compiles block by block"
+)
+_numbers = count()
 _call_outside: Any = None  # `_call`, outside of all graphs; made in a trace: that takes an import
 
 
@@ -38,7 +46,7 @@ def compile_blocks(model: nn.Module, plan: Plan, options: Mapping[str, Any]) -> 
     """
     gated = [(module, gate) for module in model.modules() if (gate := gate_of(module)) is not None]
     blocks = [(module, gate) for module, gate in gated if gate.plan is plan and gate.units]
-    obstacles = {gate.name: why for module, gate in blocks if (why := _obstacle(module))}
+    obstacles = {gate.name: why for module, gate in blocks if (why := _obstacle(module, gate))}
     if obstacles:
         name, why = next(iter(obstacles.items()))
         some = f'{len(obstacles)} of {len(blocks)} blocks ("{name}": {why})'
@@ -55,9 +63,7 @@ def compile_blocks(model: nn.Module, plan: Plan, options: Mapping[str, Any]) -> 
         if gate.name not in obstacles:
             kind = _kind(module)
             if kind not in functions:
-                # torch keeps graphs by code object, few of each: each kind has one of its own.
-                code = _run_impl.__code__.replace(co_name=f"run_{type(module).__name__}")
-                function = FunctionType(code, _run_impl.__globals__, code.co_name)
+                function = _apart(cast(FunctionType, _run_impl), type(module).__name__)
                 functions[kind] = torch.compile(function, **options)
             module._compiled_call_impl = partial(functions[kind], module)
 
@@ -66,11 +72,28 @@ def _run_impl(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return module._call_impl(*args, **kwargs)
 
 
-def _obstacle(module: nn.Module) -> str | None:
-    gate = gate_of(module)
-    assert gate is not None
+def _run_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return module.__class__.gated_from.__call__(module, *args, **kwargs)  # type: ignore[attr-defined]
+
+
+def _apart(function: FunctionType, kind: str) -> FunctionType:
+    """The same function with a code of its own: by that torch keeps graphs, few of each."""
+    code = function.__code__.replace(co_name=f"run_{kind}_{next(_numbers)}")
+    return FunctionType(code, function.__globals__, code.co_name)
+
+
+@cache
+def _run_of(kind: type[nn.Module]) -> FunctionType:
+    return _apart(cast(FunctionType, _run_call), kind.__name__)
+
+
+def _obstacle(module: nn.Module, gate: Gate) -> str | None:
     if gate.is_residual:
         return "what a Residual adds is known only when it is called"
+    if is_compiled(module):
+        return "it was compiled on its own"
+    if not gate.simple_ends and gate.plan.scale != "none":
+        return "what one of its modules is differs from call to call"
     inner = [gate_of(part) for part in module.modules() if part is not module]
     return "there are blocks in it" if any(gate and gate.units for gate in inner) else None
 
@@ -83,6 +106,26 @@ def _kind(module: nn.Module) -> Any:
     )
 
 
+def run_compiled(
+    gate: Gate, module: nn.Module, original: Original, args: Any, kwargs: Any
+) -> Any:
+    """A block all of whose branches run, as a graph."""
+    factors = gate.factors
+    if factors is None and gate.plan.may_multiply(gate.units, training=module.training):
+        factors = (1.0,) * len(gate.units)  # until the schedule begins
+    gate.scales = None if factors is None else _scales(factors, args, kwargs)
+    compiler = running.compiler
+    if compiler is None:
+        return original(module, *args, **kwargs)
+    running.compiler = None
+    before = set_compiler(compiler)
+    try:
+        return _run_of(type(module))(module, *args, **kwargs)
+    finally:
+        set_compiler(before)
+        running.compiler = compiler
+
+
 def let_rows_vary(module: nn.Module, arguments: Any, dims: Mapping[int, int]) -> None:
     """Have a graph that is made for some rows of the batch hold for any number of them."""
     if is_compiled(module):
@@ -92,10 +135,8 @@ def let_rows_vary(module: nn.Module, arguments: Any, dims: Mapping[int, int]) ->
                 let_vary(leaves[number], dim)
 
 
-def scales(factors: tuple[float, ...] | None, args: Any, kwargs: Any) -> tuple[Any, ...] | None:
+def _scales(factors: tuple[float, ...], args: Any, kwargs: Any) -> tuple[Any, ...]:
     """Factors as a graph takes them: on the device of the block's input."""
-    if factors is None:
-        return None
     leaves = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
     like = next((leaf for leaf in leaves if leaf.is_floating_point()), None)
     if like is None:
@@ -115,10 +156,11 @@ def _scalar(factor: float, device: torch.device, *, double: bool) -> Tensor:
 def traced_call(module: nn.Module, original: Original, args: Any, kwargs: Any) -> Any:
     """A gated module's call in a trace."""
     gate: Any = module._stochastic_depth
+    stays_out = gate.units and (module.training or gate.plan.forcing or not gate.simple_ends)
+    if stays_out or not is_dynamo_compiling():  # the latter where torch gave up on this function
+        _make_way()
+        return _call_outside(module, original, args, kwargs)
     if gate.units:
-        if module.training or gate.plan.forcing or not gate.simple_ends:
-            _make_way()
-            return _call_outside(module, original, args, kwargs)
         gate.scales = gate.plan.inference_factors(gate.units)
     output = original(module, *args, **kwargs)
     role = gate.role
@@ -138,14 +180,21 @@ def _times(value: Tensor, scale: Any) -> Tensor:
 def _call(module: nn.Module, original: Original, args: Any, kwargs: Any) -> Any:
     """A call whose gate no graph holds; what it calls may be compiled."""
     from stochastic_depth.gating.block import call_block
+    from stochastic_depth.gating.branch import call_branch_module
 
     gate = gate_of(module)
     assert gate is not None
+    call = call_branch_module if gate.roles else call_block
     gate.plan.compiling = True
-    return call_block(gate, module, original, args, kwargs)
+    before, running.compiler = running.compiler, set_compiler(None)
+    try:
+        return call(gate, module, original, args, kwargs)
+    finally:
+        set_compiler(running.compiler)
+        running.compiler = before
 
 
 @once_in_a_trace
 def _make_way() -> None:
     global _call_outside
-    _call_outside = _call_outside or outside_of_graphs(_call)
+    _call_outside = _call_outside or outside_of_graphs(_call, _WHY)

@@ -69,6 +69,7 @@ class Running(threading.local):
     def __init__(self) -> None:
         self.passages: list[Any] = []  # calls of blocks that run in part, outermost first
         self.open_all = False  # while the shapes of an output are looked up
+        self.compiler: Any = None  # what torch.compile does with frames, while a gate decides
         self.trial: Any = None  # what is tried at each call of a block, before apply returns
 
 

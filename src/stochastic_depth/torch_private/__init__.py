@@ -57,6 +57,7 @@ from stochastic_depth.torch_private.compiling import (
     let_vary,
     once_in_a_trace,
     outside_of_graphs,
+    set_compiler,
 )
 from stochastic_depth.torch_private.operations import (
     fake_mode,
@@ -103,6 +104,7 @@ __all__ = [
     "once_in_a_trace",
     "outside_of_graphs",
     "prefetches_explicitly",
+    "set_compiler",
     "sharded_dtypes",
     "top_hooks",
     "tree_flatten",

@@ -31,9 +31,23 @@ def let_vary(tensor: Tensor, dim: int) -> None:
         mark(tensor, dim)
 
 
-def outside_of_graphs(function: Call) -> Call:
+def set_compiler(callback: Any) -> Any:
+    """Set what torch.compile does with the frames of functions that are called from here on.
+
+    Returns:
+        What it did before; None: nothing.
+    """
+    from torch._C._dynamo.eval_frame import set_eval_frame
+
+    return set_eval_frame(callback)
+
+
+def outside_of_graphs(function: Call, why: str) -> Call:
     """A function that torch.compile does not look into; what it calls may be compiled."""
-    return torch.compiler.disable(function, recursive=False)
+    try:
+        return torch.compiler.disable(function, recursive=False, reason=why)
+    except TypeError:  # torch 2.6 takes no reason
+        return torch.compiler.disable(function, recursive=False)
 
 
 def once_in_a_trace(function: Call) -> Call:
