@@ -21,7 +21,7 @@ import stochastic_depth as sd
 from ddp_cases import averaged
 from networks import WIDTH, Transformer, settled
 from processes import report
-from sharding import DRAWS, RATES, STEPS, Setup, blocks_of, full, trained_as_alone
+from sharding import DRAWS, LOWER_RATES, RATES, STEPS, Setup, blocks_of, full, trained_as_alone
 
 SHAPE = (4, 5, 3)
 # `fully_shard` of torch 2.6 wants a GPU.
@@ -89,7 +89,6 @@ class Parallel:
     layer: type[nn.Module] = Layer
     unit: Literal["block", "branch"] = "block"
     mode: Literal["batch", "sample"] = "batch"
-    split_first: bool = False  # before stochastic depth is applied
     sharded: bool = False  # over the pairs
 
 
@@ -115,19 +114,15 @@ def trained_in_pairs(setup: Parallel) -> None:
     def apply(net: nn.Module) -> sd.StochasticDepth:
         return sd.apply_stochastic_depth(
             net,
-            RATES,
+            LOWER_RATES if setup.mode == "sample" else RATES,
             example_inputs=torch.randn(SHAPE),
             unit=setup.unit,
             mode=setup.mode,
             draw=draw,
         )
 
-    if setup.split_first:
-        split(model, mesh["tp"])
-        depth = apply(model)
-    else:
-        depth = apply(model)
-        split(model, mesh["tp"])
+    depth = apply(model)
+    split(model, mesh["tp"])
     twin = apply(alone)
     for unit in [*blocks_of(model), model] if setup.sharded else []:
         fully_shard(unit, mesh=mesh["dp"])
@@ -165,6 +160,8 @@ def draws_that_differ_within_a_pair_are_refused() -> None:
     split(model, mesh)
     with pytest.raises(sd.SetupError, match=r"tensor parallel.*process_group"):
         model.train()(torch.randn(SHAPE))
+    with pytest.raises(sd.SetupError, match=r"apply stochastic depth first.*parallelize_module"):
+        sd.apply_stochastic_depth(model, 0.5, example_inputs=torch.randn(SHAPE))
 
 
 def a_pair_that_disagrees_raises() -> None:
@@ -179,14 +176,11 @@ def a_pair_that_disagrees_raises() -> None:
 
 PARALLEL = {
     "block": Parallel(),
-    "split first": Parallel(split_first=True),
     "branch": Parallel(unit="branch"),
-    "branch, split first": Parallel(unit="branch", split_first=True),
     "post-norm": Parallel(PostNormLayer),
     "explicit": Parallel(ExplicitLayer),
     "rows": Parallel(mode="sample"),
     "sharded": Parallel(sharded=True),
-    "sharded, split first": Parallel(sharded=True, split_first=True),
     "sharded, branch": Parallel(sharded=True, unit="branch"),
     "sharded, explicit": Parallel(ExplicitLayer, sharded=True),
     "sharded, rows": Parallel(sharded=True, mode="sample"),

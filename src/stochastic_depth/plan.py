@@ -151,7 +151,7 @@ class Plan:
         self._forced = threading.local()
         self.forcing, self.following, self.handle = 0, None, None
         self.reduction: Any = None  # of the DistributedDataParallel around the gates
-        self.agreed: tuple[int, int] | None = None  # the row that ranks last agreed about
+        self.agreed: set[str] = set()  # gates called since ranks last compared their draws
         self.refused_prefetch = -1  # the forward in which lists of units were last looked for
         self.looked_at: tuple[str, int] | None = None  # a gate, and its parameters' version
         self.changes, self.warned = 0, set[str]()

@@ -8,7 +8,6 @@ would silently be added to those of the other.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -18,14 +17,14 @@ from stochastic_depth.errors import SetupError
 
 
 def check_agreement(
-    block: str, ranks: tuple[int, ...] | None, state: Callable[[], dict[str, object]]
+    block: str, ranks: tuple[int, ...] | None, own: dict[str, object]
 ) -> None:
     """Compare what the draws of a forward follow from; one collective of 16 bytes, on the CPU.
 
     Args:
         block: The block that is called first in it.
         ranks: Those that have to agree; None: all.
-        state: What the draws follow from.
+        own: What this rank's draws follow from.
 
     Raises:
         SetupError: On all ranks, where they differ.
@@ -34,7 +33,6 @@ def check_agreement(
         ranks = tuple(range(dist.get_world_size()))
     if len(ranks) == 1:
         return
-    own = state()
     digest = hashlib.blake2b(repr(own).encode(), digest_size=7).digest()
     number = int.from_bytes(digest, "big")
     most = torch.tensor([number, -number], dtype=torch.int64, device="cpu")
@@ -51,8 +49,7 @@ def check_agreement(
         f"{_shown(first[key])} on one, {_shown(other[key])} on another",
         expected="the same seed, rates, steps and calls on all ranks, as their parameters are "
         "sharded over all of them",
-        instead="step, force (fixed, disabled) and load the same on all ranks; for draws of their "
-        'own: sd.Draw(across_ranks="different")',
+        instead="step, force (fixed, disabled) and load the same on all ranks",
     )
 
 

@@ -35,6 +35,7 @@ class _Anchor(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.reduction, ctx.anchored = reduction, parameters
         ctx.reduces = reduction.wrapper.require_backward_grad_sync
+        ctx.is_first = backward_task() == -1  # not in a reentrant checkpoint's recomputation
         if fresh:  # nobody else holds it: as a view, in-line code could not change it in place
             ctx.mark_dirty(value)
         return value
@@ -42,7 +43,8 @@ class _Anchor(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> Any:
         ctx.reduction.skipped.update(dict.fromkeys(ctx.anchored))
-        ctx.reduction.await_end(reduces=ctx.reduces)
+        if ctx.is_first:
+            ctx.reduction.await_end(reduces=ctx.reduces)
         return gradient, None, None, *[None for _ in ctx.anchored]
 
 
@@ -75,7 +77,7 @@ class Reduction:
     def await_end(self, *, reduces: bool) -> None:
         """Look at the gradients at the end of the backward that is under way, once."""
         self.reduces |= reduces
-        if self.task != backward_task():
+        if self.task == -1:
             self.task = backward_task()
             after_backward(self._accumulated)
 

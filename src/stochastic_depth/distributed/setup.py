@@ -9,8 +9,9 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,8 +26,8 @@ from stochastic_depth.distributed.layout import (
 )
 from stochastic_depth.distributed.reduction import Reduction
 from stochastic_depth.errors import SetupError
-from stochastic_depth.plan import Counted, Plan, Row
-from stochastic_depth.torch_private import tree_flatten, tree_unflatten
+from stochastic_depth.plan import Counted, Plan
+from stochastic_depth.torch_private import backward_task, tree_flatten, tree_unflatten
 
 _layouts: weakref.WeakKeyDictionary[Any, dict[object, Layout]] = weakref.WeakKeyDictionary()
 
@@ -45,22 +46,38 @@ class Setup:
     reduction: Reduction | None = None
     differs: bool = False
 
-    def agree(self, plan: Plan, gate: Counted, row: Row | None) -> None:
-        """Have all ranks compare what they draw from, where they need the same draws.
+    def agree(self, plan: Plan, gate: Counted, *, training: bool) -> None:
+        """Have all ranks compare what they draw from, at the first call of each forward.
 
         Args:
             plan: What they draw from.
             gate: Whose call it is.
-            row: What is drawn, compared once; None where gates are fixed: compared at every call.
+            training: Whether it trains.
 
         Raises:
             SetupError: On all ranks, where they differ.
         """
         if self.layout.in_parts and not plan.ranks_differ:
-            drawn = None if row is None else (row.step, row.number)
-            if drawn is None or plan.agreed != drawn:
-                plan.agreed = drawn
-                check_agreement(gate.name, self.layout.ranks, plan.drawn_from)
+            begins = not plan.agreed or gate.name in plan.agreed
+            plan.agreed = {gate.name} if begins else plan.agreed | {gate.name}
+            if begins:
+                state = {"training": training, **plan.drawn_from()}
+                check_agreement(gate.name, self.layout.ranks, state)
+
+    def may_draw(self, plan: Plan, gate: Counted) -> None:
+        """Raises where ranks may drop a block differently in which they wait for each other."""
+        talk = plan.talks.get(gate.name)
+        alike = plan.mode == "batch" and not plan.ranks_differ
+        if talk is not None and not alike and place(plan.draw.process_group)[1] > 1:
+            raise SetupError(
+                f'block "{gate.name}" holds {talk}, and ranks may drop it differently: one that '
+                "runs it would wait forever for one that does not",
+                expected="the same draws on every rank where they talk to each other inside of a "
+                "branch",
+                instead='pass mode="batch" with Draw(across_ranks="same"); or, where only ranks '
+                "that train on the same data talk there, Draw(process_group=...), the group of "
+                "those that do not; or leave the block out with blocks=",
+            )
 
     def check_rows(self, plan: Plan, gate: Counted, batch: int) -> None:
         """Raises where a rank may keep no row of the batch, and others wait for its gradients."""
@@ -75,10 +92,13 @@ class Setup:
                     instead='use a larger batch or a lower rate, or mode="batch"',
                 )
 
-    def ran(self, value: Any) -> Any:
-        """The output of a block that ran."""
-        if self.reduction is not None and self.differs:
-            self.reduction.expect(value)
+    def ran(self, value: Any, inputs: Any) -> Any:
+        """The output of a block, which was called with these inputs."""
+        if self.reduction is not None and backward_task() == -1:
+            self.reduction.task = -1  # also where the last backward raised
+            # Where a reentrant checkpoint runs the forward without gradients, only the inputs have.
+            if self.differs or not torch.is_grad_enabled():
+                self.reduction.expect((value, inputs))
         return value
 
     def skipped(self, value: Any, module: nn.Module) -> Any:
@@ -98,7 +118,7 @@ class Setup:
         """The same for one tensor, in which these parameters have no part."""
         if self.reduction is not None:
             value = self.reduction.hang(value, parameters, fresh=False)
-        return cast(Tensor, self.ran(value))
+        return value
 
     def stand_in(self, output: Any, ends: Iterable[int], module: nn.Module) -> Any:
         """What stands in for the output of a dropped module; a branch's end carries all of them."""
@@ -133,8 +153,6 @@ def setup_of(plan: Plan, gate: Counted, module: nn.Module) -> Setup:
     if layout.sharded and plan.refused_prefetch != plan.row.number:
         plan.refused_prefetch = plan.row.number  # once a forward
         refuse_explicit_prefetch(module, gate.name)
-    if plan.ranks_differ and module.training:
-        _refuse_to_wait(plan, gate)
     wrapper = wrapper_of(gate.name) if module.training else None
     if wrapper is None and layout == ALONE.layout:
         return ALONE
@@ -173,19 +191,4 @@ def _refuse(plan: Plan, gate: Counted, layout: Layout) -> None:
             expected="ranks that compute parts of the same examples to draw the same",
             instead="pass sd.Draw(process_group=...), the group of the data-parallel dimension: "
             'mesh["dp"].get_group(); or sd.Draw(across_ranks="same")',
-        )
-
-
-def _refuse_to_wait(plan: Plan, gate: Counted) -> None:
-    """Raises where ranks may drop a block differently in which they wait for each other."""
-    talk = plan.talks.get(gate.name)
-    if talk is not None and place(plan.draw.process_group)[1] > 1:
-        raise SetupError(
-            f'block "{gate.name}" holds {talk}, and ranks may drop it differently: one that runs '
-            "it would wait forever for one that does not",
-            expected="the same draws on every rank where they talk to each other inside of a "
-            "branch",
-            instead='pass mode="batch" with Draw(across_ranks="same"); or, where only ranks that '
-            "train on the same data talk there, Draw(process_group=...), the group of those that "
-            "do not; or leave the block out with blocks=",
         )

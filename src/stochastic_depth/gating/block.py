@@ -74,6 +74,7 @@ def run_drawn(
 ) -> Any:
     """Call a block's module as this row of mode "batch" says: not under a checkpoint."""
     setup = setup_of(gate.plan, gate, module) if is_running() else ALONE
+    setup.agree(gate.plan, gate, training=True)
     decision = _of_row(gate, row, setup, lambda: 0)
     return carry_out(gate, decision, module, original, args, kwargs)
 
@@ -118,6 +119,7 @@ def decide(gate: Gate, module: nn.Module, batch: Callable[[], int], holder: nn.M
     plan, training = gate.plan, module.training
     fixed, disabled = plan.forced
     setup = setup_of(plan, gate, holder) if is_running() else ALONE
+    setup.agree(plan, gate, training=training)
     step = plan.clock.step
     if training and fixed is None and not disabled:
         number = gate.next_call(step)
@@ -127,8 +129,6 @@ def decide(gate: Gate, module: nn.Module, batch: Callable[[], int], holder: nn.M
         return _of_row(gate, row, setup, batch)
     factors = plan.factors_at(step, training=training and not disabled)[gate.index]
     chosen = [True if disabled else (fixed or {}).get(plan.units[unit], True) for unit in gate.units]
-    if fixed is not None:
-        setup.agree(plan, gate, None)
     rows = tuple(each if isinstance(each, Rows) else None for each in chosen)
     kept = tuple(each is not False for each in chosen)
     return Decision(gate, kept, factors, rows if any(rows) else None, setup)
@@ -137,7 +137,7 @@ def decide(gate: Gate, module: nn.Module, batch: Callable[[], int], holder: nn.M
 def _of_row(gate: Gate, row: Row, setup: Setup, batch: Callable[[], int]) -> Decision:
     """What a drawn row says about a gate."""
     plan, factors = gate.plan, row.factors[gate.index]
-    setup.agree(plan, gate, row)
+    setup.may_draw(plan, gate)
     if plan.mode == "batch":
         return Decision(gate, tuple([row.kept[unit] for unit in gate.units]), factors, None, setup)
     gate.last_batch = size = batch()
@@ -157,12 +157,12 @@ def carry_out(
     if rows is None and all(decision.kept):
         output = _run(gate, decision, module, original, args, kwargs)
     elif not any(decision.kept) and gate.whole is not None and _flags_are_known(gate, args, kwargs):
-        return _skip_value(gate, setup, module, args, kwargs)
+        output = _skip_value(gate, setup, module, args, kwargs)
     elif rows is not None and gate.whole is not None and all(each is rows[0] for each in rows):
         output = _run_on_rows(gate, decision, module, original, args, kwargs)
     else:
         output = _run_in_part(gate, decision, module, original, args, kwargs)
-    return setup.ran(output)
+    return setup.ran(output, (args, kwargs))
 
 
 def _run(

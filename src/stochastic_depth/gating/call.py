@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
+from stochastic_depth.distributed.groups import is_running
 from stochastic_depth.gating.block import begin, call_block, check_parts, run_drawn
 from stochastic_depth.gating.branch import call_branch_module, run_multiplied
 from stochastic_depth.gating.compiled import traced_call
@@ -60,7 +61,7 @@ def gated_call(original: Original) -> Original:
                     if not runs:
                         return run_drawn(gate, self, original, args, kwargs, row)
                     gate.factors = row.factors[gate.index]
-                elif not self.training and nn.Module.__call__ is _plain_call:
+                elif not self.training and nn.Module.__call__ is _plain_call and not is_running():
                     gate.factors = plan.factors_at(plan.clock.step, training=False)[gate.index]
                 else:
                     return call_block(gate, self, original, args, kwargs)
