@@ -9,11 +9,13 @@ alone. A ratio is that of the total times; its 95% interval comes from a bootstr
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import random
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import stochastic_depth as sd
 from imagelib.machine import machine
 
 Step = Callable[[int], object]
@@ -50,24 +53,81 @@ def sharing(model: nn.Module) -> nn.Module:
     return twin
 
 
+class Draws:
+    """Which gates each step drops: what the gated network itself says after a forward.
+
+    Args:
+        model: A gated network that has not advanced yet.
+        depth: Its handle.
+        example: What to call it with: a small batch does, as draws don't depend on it.
+        steps: How many steps to draw for.
+    """
+
+    def __init__(
+        self, model: nn.Module, depth: sd.StochasticDepth, example: Tensor, steps: int
+    ) -> None:
+        self.depth = depth
+        self.dropped: list[frozenset[str]] = []
+        self._states = []
+        for _ in range(steps):
+            self._states.append(depth.state_dict())
+            with torch.no_grad():
+                model(example)
+            closed = (name for name, kept in depth.last_gates.items() if not kept)
+            self.dropped.append(frozenset(closed))
+            depth.step()
+
+    def begin(self, step: int) -> None:
+        """Have the gated network draw what it drew at this step."""
+        self.depth.load_state_dict(self._states[step])
+
+
 def take_turns(
-    variants: Mapping[str, Step], steps: int, *, warmup: int = 2, seed: int = 0
+    variants: Mapping[str, Step],
+    steps: int,
+    *,
+    warmup: int = 2,
+    seed: int = 0,
+    prepare: Step | None = None,
 ) -> dict[str, NDArray[np.float64]]:
-    """Seconds of each variant at each step; the same step number means the same work."""
+    """Seconds of each variant at each step; the same step number means the same work.
+
+    `prepare` is called before each turn and not timed. Garbage is collected between turns only.
+    """
+    prepare = prepare or (lambda number: None)
     names = list(variants)
     for name in names:
         for number in range(warmup):
+            prepare(number)
             variants[name](number)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     order = random.Random(seed)
-    for number in range(steps):
+    for number in range(warmup, warmup + steps):
         for name in order.sample(names, len(names)):
+            prepare(number)
             wait_for_the_device()
-            start = time.perf_counter()
-            variants[name](warmup + number)
-            wait_for_the_device()
-            seconds[name].append(time.perf_counter() - start)
+            with _no_garbage_collection():
+                start = time.perf_counter()
+                variants[name](number)
+                wait_for_the_device()
+                seconds[name].append(time.perf_counter() - start)
     return {name: np.array(values) for name, values in seconds.items()}
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def typical(values: NDArray[np.float64]) -> Ratio:
+    """The median of paired differences or ratios, with a bootstrap interval over the steps."""
+    drawn = np.random.default_rng(0).integers(len(values), size=(4000, len(values)))
+    low, high = np.quantile(np.median(values[drawn], axis=1), (0.025, 0.975))
+    return Ratio(float(np.median(values)), float(low), float(high))
 
 
 def ratio(above: NDArray[np.float64], below: NDArray[np.float64]) -> Ratio:
