@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from time import thread_time
 from typing import Literal
 
 import numpy as np
@@ -66,7 +67,22 @@ class Pair:
             self.gated, rate, distribution, example_inputs=example, scale=scale
         )
         self.rates = {block.name: block.drop_rate for block in self.depth.blocks}
-        self.by_hand = ByHand(self.twin, self.rates, instead)
+        self._by_hand = ByHand(self.twin, self.rates, instead)
+
+    def draw(self, steps: int) -> list[frozenset[str]]:
+        """Draw for so many steps: the names of the blocks that each drops."""
+        self._draws = Draws(self.depth, steps)
+        self._dropped = [frozenset[str]()] * steps
+        if self.gated.training:
+            self._dropped = self._draws.dropped(self.gated, self.example)
+        return self._dropped
+
+    def prepare(self, step: int) -> None:
+        """Have both drop at their next forward what this step drops."""
+        self.gated.zero_grad(set_to_none=True)
+        self.twin.zero_grad(set_to_none=True)
+        self._draws.begin(step)
+        self._by_hand.leave_out(self._dropped[step])
 
 
 Way = Callable[[nn.Module, Tensor, int], Tensor]
@@ -115,41 +131,51 @@ def contest(
     """Have a pair take turns with others and with calls of a Linear.
 
     Args:
-        pair: The networks, in training or both in inference.
+        pair: The networks, both in training or both in inference.
         way: What a step does with a network.
         steps: How many.
         wrap: What is put around the gated network, and around its twin.
         **others: Networks that take turns with them.
     """
-    trains = pair.gated.training
-    draws = Draws(pair.gated, pair.depth, pair.example, WARMUP + steps) if trains else None
-    models = {"gated": pair.gated, "twin": pair.twin}
-    if wrap is not None:
-        models = {name: wrap[name](model) for name, model in models.items()}
+    return contests({"": pair}, way, steps, wrap=wrap, **others)[""]
+
+
+def contests(
+    pairs: Mapping[str, Pair],
+    way: Way,
+    steps: int,
+    *,
+    wrap: Wrap | None = None,
+    **others: nn.Module,
+) -> dict[str, Contest]:
+    """Likewise with several pairs at once, so that their figures are of the same minutes."""
+    dropped = {key: pair.draw(WARMUP + steps) for key, pair in pairs.items()}
 
     def prepare(step: int) -> None:
-        for model in models.values():
-            model.zero_grad(set_to_none=True)
-        if draws is not None:
-            draws.begin(step)
-            pair.by_hand.leave_out(draws.dropped[step])
+        for pair in pairs.values():
+            pair.prepare(step)
 
-    variants: dict[str, Step] = {
-        name: partial(way, model, pair.example) for name, model in (models | others).items()
-    }
-    for step in range(WARMUP):
-        prepare(step)
-        expected = variants["twin"](step)
-        torch.testing.assert_close(variants["gated"](step), expected)
-    seconds = take_turns(
-        variants | {"linear": calls_of_a_linear()}, steps, warmup=WARMUP, prepare=prepare
-    )
+    x = next(iter(pairs.values())).example
+    turns: dict[str, Step] = {name: partial(way, model, x) for name, model in others.items()}
+    turns["linear"] = calls_of_a_linear()
+    for key, pair in pairs.items():
+        for name, model in (("gated", pair.gated), ("twin", pair.twin)):
+            turns[name + key] = partial(way, wrap[name](model) if wrap else model, x)
+        for step in range(WARMUP):
+            prepare(step)
+            torch.testing.assert_close(turns["gated" + key](step), turns["twin" + key](step))
+    seconds = take_turns(turns, steps, warmup=WARMUP, prepare=prepare, clock=thread_time)
     seconds["linear"] /= CALLS
-    shares = np.zeros(steps)
-    if draws is not None:
-        last = {name for name, kept in pair.depth.last_gates.items() if not kept}
-        assert last == draws.dropped[-1], "it drew something else than before"
-        shares = np.array([len(dropped) for dropped in draws.dropped[WARMUP:]]) / len(pair.rates)
+    return {
+        key: _result(pair, dropped[key], {n.removesuffix(key): s for n, s in seconds.items()})
+        for key, pair in pairs.items()
+    }
+
+
+def _result(pair: Pair, dropped: list[frozenset[str]], seconds: dict[str, Figures]) -> Contest:
+    last = {name for name, kept in pair.depth.last_gates.items() if not kept}
+    assert last == dropped[-1], "it drew something else than before"
+    shares = np.array([len(names) for names in dropped[WARMUP:]]) / len(pair.rates)
     return Contest(len(pair.rates), shares, seconds)
 
 

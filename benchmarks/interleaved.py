@@ -54,32 +54,38 @@ def sharing(model: nn.Module) -> nn.Module:
 
 
 class Draws:
-    """Which gates each step drops: what the gated network itself says after a forward.
+    """The draws of so many steps, to go back to.
 
     Args:
-        model: A gated network that has not advanced yet.
-        depth: Its handle.
-        example: What to call it with: a small batch does, as draws don't depend on it.
-        steps: How many steps to draw for.
+        depth: The handle of a network that has not been trained yet.
+        steps: How many.
     """
 
-    def __init__(
-        self, model: nn.Module, depth: sd.StochasticDepth, example: Tensor, steps: int
-    ) -> None:
-        self.depth = depth
-        self.dropped: list[frozenset[str]] = []
+    def __init__(self, depth: sd.StochasticDepth, steps: int) -> None:
+        self._depth = depth
         self._states = []
         for _ in range(steps):
             self._states.append(depth.state_dict())
-            with torch.no_grad():
-                model(example)
-            closed = (name for name, kept in depth.last_gates.items() if not kept)
-            self.dropped.append(frozenset(closed))
             depth.step()
 
     def begin(self, step: int) -> None:
-        """Have the gated network draw what it drew at this step."""
-        self.depth.load_state_dict(self._states[step])
+        """Have the network draw at its next forward what it draws at this step."""
+        self._depth.load_state_dict(self._states[step])
+
+    def dropped(self, model: nn.Module, example: Tensor) -> list[frozenset[str]]:
+        """The gates that each step drops in mode "batch": after a forward the handle says it.
+
+        Args:
+            model: The network in training.
+            example: What to call it with: few rows will do, draws don't depend on them.
+        """
+        found = []
+        for step in range(len(self._states)):
+            self.begin(step)
+            with torch.no_grad():
+                model(example)
+            found.append(frozenset(n for n, kept in self._depth.last_gates.items() if not kept))
+        return found
 
 
 def take_turns(
@@ -89,6 +95,7 @@ def take_turns(
     warmup: int = 2,
     seed: int = 0,
     prepare: Step | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, NDArray[np.float64]]:
     """Seconds of each variant at each step; the same step number means the same work.
 
@@ -107,10 +114,10 @@ def take_turns(
             prepare(number)
             wait_for_the_device()
             with _no_garbage_collection():
-                start = time.perf_counter()
+                start = clock()
                 variants[name](number)
                 wait_for_the_device()
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return {name: np.array(values) for name, values in seconds.items()}
 
 

@@ -2,12 +2,12 @@
 
 The forward and backward of each block are timed alone (one thread, from the input that it has in
 the network), and the rest of the network with all blocks closed; a rank's step is the rest plus
-the blocks that the library's draws let run. Gradients travel for free.
+the blocks that draws like the library's let run. Gradients travel for free.
 """
 
 from __future__ import annotations
 
-import itertools
+import math
 import random
 import statistics
 from collections.abc import Callable
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 import stochastic_depth as sd
 from interleaved import Ratio, ratio, sharing
 from ranks_cases import Network
-from stochastic_depth.draw import balancing_order, rates_of_a_forward, uniform
 
 Kept = NDArray[np.bool_]
 Seconds = NDArray[np.float64]
@@ -55,28 +54,45 @@ class Costs:
         return Costs(self.names, (sum(self.blocks) / number,) * number, self.rest)
 
 
-def uniforms(steps: int, ranks: int, blocks: int) -> Seconds:
-    """The library's numbers for independent draws: of each step, rank and block."""
-    places = itertools.product(range(steps), range(ranks), range(blocks))
-    numbers = (uniform(0, step, (0,), str(block), rank) for step, rank, block in places)
-    count = steps * ranks * blocks
-    return np.fromiter(numbers, float, count).reshape(steps, ranks, blocks)
+def independent(steps: int, ranks: int, names: tuple[str, ...], rates: tuple[float, ...]) -> Kept:
+    """Which rank runs which block at each step, where each draws for itself."""
+    numbers = np.random.default_rng(0).random((steps, ranks, len(names)))
+    return numbers >= np.array(rates)
 
 
-def balanced_on_ranks(
-    step: int, names: tuple[str, ...], rates: tuple[float, ...], ranks: int
-) -> Kept:
-    """`stochastic_depth.draw.balanced` for all ranks at once: which runs which block."""
-    order = [names.index(name) for name in balancing_order(0, step, (0,), names)]
-    offset = uniform(0, step, (0,), ("offset",))
-    starts = (offset + np.arange(ranks) / ranks) % 1.0
-    number = uniform(0, step, (0,), ("number",))
-    whole = rates_of_a_forward(dict(zip(names, rates, strict=True)), number)
-    terms = np.tile(np.array([whole[names[block]] for block in order]), (ranks, 1))
+def balanced(step: int, ranks: int, names: tuple[str, ...], rates: tuple[float, ...]) -> Kept:
+    """Which rank runs which block at one step, where all run as many.
+
+    As `sd.Draw(sampling="balanced", across_ranks="different")` has it, with other numbers:
+    systematic sampling over the blocks in a random order, those of a stage together, in which each
+    rank begins at its own place.
+    """
+    generator = np.random.default_rng(step)
+    order = _random_order(names, generator)
+    starts = (generator.random() + np.arange(ranks) / ranks) % 1.0
+    whole = np.array(with_whole_sum(rates, generator.random()))
+    terms = np.tile(whole[order], (ranks, 1))
     sums = np.floor(np.cumsum(np.column_stack([starts, terms]), axis=1))
     kept = np.empty((ranks, len(rates)), dtype=bool)
     kept[:, order] = sums[:, 1:] == sums[:, :-1]
     return kept
+
+
+def _random_order(names: tuple[str, ...], generator: np.random.Generator) -> list[int]:
+    stages = [name.rpartition(".")[0] for name in names]
+    place = {stage: generator.random() for stage in dict.fromkeys(stages)}
+    keys = [(place[stage], generator.random()) for stage in stages]
+    return sorted(range(len(names)), key=keys.__getitem__)
+
+
+def with_whole_sum(rates: tuple[float, ...], u: float) -> list[float]:
+    """Rates that add up to one of the two integers around their sum, on average over u the same."""
+    part = math.fsum(rates) % 1.0
+    if not 1e-9 < part < 1 - 1e-9:
+        return list(rates)
+    bears = [min(p / part, (1 - p) / (1 - part)) for p in rates]
+    more = (1 - part if u < part else -part) / math.fsum(bears)
+    return [p + more * each for p, each in zip(rates, bears, strict=True)]
 
 
 def slowest_over_mean(seconds: Seconds, ranks: int) -> Ratio:
@@ -85,18 +101,17 @@ def slowest_over_mean(seconds: Seconds, ranks: int) -> Ratio:
     return ratio(groups.max(axis=2).mean(axis=1), seconds.mean(axis=1))
 
 
-def simulated(costs: Costs, rates: tuple[float, ...], numbers: Seconds) -> dict[str, Any]:
+def simulated(costs: Costs, rates: tuple[float, ...], steps: int) -> dict[str, Any]:
     """The slowest rank's time over the mean, for each number of ranks and each way to draw."""
-    independent = costs.of(numbers >= np.array(rates))
+    seconds = costs.of(independent(steps, WORLDS[-1], costs.names, rates))
     found: dict[str, Any] = {
-        "same": [slowest_over_mean(independent[:, :1], 1) for _ in WORLDS],
-        "different": [slowest_over_mean(independent, ranks) for ranks in WORLDS],
+        "same": [slowest_over_mean(seconds[:, :1], 1) for _ in WORLDS],
+        "different": [slowest_over_mean(seconds, ranks) for ranks in WORLDS],
         "different, balanced": [],
         "balanced, equal costs": [],
     }
     for ranks in WORLDS:
-        draws = (balanced_on_ranks(n, costs.names, rates, ranks) for n in range(len(numbers)))
-        kept = np.stack(list(draws))
+        kept = np.stack([balanced(step, ranks, costs.names, rates) for step in range(steps)])
         for name, cost in (("different, balanced", costs), ("balanced, equal costs", costs.equal)):
             found[name].append(slowest_over_mean(cost.of(kept), ranks))
     mean = costs.plain - float(np.dot(rates, costs.blocks))
