@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from composer import Trainer
-from composer.core import Callback, State
+from composer.core import Callback, DataSpec, State
 from composer.loggers import Logger
 from composer.models import ComposerClassifier, ComposerModel
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 import stochastic_depth as sd
 from stochastic_depth.integrations.composer import StochasticDepth
-from with_composer.training import logged, trainer
+from with_composer.training import classifier, drawn, logged, trainer
 
 Batch = dict[str, Tensor]
 
@@ -70,22 +70,6 @@ def texts() -> DataLoader[Any]:
     return DataLoader(rows, batch_size=4)  # type: ignore[arg-type]
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.branch = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.branch(x)
-
-
-def classifier() -> ComposerClassifier:
-    """A network without convolutions, so that nobody can guess an example."""
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(5, 8), *(Block() for _ in range(6)), nn.Linear(8, 3))
-    return ComposerClassifier(network, num_classes=3)
-
-
 def vectors() -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(16, 5, generator=generator)
@@ -107,9 +91,7 @@ def train(
     method = options.pop("method", "block")
     algorithm = StochasticDepth(None, method, 0.5, example_inputs=example, drop_warmup="2ba")
     gates = Gates(algorithm)
-    made = trainer(
-        algorithm, model=model, train_dataloader=batches, callbacks=gates, **options
-    )
+    made = trainer(algorithm, model=model, train_dataloader=batches, callbacks=gates, **options)
     made.fit()
     return made, algorithm, gates.seen
 
@@ -125,37 +107,30 @@ def test_it_is_as_if_the_batch_had_been_passed(
     batch = next(iter(batches))
     options: dict[str, Any] = {"method": method, "device_train_microbatch_size": microbatch}
     given, one, expected = train(model(), batches, batch if is_dict else batch[0], **options)
-    watched, other, drawn = train(model(), batches, **options)
+    watched, other, found = train(model(), batches, **options)
     names = [f"layers.{i}" if is_dict else str(i + 1) for i in range(6)]
     assert [block.name for block in other.depth.blocks] == names
-    assert drawn == expected
+    assert found == expected
     assert one.depth.state_dict() == other.depth.state_dict()
     states = [made.state.model.state_dict() for made in (given, watched)]
     torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
 def test_the_first_batch_is_drawn_for_too() -> None:
-    _, algorithm, drawn = train(classifier(), vectors())
-    twin = classifier().module
-    depth = sd.apply_stochastic_depth(
-        twin, 0.5, example_inputs=torch.randn(2, 5), draw=sd.Draw(7), schedule=sd.linear_warmup(2)
-    )
-    for gates in drawn:
-        twin(torch.randn(2, 5))
-        assert gates == depth.last_gates
-        depth.step()
-    assert len(drawn) == 8
-    assert not all(all(gates.values()) for gates in drawn)
+    _, _, found = train(classifier(), vectors())
+    network, x = classifier().module, torch.randn(2, 5)
+    assert found == drawn(network, x, 8, schedule=sd.linear_warmup(2))
+    assert not all(all(gates.values()) for gates in found)
 
 
 def test_a_dropped_layer_is_skipped_and_the_scale_is_folded() -> None:
     model = Reader()
     _, algorithm, _ = train(model, texts())
     batch = next(iter(texts()))
-    plain = copy.deepcopy(model)
+    plain: Any = copy.deepcopy(model)
     sd.get_stochastic_depth(plain).remove()
-    plain.layers[2].attention.out_proj.weight.data.zero_()
-    plain.layers[2].attention.out_proj.bias.data.zero_()
+    for parameter in plain.layers[2].attention.out_proj.parameters():
+        parameter.data.zero_()
     with torch.no_grad(), algorithm.depth.fixed({"layers.2": False}):
         torch.testing.assert_close(model.train()(batch), plain.train()(batch))
     folded = Reader()
@@ -187,12 +162,12 @@ def test_it_is_logged_once() -> None:
 
 def test_resuming(tmp_path: Path) -> None:
     options = {"save_filename": "ba{batch}.pt", "save_interval": "1ba", "seed": None}
-    whole, _, drawn = train(Reader(), texts(), save_folder=str(tmp_path / "a"), **options)
+    whole, _, found = train(Reader(), texts(), save_folder=str(tmp_path / "a"), **options)
     path = str(tmp_path / "a" / "ba3.pt")
     resumed, _, continued = train(
         Reader(), texts(), save_folder=str(tmp_path / "b"), load_path=path, **options
     )
-    assert continued == drawn[3:]
+    assert continued == found[3:]
     states = [made.state.model.state_dict() for made in (whole, resumed)]
     torch.testing.assert_close(*states, rtol=0, atol=0)
 
@@ -217,19 +192,48 @@ class Hidden(ComposerModel):
         return nn.functional.cross_entropy(outputs, batch.labels)
 
 
-def test_a_batch_that_cannot_be_watched_is_refused_before_the_training() -> None:
+def train_hidden(method: str) -> tuple[Trainer, StochasticDepth, Hidden]:
     model, batches = Hidden(), [Wrapped(x, labels) for x, labels in vectors()]
-    before = copy.deepcopy(model.state_dict())
-    made = trainer(
-        StochasticDepth(None, "sample"),
-        model=model,
-        train_dataloader=DataLoader(batches, batch_size=1, collate_fn=lambda rows: rows[0]),  # type: ignore[arg-type]
-        spin_dataloaders=False,
+    algorithm = StochasticDepth(None, method, 0.5)
+    data = DataSpec(
+        batches,
+        get_num_samples_in_batch=lambda batch: len(batch.x),
+        split_batch=lambda batch, size: [batch],
     )
+    options: dict[str, Any] = {"train_dataloader": data, "device_train_microbatch_size": 4}
+    return trainer(algorithm, model=model, max_duration="4ba", **options), algorithm, model
+
+
+def test_a_batch_that_hides_its_tensors_has_no_rows_to_take() -> None:
+    made, _, model = train_hidden("sample")
+    before = copy.deepcopy(model.state_dict())
     with pytest.raises(sd.ExampleInputsError, match="first batch, of type Wrapped") as caught:
         made.fit()
-    assert "pass example_inputs= to StochasticDepth" in str(caught.value)
+    assert "finds no tensor in it" in str(caught.value)
+    assert model.forwards == 0
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_batch_that_hides_its_tensors_can_be_watched() -> None:
+    made, algorithm, _ = train_hidden("block")
+    made.fit()
+    assert [b.name for b in algorithm.depth.blocks] == [f"network.{i + 1}" for i in range(6)]
+    assert not all(algorithm.depth.last_gates.values())
+
+
+class Hinted(ComposerClassifier):
+    """Cannot be called as the classifier that it is."""
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.module(batch[0], hint=True)
+
+
+def test_a_forward_that_fails_is_said_before_the_training() -> None:
+    model = Hinted(classifier().module, num_classes=3)
+    made = trainer(StochasticDepth(), model=model, train_dataloader=vectors())
+    with pytest.raises(sd.ExampleInputsError, match="watched was the first batch") as caught:
+        made.fit()
+    assert "hint" in str(caught.value)
 
 
 def test_a_network_that_is_not_called_is_said() -> None:

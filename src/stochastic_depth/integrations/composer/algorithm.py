@@ -170,14 +170,21 @@ class StochasticDepth(Algorithm):
 
     def _watch_batch(self, state: State, logger: Logger) -> None:
         """Before a forward, where no example is known: the batch is the example."""
+        kind = f"the first batch, of type {type(state.batch).__name__}, as no example is known"
+        call = call_with(state.model, state.batch)
+        if self.stochastic_method == "sample" and not call.shows_tensors:
+            raise ExampleInputsError(
+                f'stochastic_method="sample" watches {kind}, but finds no tensor in it',
+                expected="a tensor, or tuples, lists and dicts of tensors: rows are taken of them",
+                instead='give the model such a batch, or pass stochastic_method="block"',
+            )
         try:
-            self._put_on(state, call_with(state.model, state.batch))
+            self._put_on(state, call)
         except ExampleInputsError as error:
             raise ExampleInputsError(
-                "without example_inputs the network is watched with the first batch, of type "
-                f"{type(state.batch).__name__}; but {error}",
+                f"watched was {kind}: {error}",
                 expected="a batch that shows how the network is called",
-                instead="pass example_inputs= to StochasticDepth, a batch whose values are tensors",
+                instead="pass example_inputs= to StochasticDepth",
             ) from error
         self._log_number(logger)
         self._set_clock(state)

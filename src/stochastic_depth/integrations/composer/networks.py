@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from composer.models import ComposerClassifier, ComposerModel, HuggingFaceModel
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from stochastic_depth.discovery import plain_model
 from stochastic_depth.errors import ExampleInputsError
@@ -43,6 +44,11 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    @property
+    def shows_tensors(self) -> bool:
+        """Whether there is a tensor that is not hidden in some object."""
+        return any(isinstance(x, torch.Tensor) for x in tree_leaves((self.args, self.kwargs)))
 
 
 def call_with(model: nn.Module, batch: Any) -> Call:
