@@ -1,4 +1,4 @@
-"""Promise: `benchmarks/gates.py` measures what it says: it runs, and its arithmetic is right."""
+"""Promise: the benchmarks measure what they say: they run, and their arithmetic is right."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import gates
+from coveragelib.predictable import predictable_dropout
 from gates_contests import Contest, open_and_closed
 from gates_networks import ByHand, skip_path
 from imagelib.cifar_resnet import CifarResNet
@@ -58,3 +60,22 @@ def test_open_and_closed_gates_are_told_apart() -> None:
     assert is_open.value == pytest.approx(5.0, abs=0.1)
     assert closed.value == pytest.approx(1.0, abs=0.1)
     assert is_open.low <= is_open.value <= is_open.high
+
+
+def test_dropout_that_two_runs_can_be_compared_under() -> None:
+    x = torch.randn(3, 5)
+    layer = torch.nn.Dropout(0.5)
+    with predictable_dropout():
+        first, again, other = layer(x), layer(x), layer(torch.randn(4, 5))
+        assert torch.equal(layer.eval()(x), x)
+    assert torch.equal(first, again)
+    assert bool((first == 0).any())
+    assert torch.equal(first[first != 0], 2 * x[first != 0])
+    assert bool((other != 0).any())
+    with predictable_dropout(acts=False):
+        assert torch.equal(layer.train()(x), x)
+    q = torch.randn(1, 2, 3, 4)
+    with predictable_dropout():
+        kept = F.scaled_dot_product_attention(q, q, q, dropout_p=0.9)
+    torch.testing.assert_close(kept, F.scaled_dot_product_attention(q, q, q))
+    assert not torch.equal(layer(x), layer(x))
