@@ -347,13 +347,19 @@ def _percent(estimate: dict[str, float]) -> str:
 
 
 def _ratio(estimate: dict[str, float]) -> str:
+    if estimate["low"] == estimate["high"]:
+        return f"{estimate['value']:.3f}"
     return f"{estimate['value']:.3f} ({estimate['low']:.3f} to {estimate['high']:.3f})"
 
 
 def _machine(content: dict[str, Any]) -> str:
     machine = content["machine"]
-    where = machine["gpu"] or f"{machine['threads']} cores of an {machine['processor']}"
+    where = machine["gpu"] or f"{_cores(machine['threads'])} of an {machine['processor']}"
     return f"{where}, torch {machine['torch']}, {machine['date']}"
+
+
+def _cores(number: int) -> str:
+    return "one core" if number == 1 else f"{number} cores"
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -163,7 +163,8 @@ def contests(
             turns[name + key] = partial(way, wrap[name](model) if wrap else model, x)
         for step in range(WARMUP):
             prepare(step)
-            torch.testing.assert_close(turns["gated" + key](step), turns["twin" + key](step))
+            ours, theirs = turns["gated" + key](step), turns["twin" + key](step)
+            torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
     seconds = take_turns(turns, steps, warmup=WARMUP, prepare=prepare, clock=thread_time)
     seconds["linear"] /= CALLS
     return {

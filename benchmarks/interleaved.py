@@ -42,6 +42,8 @@ class Ratio:
     high: float
 
     def __str__(self) -> str:
+        if self.low == self.high:  # of one value
+            return f"{self.value:.3f}"
         return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
