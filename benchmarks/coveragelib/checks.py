@@ -100,7 +100,7 @@ def check(
         for pattern, mode in runs
     }
     result.closed = max(answers, key=lambda text: (text not in ("yes", "rounding"), text != "yes"))
-    result.nothing_ran = _nothing_runs(gated, depth, example, dict.fromkeys(ends, False))
+    result.nothing_ran = _nothing_runs(gated, depth, example, blocks)
     result.time_saved = _time_saved(gated, depth, example, list(ends))
     result.fold = _folds(model, example, keep)
     # The rows of a block inside of another one are those of the other one's kept rows.
@@ -160,17 +160,18 @@ def same(own: Any, other: Any, rounding: float, where: str) -> str:
 
 
 def _nothing_runs(
-    gated: nn.Module, depth: sd.StochasticDepth, example: Any, closed: dict[str, bool]
+    gated: nn.Module, depth: sd.StochasticDepth, example: Any, blocks: list[sd.ResidualBlock]
 ) -> str:
     """Whether all modules with parameters in all branches stay still when all are closed."""
     ran: list[str] = []
     handles = []
-    for block in depth._plan.blocks:
+    for block in blocks:
         for name in {m for branch in block.branches for m in branch.modules}:
             for part, module in gated.get_submodule(name).named_modules():
                 if next(module.parameters(recurse=False), None) is not None:
                     hook = lambda *_, key=f"{name}.{part}": ran.append(key)  # noqa: E731
                     handles.append(module.register_forward_hook(hook))
+    closed = {block.name: False for block in blocks}
     with depth.fixed(closed), torch.no_grad():
         run_forward(gated.eval(), example)
     for handle in handles:
