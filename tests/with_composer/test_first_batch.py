@@ -154,6 +154,18 @@ def test_a_model_that_is_evaluated_first_is_scaled() -> None:
     assert algorithm.depth.blocks == depth.blocks
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_second_trainer_begins_anew(same: bool) -> None:
+    first, algorithm, _ = train(classifier(), vectors())
+    model = first.state.model if same else classifier()
+    second = trainer(algorithm, model=model, train_dataloader=vectors(), seed=8)
+    second.fit()
+    assert algorithm.depth is sd.get_stochastic_depth(model)
+    assert algorithm.depth.state_dict()["step"] == 8
+    assert algorithm.depth.state_dict()["seed"] == 8
+    assert logged(second, "num_stochastic_layers") == [6]
+
+
 def test_it_is_logged_once() -> None:
     made, _, _ = train(classifier(), vectors())
     assert logged(made, "num_stochastic_layers") == [6]

@@ -160,7 +160,7 @@ class StochasticDepth(Algorithm):
     def _begin(self, state: State, logger: Logger) -> None:
         """INIT: in place, before any data. The algorithm may have served another Trainer before."""
         self._factor, self._waiting = Factor(), Waiting()
-        self._depth, self._seed = None, state.rank_zero_seed
+        self._depth, self._awaits_batch, self._modules = None, False, {}
         try:
             self._put_on(state, self.example_inputs)
         except ExampleInputsError:
@@ -186,6 +186,7 @@ class StochasticDepth(Algorithm):
                 expected="a batch that shows how the network is called",
                 instead="pass example_inputs= to StochasticDepth",
             ) from error
+        self._modules = {}
         self._log_number(logger)
         self._set_clock(state)
 
