@@ -19,14 +19,12 @@ from composer.algorithms.stochastic_depth.stochastic_depth import (
     apply_stochastic_depth as composer_apply,
 )
 from numpy.typing import NDArray
-from torch import nn
 
 import stochastic_depth as sd
-from interleaved import Step, ratio, sharing, take_turns, write
+from interleaved import Draws, ratio, sharing, take_turns, write
 from saving import CASES, training_step
-from stochastic_depth.draw import uniform
 
-PROCESSES, STEPS = 5, 40
+PROCESSES, STEPS, WARMUP = 5, 40, 2
 
 
 def seconds_of_steps(name: str, process: int) -> dict[str, NDArray[np.float64]]:
@@ -43,28 +41,22 @@ def seconds_of_steps(name: str, process: int) -> dict[str, NDArray[np.float64]]:
         composer_apply(model, "ResNetBottleneck", "block", case.drop_rate, "linear")
     optimizer = torch.optim.SGD(plain.parameters(), lr=1e-3, momentum=0.9)
 
-    def step_of(model: nn.Module) -> Step:
-        run = training_step(model, optimizer, images, labels)
+    draws = Draws(depth, WARMUP + STEPS)
+    dropped = draws.dropped(ours.train(), images[:2])
 
-        def ours_step(step: int) -> None:
-            run()
-            depth.step()
-
-        def theirs_step(step: int) -> None:
+    def prepare(step: int) -> None:
+        draws.begin(step)
+        for model in (theirs, again):
             for block in depth.blocks:
-                is_open = uniform(process, step, (0,), block.name) >= block.drop_rate
                 # They keep a block where bernoulli(1 - drop_rate) is 1.
                 module: Any = model.get_submodule(block.name)
-                module.drop_rate = torch.tensor(0.0 if is_open else 1.0)
-            run()
-
-        if model is plain:
-            return lambda step: run()
-        return ours_step if model is ours else theirs_step
+                module.drop_rate = torch.tensor(float(block.name in dropped[step]))
 
     variants = {"plain": plain, "ours": ours, "theirs": theirs, "again": again}
-    steps = {name: step_of(model) for name, model in variants.items()}
-    return take_turns(steps, STEPS, seed=process)
+    steps = {
+        name: training_step(model, optimizer, images, labels) for name, model in variants.items()
+    }
+    return take_turns(steps, STEPS, warmup=WARMUP, seed=process, prepare=prepare)
 
 
 def measure(name: str) -> dict[str, Any]:

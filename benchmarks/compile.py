@@ -35,10 +35,9 @@ from torch._dynamo.utils import counters
 
 import stochastic_depth as sd
 from imagelib.shortened import can_be_taken_out, taken_out
-from interleaved import Step, ratio, sharing, take_turns, wait_for_the_device, write
+from interleaved import Draws, Step, ratio, sharing, take_turns, wait_for_the_device, write
 from sample import possible_saving, share
 from saving import networks_of, training_step
-from stochastic_depth.draw import uniform
 
 WARMUP = 4  # turns that do not count
 DRAWS = 100  # steps before the contest
@@ -70,7 +69,9 @@ CASES = {
 class Contest:
     """The plain, the gated and the shortened network, in eager or compiled."""
 
-    def __init__(self, case: Case, plain: nn.Module, batch: Any, *, compiled: bool) -> None:
+    def __init__(
+        self, case: Case, plain: nn.Module, batch: Any, steps: int, *, compiled: bool
+    ) -> None:
         images, _ = batch
         self.case, self.images = case, images
         self.plain, self.gated = sharing(plain), sharing(plain)
@@ -83,8 +84,11 @@ class Contest:
             schedule=sd.linear_warmup(DRAWS) if case.rising else None,
         )
         self.names = [block.name for block in self.depth.blocks]
+        self.draws = Draws(self.depth, DRAWS + WARMUP + steps)
+        self.dropped: list[frozenset[str]] = []
         if case.mode == "batch":
             assert can_be_taken_out(self.plain, self.gated, self.depth, images[:2])
+            self.dropped = self.draws.dropped(self.gated.train(), images[:2])
         self.kept: list[dict[str, int]] = []
         optimizer = torch.optim.SGD(plain.parameters(), lr=1e-3, momentum=0.9)
         self._run_plain, self._run_gated = (
@@ -100,23 +104,21 @@ class Contest:
         self.early_step(DRAWS + step)
 
     def early_step(self, step: int) -> None:
-        self.depth.load_state_dict({**self.depth.state_dict(), "step": step, "calls": {}})
-        self._run_gated()
+        self.draws.begin(step)
+        self._run_gated(step)
         if self.case.mode == "sample":
             self.kept.append({name: len(rows) for name, rows in self.depth.last_gates.items()})
 
     def plain_step(self, step: int) -> None:
-        self._run_plain()
+        self._run_plain(step)
 
     def shortened_step(self, step: int) -> None:
-        rates = {block.name: block.drop_rate for block in self.depth.blocks}
-        closed = [name for name, p in rates.items() if uniform(0, DRAWS + step, (0,), name) < p]
-        with taken_out(self.plain, closed):
-            self._run_plain()
+        with taken_out(self.plain, self.dropped[DRAWS + step]):
+            self._run_plain(step)
 
     def forced_step(self, step: int, *, is_open: bool) -> None:
         with self.depth.fixed(dict.fromkeys(self.names, is_open)):
-            self._run_gated()
+            self._run_gated(step)
 
     def steps(self) -> dict[str, Step]:
         found: dict[str, Step] = {
@@ -150,7 +152,7 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
     images = torch.randn(number, 3, size, size, device=device)
     batch = images, torch.randint(0, 10, (number,), device=device)
     plain = networks_of(case.network)().to(device)
-    eager, compiled = (Contest(case, plain, batch, compiled=each) for each in (False, True))
+    eager, compiled = (Contest(case, plain, batch, steps, compiled=each) for each in (False, True))
     start = time.perf_counter()
     compiled.early_step(0)
     seconds, graphs = time.perf_counter() - start, counters["stats"]["unique_graphs"]

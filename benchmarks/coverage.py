@@ -28,6 +28,7 @@ from coveragelib.checks import check, pasted
 from coveragelib.explained import LEFT_OUT, PLACES
 from coveragelib.page import page
 from coveragelib.places import places
+from coveragelib.predictable import RATE
 from coveragelib.subjects import LIBRARIES, Subject
 from imagelib.machine import machine
 from interleaved import RESULTS
@@ -64,6 +65,7 @@ def _checked(subject: Subject, model: Any, example: Any, found: Any, key: str) -
     except RefusedBlockError as error:
         return {"refused": str(error).partition(" Expected")[0][:200]}
     row = asdict(check(model, example, subject.example(model, 6), found, keep))
+    row["dropout"] = RATE
     return row if keep is None else row | {"left_out": f"{len(keep)} blocks: {LEFT_OUT.get(key)}"}
 
 

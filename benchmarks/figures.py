@@ -92,17 +92,31 @@ def _saving(file: str) -> str:
         if "to_plain" in case:
             memory = case["peak_mebibytes_gated"] / case["peak_mebibytes_plain"]
             label = f"{name.split('-')[0]}, {case['drop_rate']} {case['distribution']}"
+            if case.get("scale", "eval") != "eval":
+                label += f', scale "{case["scale"]}"'
             lines.append(
                 f"| {label} | {_ratio(case['to_plain'])} | {_ratio(case['to_shortened'])} "
                 f"| {memory:.2f} |"
             )
-    gate = content["results"]["microseconds_per_gate"]
     return (
         "\n".join(lines)
         + "\n\nTraining steps that take turns in one process, with 95% confidence intervals "
         "(`python benchmarks/saving.py`). The shortened network has the dropped blocks physically "
-        f"taken out, step by step. An open gate adds {gate['open_more']:.0f} microseconds to a "
-        f"call; a closed one takes {gate['closed_total']:.0f}. ({_machine(content)})\n"
+        f"taken out, step by step. ({_machine(content)})\n"
+    )
+
+
+def gates() -> str:
+    """What a gate costs where Python is what takes long, from `benchmarks/gates.py`."""
+    content = _read("gates.json")
+    lines = ["| what | figure | unit | at most |", "|---|---|---|---|"]
+    for name, line in content["results"]["lines"].items():
+        target = "" if line["target"] is None else f"{line['target']:.3g}"
+        lines.append(f"| {name} | {_ratio(line['figure'])} | {line['unit']} | {target} |")
+    return (
+        "\n".join(lines)
+        + "\n\nResNet-110 on two images of 8 pixels, beside a twin that leaves the same blocks out "
+        f"by hand (`python benchmarks/gates.py`; {_machine(content)}).\n"
     )
 
 
@@ -333,13 +347,19 @@ def _percent(estimate: dict[str, float]) -> str:
 
 
 def _ratio(estimate: dict[str, float]) -> str:
+    if estimate["low"] == estimate["high"]:
+        return f"{estimate['value']:.3f}"
     return f"{estimate['value']:.3f} ({estimate['low']:.3f} to {estimate['high']:.3f})"
 
 
 def _machine(content: dict[str, Any]) -> str:
     machine = content["machine"]
-    where = machine["gpu"] or f"{machine['threads']} cores of an {machine['processor']}"
+    where = machine["gpu"] or f"{_cores(machine['threads'])} of an {machine['processor']}"
     return f"{where}, torch {machine['torch']}, {machine['date']}"
+
+
+def _cores(number: int) -> str:
+    return "one core" if number == 1 else f"{number} cores"
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -350,6 +370,7 @@ def _read(name: str) -> dict[str, Any]:
 FIGURES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "saving": saving,
+    "gates": gates,
     "composer": composer,
     "coverage": coverage,
     "distributed": distributed,

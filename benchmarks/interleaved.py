@@ -9,11 +9,13 @@ alone. A ratio is that of the total times; its 95% interval comes from a bootstr
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import random
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import stochastic_depth as sd
 from imagelib.machine import machine
 
 Step = Callable[[int], object]
@@ -39,6 +42,8 @@ class Ratio:
     high: float
 
     def __str__(self) -> str:
+        if self.low == self.high:  # of one value
+            return f"{self.value:.3f}"
         return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
@@ -50,24 +55,88 @@ def sharing(model: nn.Module) -> nn.Module:
     return twin
 
 
+class Draws:
+    """The draws of so many steps, to go back to.
+
+    Args:
+        depth: The handle of a network that has not been trained yet.
+        steps: How many.
+    """
+
+    def __init__(self, depth: sd.StochasticDepth, steps: int) -> None:
+        self._depth = depth
+        self._states = []
+        for _ in range(steps):
+            self._states.append(depth.state_dict())
+            depth.step()
+
+    def begin(self, step: int) -> None:
+        """Have the network draw at its next forward what it draws at this step."""
+        self._depth.load_state_dict(self._states[step])
+
+    def dropped(self, model: nn.Module, example: Tensor) -> list[frozenset[str]]:
+        """The gates that each step drops in mode "batch": after a forward the handle says it.
+
+        Args:
+            model: The network in training.
+            example: What to call it with: few rows will do, draws don't depend on them.
+        """
+        found = []
+        for step in range(len(self._states)):
+            self.begin(step)
+            with torch.no_grad():
+                model(example)
+            found.append(frozenset(n for n, kept in self._depth.last_gates.items() if not kept))
+        return found
+
+
 def take_turns(
-    variants: Mapping[str, Step], steps: int, *, warmup: int = 2, seed: int = 0
+    variants: Mapping[str, Step],
+    steps: int,
+    *,
+    warmup: int = 2,
+    seed: int = 0,
+    prepare: Step | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, NDArray[np.float64]]:
-    """Seconds of each variant at each step; the same step number means the same work."""
+    """Seconds of each variant at each step; the same step number means the same work.
+
+    `prepare` is called before each turn and not timed. Garbage is collected between turns only.
+    """
+    prepare = prepare or (lambda number: None)
     names = list(variants)
     for name in names:
         for number in range(warmup):
+            prepare(number)
             variants[name](number)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     order = random.Random(seed)
-    for number in range(steps):
+    for number in range(warmup, warmup + steps):
         for name in order.sample(names, len(names)):
+            prepare(number)
             wait_for_the_device()
-            start = time.perf_counter()
-            variants[name](warmup + number)
-            wait_for_the_device()
-            seconds[name].append(time.perf_counter() - start)
+            with _no_garbage_collection():
+                start = clock()
+                variants[name](number)
+                wait_for_the_device()
+                seconds[name].append(clock() - start)
     return {name: np.array(values) for name, values in seconds.items()}
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def typical(values: NDArray[np.float64]) -> Ratio:
+    """The median of paired differences or ratios, with a bootstrap interval over the steps."""
+    drawn = np.random.default_rng(0).integers(len(values), size=(4000, len(values)))
+    low, high = np.quantile(np.median(values[drawn], axis=1), (0.025, 0.975))
+    return Ratio(float(np.median(values)), float(low), float(high))
 
 
 def ratio(above: NDArray[np.float64], below: NDArray[np.float64]) -> Ratio:

@@ -19,10 +19,9 @@ import torch
 from matplotlib.figure import Figure
 
 from interleaved import Ratio, write
-from ranks_cases import DRAWS, NETWORKS, RATES
+from ranks_cases import DRAWS, NETWORKS, RATES, rates_of
 from ranks_measured import PROCESSES, measured
-from ranks_simulated import WORLDS, simulated, timed, uniforms
-from stochastic_depth.distributions import resolve_rates
+from ranks_simulated import WORLDS, simulated, timed
 
 PICTURE = Path(__file__).parents[1] / "docs" / "ranks.png"
 TARGET = 1.03  # of balanced draws, at 1,024 ranks
@@ -47,11 +46,9 @@ def simulate(amounts: Amounts) -> tuple[dict[str, Any], dict[str, Any]]:
     for name, network in NETWORKS.items():
         cost, costs[name] = timed(network, amounts.rounds)
         print(name, {k: v for k, v in costs[name].items() if k != "seconds_blocks"}, flush=True)
-        numbers = uniforms(amounts.simulated, WORLDS[-1], len(cost.blocks))
-        blocks = [str(block) for block in range(len(cost.blocks))]
         for label, rate in RATES.items():
             case = f"{name}, {label}"
-            cases[case] = simulated(cost, resolve_rates(*rate, blocks), numbers)
+            cases[case] = simulated(cost, rates_of(network, *rate), amounts.simulated)
             show_simulated(case, cases[case])
     return costs, cases
 

@@ -45,3 +45,11 @@ NETWORKS = {
     "ResNet-110": Network(lambda: CifarResNet(110), 32),
     "24-layer transformer": Network(_transformer, 8),
 }
+
+
+def rates_of(network: Network, drop_rate: float, distribution: str) -> tuple[float, ...]:
+    """The drop rates of a network's blocks."""
+    images, _ = network.data(0)
+    model = network.make()
+    depth = sd.apply_stochastic_depth(model, drop_rate, distribution, example_inputs=images[:2])
+    return tuple(block.drop_rate for block in depth.blocks)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import stochastic_depth as sd
 from interleaved import (
+    Draws,
     Ratio,
     Step,
     peak_mebibytes,
@@ -107,10 +108,10 @@ def measure(case: Case) -> dict[str, Any]:
     optimizer = torch.optim.SGD(plain.parameters(), lr=1e-3, momentum=0.9)
 
     def run(model: nn.Module) -> Step:
-        step = training_step(model, optimizer, images, labels)
-        return lambda number: step()
+        return training_step(model, optimizer, images, labels)
 
     variants: dict[str, Step] = {"plain": run(plain)}
+    draws: list[Draws] = []
     kept: dict[str, list[dict[str, int]]] = {}  # of each step, the rows of each gate
     for unit in case.units:
         model = sharing(plain)
@@ -124,11 +125,17 @@ def measure(case: Case) -> dict[str, Any]:
         )
         name = f"ours, unit {unit}"
         variants[name] = partial(_gated_step, depth, run(model), kept.setdefault(name, []))
+        draws.append(Draws(depth, WARMUP + case.steps))
     for way in case.others:
         model = sharing(plain)
         drop_rows(model, depth, way)
         variants[way] = run(model)
-    seconds = take_turns(variants, case.steps, warmup=WARMUP)
+
+    def prepare(step: int) -> None:
+        for each in draws:
+            each.begin(step)
+
+    seconds = take_turns(variants, case.steps, warmup=WARMUP, prepare=prepare)
     saved = {name: possible_saving(plain, images, steps[WARMUP:]) for name, steps in kept.items()}
     found: dict[str, Any] = {}
     for name in list(variants)[1:]:
@@ -146,7 +153,6 @@ def measure(case: Case) -> dict[str, Any]:
 def _gated_step(
     depth: sd.StochasticDepth, run: Step, kept: list[dict[str, int]], number: int
 ) -> None:
-    depth.load_state_dict({**depth.state_dict(), "step": number, "calls": {}})
     run(number)
     kept.append({name: len(rows) for name, rows in depth.last_gates.items()})
 

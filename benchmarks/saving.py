@@ -1,22 +1,22 @@
 """What skipping saves: against the plain network, and against the physically shortened one.
 
     export PYTHONPATH=examples                  # from a checkout
-    python benchmarks/saving.py                 # all cases, some fifteen minutes on two cores
+    python benchmarks/saving.py                 # all cases, some half an hour on two cores
     python benchmarks/saving.py resnet50-0.5    # some of them; nothing is written
 
 The shortened network has the blocks that the draw closed taken out, step by step, with the same
-draws. It is the most that can be saved, so the ratio to it (target: 1.02) is the price of gating.
+draws. It is the most that can be saved, so the ratio to it (target: 1.01) is the price of gating.
+With scale "train" its branches are multiplied by 1 / (1 - p), as the method demands.
 """
 
 from __future__ import annotations
 
-import copy
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,18 @@ from torch import Tensor, nn
 import stochastic_depth as sd
 from imagelib.cifar_resnet import CifarResNet
 from imagelib.shortened import can_be_taken_out, taken_out
-from interleaved import Step, operations, peak_mebibytes, ratio, sharing, take_turns, write
-from stochastic_depth.draw import uniform
+from interleaved import (
+    Draws,
+    Step,
+    operations,
+    peak_mebibytes,
+    ratio,
+    sharing,
+    take_turns,
+    write,
+)
+
+WARMUP = 2
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,7 @@ class Case:
     drop_rate: float
     distribution: str
     steps: int
+    scale: Literal["eval", "train"] = "eval"
 
 
 def _torchvision(name: str) -> Callable[[], nn.Module]:
@@ -70,15 +81,16 @@ CASES = {
     "resnet50-0.5": Case(_torchvision("resnet50"), (16, 96), (128, 224), 0.5, "linear", 60),
     "vit_tiny-0.4": Case(_timm("vit_tiny_patch16_224"), (8, 224), (256, 224), 0.4, "uniform", 60),
 }
+CASES |= {f"{name}-train": replace(case, scale="train") for name, case in CASES.items()}
 
 
 def training_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
-) -> Callable[[], None]:
-    """Forward, backward and the optimizer's step."""
+) -> Step:
+    """Forward, backward and the optimizer's step; which one does not matter."""
     model.train()
 
-    def step() -> None:
+    def step(number: int) -> None:
         optimizer.zero_grad(set_to_none=True)
         F.cross_entropy(model(images), labels).backward()
         optimizer.step()
@@ -96,62 +108,84 @@ def measure(case: Case) -> dict[str, Any]:
     plain = case.make().to(device)
     gated, shortened = sharing(plain), sharing(plain)
     depth = sd.apply_stochastic_depth(
-        gated, case.drop_rate, case.distribution, example_inputs=images[:2]
+        gated, case.drop_rate, case.distribution, example_inputs=images[:2], scale=case.scale
     )
     assert can_be_taken_out(shortened, gated, depth, images[:2]), "not the same network"
+    if case.scale == "train":
+        scale_branches(shortened, depth, images[:2])
     optimizer = torch.optim.SGD(plain.parameters(), lr=1e-3, momentum=0.9)
-    run_plain, run_gated, run_shortened = (
-        training_step(model, optimizer, images, labels) for model in (plain, gated, shortened)
-    )
+    draws = Draws(depth, WARMUP + case.steps)
+    dropped = draws.dropped(gated.train(), images[:2])
+    out = ExitStack()
 
-    def closed(step: int) -> list[str]:
-        return [
-            block.name
-            for block in depth.blocks
-            if uniform(0, step, (0,), block.name) < block.drop_rate
-        ]
+    def prepare(step: int) -> None:
+        out.close()
+        draws.begin(step)
+        out.enter_context(taken_out(shortened, dropped[step]))
 
-    def gated_step(step: int) -> None:
-        depth.load_state_dict({**depth.state_dict(), "step": step, "calls": {}})
-        run_gated()
-
-    def shortened_step(step: int) -> None:
-        with taken_out(shortened, closed(step)):
-            run_shortened()
-
-    variants: dict[str, Step] = {
-        "plain": lambda step: run_plain(),
-        "gated": gated_step,
-        "shortened": shortened_step,
-    }
-    seconds = take_turns(variants, case.steps)
-    assert set(closed(case.steps + 1)) == {n for n, kept in depth.last_gates.items() if not kept}
+    with out:
+        prepare(0)
+        torch.testing.assert_close(gated(images), shortened.train()(images), rtol=1e-2, atol=1e-2)
+        variants: dict[str, Step] = {
+            name: training_step(model, optimizer, images, labels)
+            for name, model in (("plain", plain), ("gated", gated), ("shortened", shortened))
+        }
+        seconds = take_turns(variants, case.steps, warmup=WARMUP, prepare=prepare)
+        assert dropped[-1] == {n for n, kept in depth.last_gates.items() if not kept}
+        work = _work(variants, range(5), prepare)
     return {
         "batch": number,
         "pixels": size,
         "drop_rate": case.drop_rate,
         "distribution": case.distribution,
+        "scale": case.scale,
         "steps": case.steps,
         "seconds_plain": float(statistics.median(seconds["plain"])),
         "to_plain": ratio(seconds["gated"], seconds["plain"]),
         "shortened_to_plain": ratio(seconds["shortened"], seconds["plain"]),
         "to_shortened": ratio(seconds["gated"], seconds["shortened"]),
-        **_work(variants, range(5)),
+        **work,
     }
 
 
-def _work(variants: dict[str, Step], steps: Sequence[int]) -> dict[str, Any]:
+def scale_branches(model: nn.Module, depth: sd.StochasticDepth, example: Tensor) -> None:
+    """Have a plain network multiply its branches by 1 / (1 - p), each at its last module."""
+    rates = {block.name: block.drop_rate for block in depth.blocks}
+    for block in sd.find_residual_blocks(model, example):
+        for branch in block.branches:
+            end: Any = model.get_submodule(branch.modules[-1])
+            end.__class__ = _scaled(type(end), 1 / (1 - rates[block.name]))
+
+
+def _scaled(kind: Any, factor: float) -> type:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return kind.forward(self, x) * factor
+
+    return type(kind.__name__, (kind,), {"forward": forward})
+
+
+def _work(variants: dict[str, Step], steps: Sequence[int], prepare: Step) -> dict[str, Any]:
     """Dispatched operations beyond the shortened network's, and peak memory, over some draws."""
+
+    def counted(name: str, step: int) -> dict[str, int]:
+        prepare(step)
+        return operations(variants[name], step)
+
+    def peak(name: str, step: int) -> float:
+        prepare(step)
+        return peak_mebibytes(variants[name], step)
+
     extra: dict[str, list[int]] = {}
+    totals = []
     for step in steps:
-        ours, least = (operations(variants[name], step) for name in ("gated", "shortened"))
+        ours, least = counted("gated", step), counted("shortened", step)
+        totals.append(sum(least.values()))
         for name in ours | least:
             if difference := ours.get(name, 0) - least.get(name, 0):
                 extra.setdefault(name, []).append(difference)
-    totals = [sum(operations(variants["shortened"], step).values()) for step in steps]
     memory = {
-        f"peak_mebibytes_{name}": statistics.mean(peak_mebibytes(step, n) for n in steps)
-        for name, step in variants.items()
+        f"peak_mebibytes_{name}": statistics.mean(peak(name, step) for step in steps)
+        for name in variants
     }
     return {
         "operations_shortened": statistics.mean(totals),
@@ -160,45 +194,11 @@ def _work(variants: dict[str, Step], steps: Sequence[int]) -> dict[str, Any]:
     }
 
 
-class Small(nn.Module):
-    """A residual block that computes next to nothing, so that its gate's time shows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.linear(x.tanh())
-
-
-def microseconds_per_gate() -> dict[str, float]:
-    """What a gate adds to a call that is open, and what is left of a call that is closed."""
-    plain = nn.Sequential(*(Small() for _ in range(100))).train()
-    x = torch.randn(2, 4)
-    gated = copy.deepcopy(plain)
-    depth = sd.apply_stochastic_depth(gated, 0.0, "uniform", example_inputs=x)
-
-    def best(model: nn.Module) -> float:
-        times = []
-        for _ in range(30):
-            start = time.perf_counter()
-            model(x)
-            times.append(time.perf_counter() - start)
-        return min(times) / 100 * 1e6
-
-    open_, alone = best(gated), best(plain)
-    with depth.fixed({block.name: False for block in depth.blocks}):
-        closed = best(gated)
-    return {"open_more": open_ - alone, "closed_total": closed}
-
-
 def main(names: Sequence[str]) -> None:
     results: dict[str, Any] = {}
     for name in names or CASES:
         results[name] = measure(CASES[name])
         print(name, {key: str(value) for key, value in results[name].items()}, flush=True)
-    results["microseconds_per_gate"] = microseconds_per_gate()
-    print(results["microseconds_per_gate"])
     if not names:
         print(write("saving-gpu" if torch.cuda.is_available() else "saving", results))
 

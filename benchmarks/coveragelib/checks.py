@@ -1,7 +1,8 @@
 """What is checked on every model of the coverage table, against hooks that zero or mask branches.
 
-The hooks sit on the modules that end a branch, in a copy without gates. All runs but the first are
-in eval mode, so that dropout and BatchNorm do the same in both.
+The hooks sit on the modules that end a branch, in a copy without gates. Both run in train mode,
+with a dropout that is the same in both, so that what acts in training only is seen; BatchNorm is in
+eval mode after the first run, as it makes much of rounding.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import copy
 import random
 import re
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -22,8 +23,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import stochastic_depth as sd
 from coveragelib.ends import End, changed_at, ends_of
+from coveragelib.predictable import predictable_dropout
 from stochastic_depth.discovery import Discovery
 
+Mode = Callable[[nn.Module], nn.Module]
 LARGE = 100e6
 """Parameters; of larger models only some blocks are closed alone: each takes whole copies."""
 ROUNDING = 1e-5
@@ -84,19 +87,20 @@ def check(
     ends = {block.name: list(ends_of(found, block)) for block in blocks}
     rows = str(depth).splitlines()
     result.how = f"{sum('whole' in row for row in rows)} whole of {len(blocks)}"
-    result.open_gates = _compared(model, gated, depth, {}, example, (), training=True)
+    result.open_gates = _compared(model, gated, {}, example, (), lambda m: m.train())
     large = sum(p.numel() for p in model.parameters()) > LARGE
     patterns = [{name: False} for name in (list(ends)[:: len(ends) // 3] if large else ends)]
     rng = random.Random(0)
-    patterns += [
-        dict.fromkeys(rng.sample(list(ends), max(1, len(ends) // 2)), False) for _ in "abc"
-    ]
+    halves = [dict.fromkeys(rng.sample(list(ends), max(1, len(ends) // 2)), False) for _ in "abc"]
+    runs: list[tuple[dict[str, bool], Mode]]
+    runs = [(pattern, _without_batch_norm) for pattern in patterns + halves]
+    runs += [(pattern, lambda m: m.eval()) for pattern in halves]
     answers = {
-        _compared(model, gated, depth, pattern, example, [e for n in pattern for e in ends[n]])
-        for pattern in patterns
+        _compared(model, gated, pattern, example, [e for n in pattern for e in ends[n]], mode)
+        for pattern, mode in runs
     }
     result.closed = max(answers, key=lambda text: (text not in ("yes", "rounding"), text != "yes"))
-    result.nothing_ran = _nothing_runs(gated, depth, example, dict.fromkeys(ends, False))
+    result.nothing_ran = _nothing_runs(gated, depth, example, blocks)
     result.time_saved = _time_saved(gated, depth, example, list(ends))
     result.fold = _folds(model, example, keep)
     # The rows of a block inside of another one are those of the other one's kept rows.
@@ -105,11 +109,13 @@ def check(
     return result
 
 
-def run(model: nn.Module, example: Any) -> tuple[list[Tensor], list[Tensor | None]]:
+def run(
+    model: nn.Module, example: Any, *, dropout: bool = True
+) -> tuple[list[Tensor], list[Tensor | None]]:
     """The floating outputs of one forward and the gradients, under a fixed seed."""
-    torch.manual_seed(5)
     model.zero_grad()
-    output = model(**example) if isinstance(example, Mapping) else model(example)
+    with predictable_dropout(acts=dropout):
+        output = run_forward(model, example)
     tensors = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
     tensors = [x for x in tensors if x.requires_grad]
     sum(x.square().mean() for x in tensors).backward()  # type: ignore[union-attr]
@@ -119,19 +125,17 @@ def run(model: nn.Module, example: Any) -> tuple[list[Tensor], list[Tensor | Non
 def _compared(
     plain: nn.Module,
     gated: nn.Module,
-    depth: sd.StochasticDepth,
     pattern: dict[str, bool],
     example: Any,
     ends: Collection[End],
-    *,
-    training: bool = False,
+    mode: Mode,
 ) -> str:
-    """With these gates: the same as with these ends at zero?"""
+    """With these gates: the same as with these ends at zero, in this mode?"""
     mine, reference = copy.deepcopy(gated), copy.deepcopy(plain)
     with sd.get_stochastic_depth(mine).fixed(pattern):
-        own = run(mine.train(training), example)
+        own = run(mode(mine), example)
     with changed_at(reference, ends, lambda end, value: torch.zeros_like(value)):
-        other = run(reference.train(training), example)
+        other = run(mode(reference), example)
     where = ", ".join(pattern) if len(pattern) < 3 else f"{len(pattern)} blocks"
     return same(own, other, ROUNDING, where or "open")
 
@@ -156,17 +160,18 @@ def same(own: Any, other: Any, rounding: float, where: str) -> str:
 
 
 def _nothing_runs(
-    gated: nn.Module, depth: sd.StochasticDepth, example: Any, closed: dict[str, bool]
+    gated: nn.Module, depth: sd.StochasticDepth, example: Any, blocks: list[sd.ResidualBlock]
 ) -> str:
     """Whether all modules with parameters in all branches stay still when all are closed."""
     ran: list[str] = []
     handles = []
-    for block in depth._plan.blocks:
+    for block in blocks:
         for name in {m for branch in block.branches for m in branch.modules}:
             for part, module in gated.get_submodule(name).named_modules():
                 if next(module.parameters(recurse=False), None) is not None:
                     hook = lambda *_, key=f"{name}.{part}": ran.append(key)  # noqa: E731
                     handles.append(module.register_forward_hook(hook))
+    closed = {block.name: False for block in blocks}
     with depth.fixed(closed), torch.no_grad():
         run_forward(gated.eval(), example)
     for handle in handles:
@@ -240,7 +245,7 @@ def _rows_equal_masks(model: nn.Module, example: Any, ends: Mapping[str, list[En
         )
     except sd.StochasticDepthError as error:
         return "refused: " + str(error).partition(" Expected")[0]
-    own = run(_still(gated), example)
+    own = run(_without_batch_norm(gated), example, dropout=False)
     first = example if isinstance(example, Tensor) else next(iter(example.values()))
     masks = {}
     for name, kept in depth.last_gates.items():
@@ -257,14 +262,14 @@ def _rows_equal_masks(model: nn.Module, example: Any, ends: Mapping[str, list[En
         return value * each.view([-1 if d == dim else 1 for d in range(value.ndim)])
 
     with changed_at(reference, list(masks), masked):
-        other = run(_still(reference), example)
+        other = run(_without_batch_norm(reference), example, dropout=False)
     return same(own, other, ROWS_ROUNDING, "rows")
 
 
-def _still(model: nn.Module) -> nn.Module:
-    """In train mode, but for what would make it random or look at the whole batch."""
+def _without_batch_norm(model: nn.Module) -> nn.Module:
+    """In train mode, but for what looks at the whole batch."""
     model.train()
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
     return model

@@ -24,11 +24,19 @@ module with parameters of any branch runs. *Fold*: `fold()` computes the same. *
 "sample" equals masking. *Saved*: of a step's time with every second block closed, roughly.
 """
 
+_DROPOUT = "*Exact* means in train mode, with every dropout at 0.1; the halves in eval mode, too.\n"
+
 
 def page(content: dict[str, Any]) -> str:
     """The whole page."""
     versions = content["machine"]
-    parts = [_HEAD, f"\n({versions['processor']}, torch {versions['torch']}, {versions['date']})\n"]
+    rows = [row for of_library in content["results"].values() for row in of_library.values()]
+    dropout = _DROPOUT if all("dropout" in row for row in rows if "closed" in row) else ""
+    parts = [
+        _HEAD,
+        dropout,
+        f"\n({versions['processor']}, torch {versions['torch']}, {versions['date']})\n",
+    ]
     for library, rows in content["results"].items():
         parts.append(f"\n## {_TITLES[library]}\n\n{_summary(rows)}\n\n{_table(rows)}")
     return "".join(parts)

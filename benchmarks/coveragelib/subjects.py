@@ -16,6 +16,7 @@ from torch import nn
 
 from coveragelib import transformers_models
 from coveragelib.drop_path_calls import with_all_drop_paths
+from coveragelib.predictable import RATE, set_dropout
 
 _SMALL_SIZES = (64, 112, 128)  # pixels that are tried, so that a model is quick
 
@@ -30,12 +31,11 @@ class Subject:
     options: dict[str, Any] = field(default_factory=dict)
 
     def model(self) -> nn.Module:
-        """The model in eval mode, without dropout or layers that start at zero."""
+        """The model in eval mode, with dropout, and without layers that start at zero."""
         torch.manual_seed(0)
         model = _MAKERS[self.library](self)
+        set_dropout(model, RATE)
         for module in model.modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd):
-                module.p = 0.0
             if type(module).__name__ == "StochasticDepth":
                 setattr(module, "p", 0.0)  # noqa: B010
         with torch.no_grad():

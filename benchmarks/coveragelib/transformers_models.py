@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coveragelib.predictable import RATE
+
 # What a configuration calls its sizes, and how small they are made. Heads of 8, several layers.
 _SIZES: dict[str, Any] = {
     "vocab_size": 99,
@@ -158,7 +160,7 @@ def small(kind: str, **options: Any) -> nn.Module:
         if name in known and not isinstance(getattr(defaults, name, None), list | tuple)
     }
     dropouts = {
-        name: 0.0
+        name: RATE if "dropout" in name else 0.0  # no layerdrop, no drop path
         for name in known
         if re.search(r"drop", name) and isinstance(getattr(defaults, name, None), float)
     }

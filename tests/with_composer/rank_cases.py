@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import stochastic_depth as sd
 from stochastic_depth.integrations.composer import StochasticDepth
-from with_composer.training import CLASSES, Watch, images, network, trainer
+from with_composer.training import CLASSES, Watch, classifier, images, network, trainer
 
 RANKS, BATCHES, BATCH = 2, 4, 4
 RATE = 0.6
@@ -163,6 +163,26 @@ def resumed(*, same: bool) -> None:
     )
 
 
+def first_batch() -> None:
+    """Watched under DistributedDataParallel, each rank with a batch of its own."""
+    data = TensorDataset(torch.randn(32, 5), torch.arange(32) % 3)
+    states, gates = [], []
+    for example in (torch.randn(2, 5), None):
+        algorithm = StochasticDepth(None, "block", RATE, example_inputs=example)
+        sampler = dist.get_sampler(data, shuffle=False)
+        made = trainer(
+            algorithm,
+            model=classifier(),
+            train_dataloader=DataLoader(data, batch_size=4, sampler=sampler),
+        )
+        made.fit()
+        same_everywhere(made)
+        states.append({k: v.clone() for k, v in made.state.model.state_dict().items()})
+        gates.append(algorithm.depth.last_gates)
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert gates[0] == gates[1]
+
+
 CASES: dict[str, Callable[[], None]] = {
     "blocks alike": blocks_alike,
     "blocks alike, microbatches": lambda: blocks_alike(2),
@@ -170,6 +190,7 @@ CASES: dict[str, Callable[[], None]] = {
     "blocks of its own, microbatches": lambda: blocks_of_its_own(2),
     "rows of its own": rows_of_its_own,
     "rows of its own, microbatches": lambda: rows_of_its_own(2),
+    "watched with the first batch": first_batch,
     "resumed, alike": lambda: resumed(same=True),
     "resumed, of its own": lambda: resumed(same=False),
 }

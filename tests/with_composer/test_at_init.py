@@ -160,7 +160,7 @@ class OwnModel(ComposerModel):
 def test_a_model_of_ones_own_takes_a_batch() -> None:
     pixels, labels = images(2)
     with pytest.raises(sd.ExampleInputsError, match="example_inputs"):
-        trainer(StochasticDepth("ResNetBottleneck"), model=OwnModel())
+        apply_stochastic_depth(OwnModel(), "ResNetBottleneck")
     example = {"pixels": pixels, "labels": labels}
     algorithm = StochasticDepth("ResNetBottleneck", example_inputs=example)
     trainer(algorithm, model=OwnModel())

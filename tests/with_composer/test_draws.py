@@ -14,9 +14,8 @@ from composer.loggers import Logger
 from composer.models import ComposerClassifier
 
 import stochastic_depth as sd
-from stochastic_depth.draw import uniform
 from stochastic_depth.integrations.composer import StochasticDepth
-from with_composer.training import CLASSES, Watch, loader, network, trainer
+from with_composer.training import CLASSES, Watch, drawn, loader, network, trainer
 
 Gates = list[dict[str, Any]]
 
@@ -30,12 +29,9 @@ def gates(*beside: Any, method: str = "block", **options: Any) -> Gates:
 
 
 def test_they_are_those_of_the_seed_and_the_batch() -> None:
-    rates = {f"layer{1 + i // 2}.{i % 2}": 0.5 * (i + 1) / 8 for i in range(8)}
     for seed in (7, 8):
-        assert gates(seed=seed) == [
-            {name: uniform(seed, step, (0,), name) >= rate for name, rate in rates.items()}
-            for step in range(8)
-        ]
+        expected = drawn(network(), torch.randn(2, 3, 64, 64), 8, draw=sd.Draw(seed))
+        assert gates(seed=seed) == expected
 
 
 def test_samples_have_rows_of_their_own() -> None:
@@ -66,7 +62,7 @@ def test_global_generators_change_nothing() -> None:
 
 @pytest.mark.parametrize("method", ["block", "sample"])
 def test_global_generators_are_left_alone(method: str) -> None:
-    def drawn(*algorithms: StochasticDepth) -> list[Any]:
+    def numbers(*algorithms: StochasticDepth) -> list[Any]:
         found: list[Any] = []
 
         class Draw(Callback):
@@ -79,26 +75,20 @@ def test_global_generators_are_left_alone(method: str) -> None:
         trainer(*algorithms, callbacks=Draw(), train_dataloader=loader(shuffle=True)).fit()
         return found
 
-    assert drawn(StochasticDepth("ResNetBottleneck", method, 0.5)) == drawn()
+    assert numbers(StochasticDepth("ResNetBottleneck", method, 0.5)) == numbers()
 
 
 def test_each_microbatch_has_its_own() -> None:
     algorithm = StochasticDepth("ResNetBottleneck", drop_rate=0.5)
-    drawn: Gates = []
+    found: Gates = []
 
     class AfterForward(Callback):
         def after_forward(self, state: State, logger: Logger) -> None:
-            drawn.append(algorithm.depth.last_gates)
+            found.append(algorithm.depth.last_gates)
 
     made = trainer(algorithm, callbacks=AfterForward(), device_train_microbatch_size=2)
     made.fit()
-    assert len(drawn) == 16
-    rates = {block.name: block.drop_rate for block in algorithm.depth.blocks}
-    assert drawn == [
-        {name: uniform(7, step, (call,), name) >= rate for name, rate in rates.items()}
-        for step in range(8)
-        for call in range(2)
-    ]
+    assert found == drawn(network(), torch.randn(2, 3, 64, 64), 8, forwards=2)
 
 
 def test_a_batch_that_is_begun_anew_has_the_same() -> None:

@@ -12,9 +12,8 @@ from composer.models import ComposerClassifier, HuggingFaceModel
 from torch.utils.data import DataLoader
 
 import stochastic_depth as sd
-from stochastic_depth.draw import uniform
-from stochastic_depth.integrations.composer import StochasticDepth
-from with_composer.training import Watch, loader, trainer
+from stochastic_depth.integrations.composer import StochasticDepth, apply_stochastic_depth
+from with_composer.training import Watch, drawn, loader, trainer
 
 SIZES: dict[str, Any] = {
     "vocab_size": 100,
@@ -49,14 +48,6 @@ def sentences() -> DataLoader[Any]:
     return DataLoader(rows, batch_size=4)  # type: ignore[arg-type]
 
 
-def drawn(names: list[str]) -> list[dict[str, bool]]:
-    rates = {name: 0.5 * (i + 1) / len(names) for i, name in enumerate(names)}
-    return [
-        {name: uniform(7, step, (0,), name) >= rate for name, rate in rates.items()}
-        for step in range(8)
-    ]
-
-
 @pytest.mark.parametrize("target", [None, "BertLayer", "bert.encoder.layer.*", "model.bert.*"])
 def test_bert(target: str | None) -> None:
     model = bert()
@@ -67,9 +58,9 @@ def test_bert(target: str | None) -> None:
     made.fit()
     names = [f"bert.encoder.layer.{i}" for i in range(6)]
     assert [block.name for block in algorithm.depth.blocks] == names
-    assert watch.gates == drawn(names)
-    plain.load_state_dict(algorithm.depth.folded_state_dict())
     batch = next(iter(sentences()))
+    assert watch.gates == drawn(plain_bert(), batch, 8)
+    plain.load_state_dict(algorithm.depth.folded_state_dict())
     with torch.no_grad():
         expected = plain.eval()(**batch).logits
         torch.testing.assert_close(model.eval()(batch).logits, expected)
@@ -124,8 +115,8 @@ def test_vit(target: str | None) -> None:
     algorithm = StochasticDepth(target, drop_rate=0.5, example_inputs=x[:2])
     watch = Watch(algorithm)
     trainer(algorithm, model=model, callbacks=watch).fit()
-    names = [f"blocks.{i}" for i in range(6)]
-    assert watch.gates == drawn(names)
+    assert [block.name for block in algorithm.depth.blocks] == [f"blocks.{i}" for i in range(6)]
+    assert watch.gates == drawn(vit().module, x[:2], 8)
     plain = vit().module
     plain.load_state_dict(algorithm.depth.folded_state_dict())
     with torch.no_grad():
@@ -142,7 +133,7 @@ def test_a_vit_brings_its_own_example() -> None:
 def test_a_network_of_nothing_known_asks_for_an_example() -> None:
     model = ComposerClassifier(torch.nn.Linear(4, 4), num_classes=4)
     with pytest.raises(sd.ExampleInputsError, match="example_inputs"):
-        trainer(StochasticDepth(), model=model)
+        apply_stochastic_depth(model)
 
 
 def test_no_residual_block() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.models.resnet import Bottleneck, ResNet
 
+import stochastic_depth as sd
 from stochastic_depth.integrations.composer import StochasticDepth
 
 CLASSES, PIXELS = 4, 32
@@ -22,6 +23,22 @@ CLASSES, PIXELS = 4, 32
 def network(blocks: Sequence[int] = (2, 2, 2, 2)) -> ResNet:
     torch.manual_seed(0)
     return ResNet(Bottleneck, list(blocks), num_classes=CLASSES, width_per_group=16)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+def classifier() -> ComposerClassifier:
+    """A network without convolutions, so that nobody can guess an example."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(5, 8), *(Block() for _ in range(6)), nn.Linear(8, 3))
+    return ComposerClassifier(network, num_classes=3)
 
 
 def images(number: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -48,6 +65,22 @@ class Watch(Callback):
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         self.gates.append(self.algorithm.depth.last_gates)
+
+
+def drawn(
+    network: nn.Module, example: Any, steps: int, *, forwards: int = 1, **options: Any
+) -> list[dict[str, Any]]:
+    """The gates of each forward, as a plain network draws them with the Trainer's seed."""
+    settings: dict[str, Any] = {"drop_rate": 0.5, "draw": sd.Draw(7), **options}
+    depth = sd.apply_stochastic_depth(network.train(), example_inputs=example, **settings)
+    found = []
+    for _ in range(steps):
+        for _ in range(forwards):
+            with torch.no_grad():
+                network(**example) if isinstance(example, dict) else network(example)
+            found.append(depth.last_gates)
+        depth.step()
+    return found
 
 
 def trainer(

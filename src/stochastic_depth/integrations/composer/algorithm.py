@@ -13,10 +13,16 @@ from composer.utils import dist
 from torch import nn
 
 from stochastic_depth.draw import Draw
-from stochastic_depth.errors import OptionError, StochasticDepthWarning, warn
+from stochastic_depth.errors import (
+    ExampleInputsError,
+    OptionError,
+    StochasticDepthWarning,
+    warn,
+)
 from stochastic_depth.handle import StochasticDepth as Handle
 from stochastic_depth.integrations.composer.checkpoints import SavedState, note_idle_parameters
 from stochastic_depth.integrations.composer.functional import apply_stochastic_depth, check
+from stochastic_depth.integrations.composer.networks import call_with
 from stochastic_depth.integrations.composer.waiting import Waiting, remark
 from stochastic_depth.integrations.composer.warmup import Factor, as_time, warmed_up
 
@@ -24,8 +30,9 @@ from stochastic_depth.integrations.composer.warmup import Factor, as_time, warme
 class StochasticDepth(Algorithm):
     """Skips residual blocks at random, with the arguments of Composer's own algorithm.
 
-    It is put on the model at `Event.INIT`, before there is data. The draws follow the Trainer's
-    seed and its count of batches, so that a resumed training continues them.
+    It is put on the model at `Event.INIT`, before there is data; a network that no example is known
+    of is watched with the first batch, right before its first forward. The draws follow the
+    Trainer's seed and its count of batches, so that a resumed training continues them.
 
     Args:
         target_layer_name: Which blocks: "ResNetBottleneck" (Composer's registry), the name of
@@ -38,9 +45,9 @@ class StochasticDepth(Algorithm):
             from 0 to 1, a time string ("0.1dur", "5ep", "1000ba"), or a `Time`.
         use_same_gpu_seed: Whether all ranks drop the same blocks (faster), or each draws its own
             (usually more accurate). With "sample" each always draws its own.
-        example_inputs: What to call the network with once, to watch it, where it carries no
-            example and is not a vision model; of a ComposerModel that is neither a
-            ComposerClassifier nor a HuggingFaceModel: a batch.
+        example_inputs: What to call the network with once, to watch it; of a ComposerModel that is
+            neither a ComposerClassifier nor a HuggingFaceModel: a batch. None: the network's own
+            example, images for a vision model, else the first batch.
 
     Raises:
         OptionError: An argument has a value that it cannot take.
@@ -76,6 +83,7 @@ class StochasticDepth(Algorithm):
         self.use_same_gpu_seed = use_same_gpu_seed
         self.example_inputs = example_inputs
         self._depth: Handle | None = None
+        self._awaits_batch = False  # as no example is known
         self._seed = 0
         self._factor = Factor()
         self._modules: dict[str, nn.Module] = {}  # of the model at INIT, until it is complete
@@ -95,15 +103,21 @@ class StochasticDepth(Algorithm):
         """The handle, `sd.StochasticDepth`: to look, to force gates, to fold.
 
         Raises:
-            OptionError: No Trainer has put it on a model yet.
+            OptionError: It is on no model yet.
         """
-        if self._depth is None:
+        if self._depth is not None:
+            return self._depth
+        if self._awaits_batch:
             raise OptionError(
-                "the handle of an algorithm that is on no model yet",
-                expected="an algorithm that a Trainer was made with",
-                instead="make the Trainer first: Trainer(model=..., algorithms=[this one])",
+                "the handle of an algorithm that waits for the first batch, to watch the network",
+                expected="a training that has begun, or an example",
+                instead="call trainer.fit() first, or pass example_inputs= to StochasticDepth",
             )
-        return self._depth
+        raise OptionError(
+            "the handle of an algorithm that is on no model yet",
+            expected="an algorithm that a Trainer was made with",
+            instead="make the Trainer first: Trainer(model=..., algorithms=[this one])",
+        )
 
     @property
     def num_stochastic_layers(self) -> int:
@@ -127,7 +141,7 @@ class StochasticDepth(Algorithm):
 
     def match(self, event: Event, state: State) -> bool:
         """Whether something is to be done at an event."""
-        return event in _AT
+        return event in _AT and (self._awaits_batch or event not in _FORWARDS)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Do what is to be done at an event."""
@@ -146,9 +160,37 @@ class StochasticDepth(Algorithm):
     def _begin(self, state: State, logger: Logger) -> None:
         """INIT: in place, before any data. The algorithm may have served another Trainer before."""
         self._factor, self._waiting = Factor(), Waiting()
-        self._put_on(state, logger)
+        self._depth, self._awaits_batch, self._modules = None, False, {}
+        try:
+            self._put_on(state, self.example_inputs)
+        except ExampleInputsError:
+            if self.example_inputs is not None:
+                raise
+            self._awaits_batch = True
 
-    def _put_on(self, state: State, logger: Logger) -> None:
+    def _watch_batch(self, state: State, logger: Logger) -> None:
+        """Before a forward, where no example is known: the batch is the example."""
+        kind = f"the first batch, of type {type(state.batch).__name__}, as no example is known"
+        call = call_with(state.model, state.batch)
+        if self.stochastic_method == "sample" and not call.shows_tensors:
+            raise ExampleInputsError(
+                f'stochastic_method="sample" watches {kind}, but finds no tensor in it',
+                expected="a tensor, or tuples, lists and dicts of tensors: rows are taken of them",
+                instead='give the model such a batch, or pass stochastic_method="block"',
+            )
+        try:
+            self._put_on(state, call)
+        except ExampleInputsError as error:
+            raise ExampleInputsError(
+                f"watched was {kind}: {error}",
+                expected="a batch that shows how the network is called",
+                instead="pass example_inputs= to StochasticDepth",
+            ) from error
+        self._modules = {}
+        self._log_number(logger)
+        self._set_clock(state)
+
+    def _put_on(self, state: State, example: Any) -> None:
         own_seed = self.use_same_gpu_seed or self.stochastic_method == "sample"
         self._seed = state.rank_zero_seed
         self._depth = apply_stochastic_depth(
@@ -157,18 +199,18 @@ class StochasticDepth(Algorithm):
             self.stochastic_method,
             self.drop_rate,
             self.drop_distribution,
-            example_inputs=self.example_inputs,
+            example_inputs=example,
             schedule=self._factor if self.drop_warmup.value else None,
             draw=Draw(self._seed, across_ranks="auto" if own_seed else "different"),
         )
         self._modules = dict(state.model.named_modules())
-        logger.log_metrics({"stochastic_depth/num_stochastic_layers": self.num_stochastic_layers})
+        self._awaits_batch = False
 
     def _complete(self, state: State, logger: Logger) -> None:
         """BEFORE_LOAD: other algorithms may have replaced modules since (BlurPool and the like)."""
         now = dict(state.model.named_modules())
         if any(now.get(name) is not module for name, module in self._modules.items()):
-            self._put_on(state, logger)
+            self._put_on(state, self.example_inputs)
 
     def _follow_checkpoint(self, state: State, logger: Logger) -> None:
         """AFTER_LOAD: go on with the seed of the training that is resumed."""
@@ -180,11 +222,14 @@ class StochasticDepth(Algorithm):
                 instead="leave Composer's out of algorithms=[...]; to resume from a checkpoint of "
                 'it, pass load_exclude_algorithms=["StochasticDepth"] to the Trainer',
             )
+        if self._awaits_batch:
+            return
         if state.rank_zero_seed != self._seed:
             with warnings.catch_warnings():  # what there is to say about it was said at INIT
                 warnings.simplefilter("ignore", StochasticDepthWarning)
-                self._put_on(state, logger)
+                self._put_on(state, self.example_inputs)
         self._modules = {}
+        self._log_number(logger)
         self._set_clock(state)
 
     def _begin_fit(self, state: State, logger: Logger) -> None:
@@ -192,14 +237,12 @@ class StochasticDepth(Algorithm):
 
     def _begin_batch(self, state: State, logger: Logger) -> None:
         self._factor.value = warmed_up(state, self.drop_warmup)
-        logger.log_metrics({
-            "stochastic_depth/drop_rate": self.rate_in_force,
-            "stochastic_depth/num_stochastic_layers": self.num_stochastic_layers,
-        })  # fmt: skip
+        logger.log_metrics({"stochastic_depth/drop_rate": self.rate_in_force})
 
     def _begin_train_batch(self, state: State, logger: Logger) -> None:
         """Also where Composer begins a batch anew, after it ran out of memory: with its draws."""
-        self._set_clock(state)
+        if not self._awaits_batch:
+            self._set_clock(state)
 
     def _end_batch(self, state: State, logger: Logger) -> None:
         self.depth.step()
@@ -221,6 +264,10 @@ class StochasticDepth(Algorithm):
 
     # What they use
 
+    def _log_number(self, logger: Logger) -> None:
+        """Once, when it is known for good."""
+        logger.log_metrics({"stochastic_depth/num_stochastic_layers": self.num_stochastic_layers})
+
     def _set_clock(self, state: State) -> None:
         """The draws of this batch, from their beginning."""
         own, batch = self.depth.state_dict(), state.timestamp.batch.value
@@ -241,7 +288,9 @@ class StochasticDepth(Algorithm):
             warn(told)
 
 
+_FORWARDS = (Event.BEFORE_FORWARD, Event.EVAL_BEFORE_FORWARD, Event.PREDICT_BEFORE_FORWARD)
 _AT = {
+    **dict.fromkeys(_FORWARDS, StochasticDepth._watch_batch),
     Event.INIT: StochasticDepth._begin,
     Event.BEFORE_LOAD: StochasticDepth._complete,
     Event.AFTER_LOAD: StochasticDepth._follow_checkpoint,

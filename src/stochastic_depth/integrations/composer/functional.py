@@ -14,7 +14,7 @@ from stochastic_depth.draw import Draw, check_choice
 from stochastic_depth.errors import OptionError, SelectionError, StateMismatchError
 from stochastic_depth.gating.attach import gated_modules
 from stochastic_depth.handle import StochasticDepth as Handle
-from stochastic_depth.integrations.composer.networks import example_for, network_of
+from stochastic_depth.integrations.composer.networks import Call, example_for, network_of
 from stochastic_depth.integrations.composer.targets import Target
 from stochastic_depth.retrieval import get_stochastic_depth
 from stochastic_depth.schedules import ScheduleFunction
@@ -83,7 +83,10 @@ def apply_stochastic_depth(
     """
     check(stochastic_method, drop_rate, drop_distribution)
     network, prefix = network_of(model)
-    example = example_for(network, example_inputs)
+    if isinstance(example_inputs, Call):
+        example, keywords = example_inputs.args, example_inputs.kwargs
+    else:
+        example, keywords = example_for(network, example_inputs), None
     target = None if target_layer_name is None else Target(target_layer_name, network, prefix)
     before = _make_room(model)
     try:
@@ -92,6 +95,7 @@ def apply_stochastic_depth(
             min(float(drop_rate), _ALWAYS),
             drop_distribution,
             example_inputs=example,
+            example_kwargs=keywords,
             blocks=target,
             mode=_MODES[stochastic_method],
             scale="eval",

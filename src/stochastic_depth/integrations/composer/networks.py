@@ -1,16 +1,23 @@
-"""Which network of a ComposerModel is watched, and with which example: there is no data at INIT."""
+"""Which network of a ComposerModel is watched, and with which example.
+
+At INIT there is no data: the example is the user's, or one that the network carries or that can be
+guessed. Where there is none, it is the first batch.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from composer.models import ComposerClassifier, ComposerModel, HuggingFaceModel
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from stochastic_depth.discovery import plain_model
+from stochastic_depth.errors import ExampleInputsError
 
 _PIXELS = 64  # of an image that most networks take
 # Where libraries keep an example, or what it takes to make one (`discovery.example` reads them).
@@ -29,6 +36,54 @@ def network_of(model: nn.Module) -> tuple[nn.Module, str]:
     if isinstance(model, HuggingFaceModel):
         return model.model, "model."
     return model, ""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a network is called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def shows_tensors(self) -> bool:
+        """Whether there is a tensor that is not hidden in some object."""
+        return any(isinstance(x, torch.Tensor) for x in tree_leaves((self.args, self.kwargs)))
+
+
+def call_with(model: nn.Module, batch: Any) -> Call:
+    """What the network to watch is called with when the model is called with a batch.
+
+    The model's own `forward` takes the batch apart. It ends where the network begins.
+
+    Raises:
+        ExampleInputsError: It does not call the network.
+    """
+    model = plain_model(model)
+    network, _ = network_of(model)
+    if network is model:
+        return Call((batch,), {})
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Called(Call(args, kwargs))
+
+    hook = network.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
+    try:
+        model(batch)
+    except _Called as called:
+        return called.call
+    finally:
+        hook.remove()
+    raise ExampleInputsError(
+        f"{type(model).__name__} does not call its {type(network).__name__} with the first batch",
+        expected="a forward(batch) that calls the network",
+        instead="pass example_inputs= to StochasticDepth: what the network is called with",
+    )
+
+
+class _Called(Exception):  # noqa: N818  (it reports, it is no error)
+    def __init__(self, call: Call) -> None:
+        self.call = call
 
 
 def example_for(network: nn.Module, given: Any) -> Any:
