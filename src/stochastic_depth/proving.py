@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.discovery import Discovery
+from stochastic_depth.discovery import Discovery, ResidualBlock
 from stochastic_depth.discovery.batch import Batches, with_more_rows
 from stochastic_depth.discovery.example import Example
-from stochastic_depth.discovery.proofs import branch_not_closed, skip_path, skip_value
+from stochastic_depth.discovery.proofs import branch_not_closed, branch_not_known
 from stochastic_depth.discovery.templates import SkipPath, Template
 from stochastic_depth.discovery.undisturbed import undisturbed
 from stochastic_depth.discovery.unmaterialised import Alone, arguments_of, is_unmaterialised
-from stochastic_depth.discovery.watch import record
+from stochastic_depth.discovery.watch import record_closed
 from stochastic_depth.gating.attach import attach, detach
 from stochastic_depth.plan import Plan, Probe
 from stochastic_depth.selection import refusal, refuse
@@ -42,16 +42,22 @@ def prove(
     Raises:
         RefusedBlockError: A block cannot be skipped exactly.
     """
+    watched = [block for block in plan.blocks if not block.explicit]
     reasons = {
         block.name: why
-        for block in plan.blocks
-        if not block.explicit and (why := refusal(block, unit=plan.unit, scale=plan.scale))
+        for block in watched
+        if (why := refusal(block, unit=plan.unit, scale=plan.scale))
     }
-    whole: dict[str, Template | SkipPath] = {}
+    whole: dict[str, Template | SkipPath] = {
+        block.name: found.whole[block.name] for block in watched if block.name in found.whole
+    }
     if not reasons:
         attach(model, found, plan, {})
         try:
-            whole, reasons = _drop_all(model, found, plan, example)
+            for level in sorted({block.nesting for block in watched}):
+                reasons |= _not_zero(
+                    model, found, plan, example, [b for b in watched if b.nesting == level]
+                )
         finally:
             detach(model, plan)
     if batches is not None and not reasons:
@@ -59,10 +65,7 @@ def prove(
     if batches is not None and not reasons:
         attach(model, found, plan, whole, batches)
         try:
-            reasons = _run_on_rows(model, plan, example) | _interlaced(plan)
-            for name in list(reasons):
-                if _runs_in_groups(model, plan, name, example):
-                    del reasons[name]
+            reasons = _run_on_rows(model, plan, example)
         finally:
             detach(model, plan)
     if reasons:
@@ -70,48 +73,42 @@ def prove(
     return whole
 
 
-def _drop_all(
-    model: nn.Module, found: Discovery, plan: Plan, example: Example
-) -> tuple[dict[str, Template | SkipPath], dict[str, str]]:
-    """Which blocks return their input when dropped, and which are not exact when dropped."""
-    whole: dict[str, Template | SkipPath] = {}
-    reasons: dict[str, str] = {}
-    containers = {block.container for block in plan.blocks if not block.explicit}
-    calls = arguments_of(model, sorted(containers), example) if is_unmaterialised(model) else None
-    for level in sorted({block.nesting for block in plan.blocks}):
-        level_blocks = [b for b in plan.blocks if b.nesting == level and not b.explicit]
-        if not level_blocks:
-            continue
-        units = [
-            unit
-            for number, block in enumerate(plan.blocks)
-            if block in level_blocks
-            for unit in plan.units(number)
-        ]
-        plan.forced = dict.fromkeys(units, False)
-        try:
-            keep = frozenset(block.container for block in level_blocks)
-            if calls is None:
-                closed = dict.fromkeys(keep, record(model, *example, keep=keep))
-            else:
-                closed = {
-                    name: record(Alone(model, name, calls[name], plan), (), {}, keep=keep)
-                    for name in keep
-                }
-        except Exception as error:
-            names = level_blocks[0].name if len(level_blocks) == 1 else "its blocks"
-            reasons[level_blocks[0].name] = f"with {names} dropped the forward fails: {error}"
-            break
-        finally:
-            plan.forced = None
-        for block in level_blocks:
-            alone = closed[block.container]
-            stuck = branch_not_closed(found, block, alone)
-            if stuck is not None:
-                reasons[block.name] = f"{stuck} is not zero when its modules are dropped"
-            elif value := skip_value(found, block, alone) or skip_path(found, block, alone):
-                whole[block.name] = value
-    return whole, reasons
+def _not_zero(
+    model: nn.Module,
+    found: Discovery,
+    plan: Plan,
+    example: Example,
+    blocks: Sequence[ResidualBlock],
+) -> dict[str, str]:
+    """Which blocks have a branch that is not zero at its sum with all of these blocks dropped.
+
+    Where the forward fails they are dropped one at a time, so that the right one is named.
+    """
+    numbers = [number for number, block in enumerate(plan.blocks) if block in blocks]
+    own = {block.container for block in plan.blocks}
+    plan.forced = {unit: False for number in numbers for unit in plan.units(number)}
+    try:
+        closed = record_closed(model, example, found.recording.mode, drawing=own)
+    except Exception as error:
+        if len(blocks) == 1:
+            return {blocks[0].name: f"with it dropped the forward fails: {error}"}
+        reasons: dict[str, str] = {}
+        for block in blocks:
+            reasons |= _not_zero(model, found, plan, example, [block])
+        return reasons or {blocks[0].name: f"with all blocks dropped the forward fails: {error}"}
+    finally:
+        plan.forced = None
+    stuck = {
+        block.name: branch_not_known(found, block)
+        if is_unmaterialised(model)
+        else branch_not_closed(found, block, closed)
+        for block in blocks
+    }
+    return {
+        name: f"{branch} is not zero when its modules are dropped"
+        for name, branch in stuck.items()
+        if branch is not None
+    }
 
 
 def _out_of_order(
@@ -186,41 +183,10 @@ def _run_on_rows(model: nn.Module, plan: Plan, example: Example) -> dict[str, st
     return reasons
 
 
-def _interlaced(plan: Plan) -> dict[str, str]:
-    """Which blocks have branches inside of each other that draw their rows one by one."""
-    alone = [block.container for block in plan.blocks]
-    return {
-        block.name: 'mode="sample": one of its branches lies inside of another one'
-        for block in plan.blocks
-        if block.interlaced and (plan.unit == "branch" or alone.count(block.container) > 1)
-    }
-
-
-def _runs_in_groups(model: nn.Module, plan: Plan, name: str, example: Example) -> bool:
-    """Whether the block, where its modules cannot run on some rows, can as a whole.
-
-    Not with BatchNorm: it would see the kept rows in several pieces.
-    """
-    ((number, block),) = [(n, b) for n, b in enumerate(plan.blocks) if b.name == name]
-    alone = [b.container for b in plan.blocks].count(block.container) == 1
-    if not alone or not plan.counts[number].lone:
-        return False
-    before, plan.in_groups = plan.in_groups, plan.in_groups | {block.container}
-    (args, kwargs), _ = with_more_rows(example)
-    if is_unmaterialised(model):
-        calls = arguments_of(model, [block.container], (args, kwargs))
-        model, args, kwargs = Alone(model, block.container, calls[block.container], plan), (), {}
-    if _differs(model, plan, [number], args, kwargs) is None:
-        return True
-    plan.in_groups = before
-    return False
-
-
 def _differs(
     model: nn.Module, plan: Plan, blocks: Sequence[int], args: Any, kwargs: Any
 ) -> str | None:
     """How the blocks on some rows alone differ from all rows with the others masked."""
-    in_groups = any(plan.blocks[number].container in plan.in_groups for number in blocks)
     runs: list[list[Tensor]] = []
     for masked in (False, True):
         plan.probe = Probe(frozenset(blocks), masked)
@@ -230,7 +196,7 @@ def _differs(
         except Exception as error:
             return f"it fails on some rows of the batch alone: {error}"
         finally:
-            values, plan.probe = plan.probe.values if not in_groups else [], None
+            values, plan.probe = plan.probe.values, None
         runs.append([*values, *(x for x in tree_leaves(output) if isinstance(x, Tensor))])
     on_rows, masked_rows = runs
     if not all(bool(value.isfinite().all()) for value in masked_rows):

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from stochastic_depth.discovery.additions import Addition, residual_additions
-from stochastic_depth.discovery.branches import last_outputs, member_calls, side_effects
-from stochastic_depth.discovery.grouping import Group, group
+from stochastic_depth.discovery.branches import member_calls, side_effects
+from stochastic_depth.discovery.grouping import Group, Grouping
 from stochastic_depth.discovery.recording import Call, Recording
 from stochastic_depth.discovery.scaling import (
     Fold,
-    degree,
+    ends_of,
     exclusive,
     fold,
     parameter_uses,
     parameters_at,
     sharers_not_called,
 )
+from stochastic_depth.discovery.skips import skip_of
+from stochastic_depth.discovery.templates import Template
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +62,10 @@ class ResidualBlock:
     affine: bool = field(repr=False)  # left out unless it is asked for by name
     irregular: bool = field(default=False, repr=False)  # its calls differ in structure
     explicit: bool = field(default=False, repr=False)  # made of `Residual`s
-    interlaced: bool = field(default=False, repr=False)
-    """One of its branches lies inside of another one of the same module's forward."""
+    copies_input: bool = field(default=False, repr=False, compare=False)
+    """Dropped as a whole, it returns a copy: its input is held by others, or changed later."""
+    left_out: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    """The modules of branches inside of its own branches: those are not gated."""
 
     @property
     def scope(self) -> str:
@@ -74,6 +80,8 @@ class Discovery:
     recording: Recording
     blocks: tuple[ResidualBlock, ...]
     groups: dict[str, list[Group]]  # for each block, one for each call of its container
+    whole: dict[str, Template] = field(default_factory=dict)
+    """What a dropped block returns, of those whose forward need not run then."""
 
 
 def discover(
@@ -91,61 +99,62 @@ def discover(
         for addition in residual_additions(recording)
         if recording.calls[recording.nodes[addition.node].call].module not in leave_out
     ]
+    sums = {addition.node for addition in additions}
+    nesting = Counter(node for a in additions for node in a.path if node in sums)
     groups: dict[str, list[Group]] = {}
     blocks: dict[str, ResidualBlock] = {}
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     for affine in (False, True):
         kept = [addition for addition in additions if addition.affine is affine]
-        for found in group(recording, model, kept):
+        for found in Grouping(recording, model, kept).groups():
             if affine and found.name in groups and not blocks[found.name].affine:
                 continue
-            block = _block(recording, kinds, found, _nesting(found, additions))
+            block = _block(recording, kinds, found, nesting[found.additions[0].node])
             known = blocks.setdefault(found.name, block)
             if known != block:
                 blocks[found.name] = replace(known, irregular=True)
             groups.setdefault(found.name, []).append(found)
     uses, idle = parameter_uses(recording), sharers_not_called(recording, model)
+    whole: dict[str, Template] = {}
     for name, block in blocks.items():
-        folds = [fold(recording, a) for found in groups[name] for a in found.additions]
-        branches = [
+        folds = [one for found in groups[name] for one in _folds(recording, found)]
+        branches = tuple(
             replace(branch, fold=exclusive(recording, branch.fold, folds, uses, idle))
             for branch in block.branches
-        ]
-        blocks[name] = replace(block, branches=tuple(branches))
-    in_call: dict[int, list[Addition]] = {}
-    for first, *_ in groups.values():
-        in_call.setdefault(first.container.index, []).extend(first.additions)
-    for name, block in blocks.items():
-        first = groups[name][0]
-        interlaced = any(
-            own.contains(other) or other.contains(own)
-            for own in first.additions
-            for other in in_call[first.container.index]
         )
-        blocks[name] = replace(block, interlaced=interlaced)
+        members = [[c for own in _members(recording, g) for c in own] for g in groups[name]]
+        skip = skip_of(recording, groups[name], members)
+        blocks[name] = replace(block, branches=branches, copies_input=bool(skip and skip.copies))
+        if skip is not None:
+            whole[name] = skip.template
     order = sorted(blocks.values(), key=lambda block: groups[block.name][0].additions[0].node)
-    return Discovery(recording, tuple(order), groups)
+    return Discovery(recording, tuple(order), groups, whole)
 
 
-def _nesting(found: Group, additions: list[Addition]) -> int:
-    own = found.additions[0]
-    return sum(addition.contains(own) for addition in additions)
+def _members(recording: Recording, found: Group) -> list[list[Call]]:
+    return [member_calls(recording, a, found.container) for a in found.additions]
+
+
+def _folds(recording: Recording, found: Group) -> list[Fold]:
+    sums = {addition.node for addition in found.additions}
+    return [fold(recording, addition, sums) for addition in found.additions]
 
 
 def _block(
     recording: Recording, kinds: dict[str, str], found: Group, nesting: int
 ) -> ResidualBlock:
-    members = [member_calls(recording, a, found.container) for a in found.additions]
+    members = _members(recording, found)
     everything = [call for calls in members for call in calls]
     leaks_to = side_effects(recording, found.additions, everything, found.container)
     branches_leak = leaks_to is None and any(
         side_effects(recording, [addition], calls, found.container)
         for addition, calls in zip(found.additions, members, strict=True)
     )
+    sums = {addition.node for addition in found.additions}
     return ResidualBlock(
         name=found.name,
         branches=tuple(
-            _branch(recording, f"{found.name}:{number}", addition, calls)
+            _branch(recording, f"{found.name}:{number}", addition, calls, sums)
             for number, (addition, calls) in enumerate(zip(found.additions, members, strict=True))
         ),
         kind=kinds.get(found.name, kinds[found.container.module]),
@@ -158,43 +167,15 @@ def _block(
 
 
 def _branch(
-    recording: Recording, name: str, addition: Addition, calls: list[Call]
+    recording: Recording, name: str, addition: Addition, calls: Sequence[Call], sums: set[int]
 ) -> ResidualBranch:
-    last, in_line = last_outputs(recording, addition, calls)
-    unscalable = None
-    if not _scales(recording, addition, in_line, calls, last):
-        final = max(last, default=-1)
-        # A product of two modules' outputs is scaled by scaling one of them.
-        last = {final: last[final]} if last else {}
-        if not _scales(recording, addition, in_line, calls, last):
-            op = recording.nodes[in_line[-1]].op if in_line else "nothing"
-            unscalable = f"it ends in {op}, computed in line behind its last module"
-    inside = [i for i in addition.path if not any(call.holds(i) for call in calls)]
+    in_line = recording.not_held(addition.path, calls)
+    ends, unscalable = ends_of(recording, addition, calls, sums)
     return ResidualBranch(
         name=name,
         modules=tuple(call.module for call in calls),
-        scaled=tuple(
-            (position, frozenset(last[call.index]))
-            for position, call in enumerate(calls)
-            if call.index in last
-        ),
+        scaled=tuple(sorted(ends.items())),
         unscalable=unscalable,
-        in_line_parameters=tuple(sorted(parameters_at(recording, inside))),
-        fold=fold(recording, addition),
+        in_line_parameters=tuple(sorted(parameters_at(recording, in_line))),
+        fold=fold(recording, addition, sums),
     )
-
-
-def _scales(
-    recording: Recording,
-    addition: Addition,
-    in_line: list[int],
-    calls: list[Call],
-    last: dict[int, set[int]],
-) -> bool:
-    ends = {
-        index
-        for call in calls
-        for number, index in enumerate(call.outputs)
-        if index is not None and number in last.get(call.index, ())
-    }
-    return degree(recording, in_line, ends, addition.branch) == 1
