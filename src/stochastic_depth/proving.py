@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.discovery import Discovery, ResidualBlock
 from stochastic_depth.discovery.batch import Batches, with_more_rows
-from stochastic_depth.discovery.example import Example
+from stochastic_depth.discovery.example import Example, telling
 from stochastic_depth.discovery.proofs import branch_not_closed, branch_not_known
 from stochastic_depth.discovery.templates import SkipPath, Template
 from stochastic_depth.discovery.undisturbed import undisturbed
@@ -61,6 +61,7 @@ def prove(
         finally:
             detach(model, plan)
     if batches is not None and not reasons:
+        example = telling(example)
         reasons = _out_of_order(model, found, plan, example, batches)
     if batches is not None and not reasons:
         attach(model, found, plan, whole, batches)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from stochastic_depth.discovery.blocks import (
     Discovery,
@@ -64,6 +65,7 @@ def find_residual_blocks(
     Example:
         >>> import torch
         >>> from torch import nn
+    from torch.nn.parameter import is_lazy
         >>> class Residual(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
@@ -108,6 +110,7 @@ def watch(
     """
     if example_inputs is None and not example_kwargs and explicit_residuals(model):
         return Discovery(Recording(), tuple(explicit_blocks(model, {})), {}), ((), {})
+    _refuse_lazy(model)
     example = example_for(model, example_inputs, example_kwargs)
     own = " (the example that it carries)" if example_inputs is None else ""
     try:
@@ -123,6 +126,16 @@ def watch(
     inside = frozenset(explicit_residuals(model))
     found = discover(recording, model, leave_out=inside)
     return (found if not inside else with_explicit_blocks(found, model, inside)), example
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ExampleInputsError(
+                f'"{name}" is the weight of a lazy module, which has no shape yet',
+                expected="a model whose weights are there",
+                instead="call the model once with a batch, model(batch), and then apply",
+            )
 
 
 def none_found(model: nn.Module, found: Discovery) -> NoResidualBlocksError:

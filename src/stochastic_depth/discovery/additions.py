@@ -111,6 +111,8 @@ class Search:
         self, node: Node, operand: int, skip: int, root: int, path: list[int], *, projection: bool
     ) -> Addition | None:
         recording, branch = self.recording, path[-1]
+        if recording.reaches(branch, skip):
+            return None  # the branch has been added already
         if not self._ways(skip, root, projection=projection).isdisjoint(path):
             return None  # skip and branch part only behind the root: a piece of an attention
         container = recording.innermost(path[0], node.index)

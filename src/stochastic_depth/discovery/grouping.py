@@ -99,9 +99,10 @@ class Grouping:
             if one.container.parent is not None:
                 same_class = one.container.kind is other.container.kind
                 return same_class and one.container.module != other.container.module
-            # A loop in the model's own forward.
-            kinds = [[call.kind for call in self.members[a]] for a in (one, other)]
-            return one.container is other.container and kinds[0] == kinds[1]
+            # A loop in the model's own forward, over a list of modules.
+            lists = {self._name(a).rpartition(".")[::2] for a in (one, other)}
+            in_lists = all(number.isdigit() for _, number in lists)
+            return in_lists and len({name for name, _ in lists}) == 1 < len(lists)
 
         def repeats(addition: Addition) -> bool:
             return any(

@@ -62,7 +62,8 @@ def record(
         stack.enter_context(undisturbed(model, mode, drawing=drawing))
         watcher.know(model)
         for name, module in model.named_modules():
-            stack.callback(watcher.hook_into(name, module))
+            if not isinstance(module, torch.jit.ScriptModule):  # its operations show all the same
+                stack.callback(watcher.hook_into(name, module))
         stack.enter_context(without_collecting())
         stack.enter_context(torch.no_grad())
         stack.enter_context(watcher.noting_functions())

@@ -42,7 +42,6 @@ _resolve_process_group          seen as an operation                  not refuse
 from __future__ import annotations
 
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from stochastic_depth.torch_private.backward import (
     after_backward,
@@ -82,6 +81,13 @@ from stochastic_depth.torch_private.processes import (
     set_prefetched,
     sharded_dtypes,
     without_sharding,
+)
+from stochastic_depth.torch_private.trees import (
+    TreeSpec,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
 )
 
 __all__ = [
