@@ -21,6 +21,7 @@ from stochastic_depth.discovery.templates import SkipPath, Template
 from stochastic_depth.discovery.undisturbed import undisturbed
 from stochastic_depth.discovery.unmaterialised import Alone, arguments_of, is_unmaterialised
 from stochastic_depth.discovery.watch import record_closed
+from stochastic_depth.errors import warn
 from stochastic_depth.gating.attach import attach, detach
 from stochastic_depth.plan import Plan, Probe
 from stochastic_depth.selection import refusal, refuse
@@ -51,15 +52,10 @@ def prove(
     whole: dict[str, Template | SkipPath] = {
         block.name: found.whole[block.name] for block in watched if block.name in found.whole
     }
-    if not reasons:
-        attach(model, found, plan, {})
-        try:
-            for level in sorted({block.nesting for block in watched}):
-                reasons |= _not_zero(
-                    model, found, plan, example, [b for b in watched if b.nesting == level]
-                )
-        finally:
-            detach(model, plan)
+    # Where scale="none" is the advice, it has to work.
+    unscaled = [block for block in watched if not refusal(block, unit=plan.unit, scale="none")]
+    tried = [block for block in unscaled if block.name in reasons] if reasons else watched
+    reasons |= _not_exact(model, found, plan, example, tried)
     if batches is not None and not reasons:
         example = telling(example)
         reasons = _out_of_order(model, found, plan, example, batches)
@@ -69,9 +65,35 @@ def prove(
             reasons = _run_on_rows(model, plan, example)
         finally:
             detach(model, plan)
+    keeping = [block for block in watched if block.keeps is not None]
+    if keeping:
+        others = f", as do {len(keeping) - 1} others" if len(keeping) > 1 else ""
+        warn(
+            f'block "{keeping[0].name}" keeps a value of its branch: {keeping[0].keeps}{others}. '
+            "Where the branch is dropped that is zero"
+        )
     if reasons:
         raise refuse(reasons, plan.blocks, found=found)
     return whole
+
+
+def _not_exact(
+    model: nn.Module,
+    found: Discovery,
+    plan: Plan,
+    example: Example,
+    blocks: Sequence[ResidualBlock],
+) -> dict[str, str]:
+    """Which blocks have a branch that is not zero when it is dropped; one level after the other."""
+    reasons: dict[str, str] = {}
+    attach(model, found, plan, {})
+    try:
+        for level in sorted({block.nesting for block in blocks}):
+            own = [block for block in blocks if block.nesting == level]
+            reasons |= _not_zero(model, found, plan, example, own)
+    finally:
+        detach(model, plan)
+    return reasons
 
 
 def _not_zero(

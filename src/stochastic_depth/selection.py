@@ -90,6 +90,11 @@ def refusal(block: ResidualBlock, *, unit: Unit, scale: Scale) -> str | None:
         return f'"{block.leaks_to}" computes with a value made inside of it'
     if block.irregular:
         return "its module is called several times with different structure"
+    if block.lost_state is not None:
+        return (
+            f'it hands out a state of "{block.lost_state}", which would be lost: pass example '
+            "inputs with the states, so that it is given one of the same form"
+        )
     if unit == "branch" and block.branches_leak:
         return 'one of its branches computes with a value of another (unit="block" works)'
     for branch in block.branches:
@@ -107,10 +112,14 @@ def refuse(
     left = [block.name for block in gated if block.name not in reasons]
     out = [f"!{name}" for name in reasons]
     paste = out if len(left) + len(reasons) == sum(not b.affine for b in found.blocks) else left
+    nothing_left = (
+        "do as the reasons say, write the connections that can be skipped with sd.Residual, which "
+        "are taken at their word, or train the model as it is: no block is left"
+    )
     return RefusedBlockError(
         f"{told}{more}",
         expected="blocks that can be skipped exactly",
         instead=f"pass blocks={paste!r} to leave {'it' if len(reasons) == 1 else 'them'} out"
         if left
-        else "do as the reasons say, or train the model as it is: no block is left",
+        else nothing_left,
     )

@@ -23,7 +23,7 @@ from stochastic_depth.discovery.explicit import (
 from stochastic_depth.discovery.recording import Recording
 from stochastic_depth.discovery.unsharded import unsharded
 from stochastic_depth.discovery.watch import watch_once
-from stochastic_depth.errors import ExampleInputsError, NoResidualBlocksError
+from stochastic_depth.errors import ExampleInputsError, NoResidualBlocksError, warn
 from stochastic_depth.torch_private import is_in_parts
 
 __all__ = [
@@ -125,6 +125,11 @@ def watch(
         ) from error
     inside = frozenset(explicit_residuals(model))
     found = discover(recording, model, leave_out=inside)
+    for name, seen in found.unclear.items():
+        warn(
+            f'block "{name}" is left out: {seen} may add a branch that cannot be followed; write '
+            "it as a sum, x + branch, or with sd.Residual"
+        )
     return (found if not inside else with_explicit_blocks(found, model, inside)), example
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
@@ -22,6 +23,7 @@ from stochastic_depth.discovery.scaling import (
     sharers_not_called,
 )
 from stochastic_depth.discovery.skips import skip_of
+from stochastic_depth.discovery.states import keep_states, keeps_branch, unknown_sum
 from stochastic_depth.discovery.templates import Template
 
 
@@ -66,6 +68,10 @@ class ResidualBlock:
     """Dropped as a whole, it returns a copy: its input is held by others, or changed later."""
     left_out: tuple[str, ...] = field(default=(), repr=False, compare=False)
     """The modules of branches inside of its own branches: those are not gated."""
+    lost_state: str | None = field(default=None, repr=False, compare=False)
+    """A recurrent module whose state it hands out, and to which none was given."""
+    keeps: str | None = field(default=None, repr=False, compare=False)
+    """Where it keeps a value of its branch, which is zero when that is dropped."""
 
     @property
     def scope(self) -> str:
@@ -82,6 +88,8 @@ class Discovery:
     groups: dict[str, list[Group]]  # for each block, one for each call of its container
     whole: dict[str, Template] = field(default_factory=dict)
     """What a dropped block returns, of those whose forward need not run then."""
+    unclear: dict[str, str] = field(default_factory=dict)
+    """Blocks that are left out, and an operation that may add one more branch to them."""
 
 
 def discover(
@@ -106,16 +114,20 @@ def discover(
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     for affine in (False, True):
         kept = [addition for addition in additions if addition.affine is affine]
-        for found in Grouping(recording, model, kept).groups():
+        grouping = Grouping(recording, model, kept)
+        for found in grouping.groups():
             if affine and found.name in groups and not blocks[found.name].affine:
                 continue
             block = _block(recording, kinds, found, nesting[found.additions[0].node])
+            inner = [m for a in found.additions for m in grouping.left_out.get(a.node, ())]
+            block = replace(block, left_out=tuple(inner))
             known = blocks.setdefault(found.name, block)
             if known != block:
                 blocks[found.name] = replace(known, irregular=True)
             groups.setdefault(found.name, []).append(found)
     uses, idle = parameter_uses(recording), sharers_not_called(recording, model)
     whole: dict[str, Template] = {}
+    unclear: dict[str, str] = {}
     for name, block in blocks.items():
         folds = [one for found in groups[name] for one in _folds(recording, found)]
         branches = tuple(
@@ -124,11 +136,33 @@ def discover(
         )
         members = [[c for own in _members(recording, g) for c in own] for g in groups[name]]
         skip = skip_of(recording, groups[name], members)
-        blocks[name] = replace(block, branches=branches, copies_input=bool(skip and skip.copies))
+        states, keeps, unknown = (
+            _first(check, recording, groups[name], members)
+            for check in (keep_states, keeps_branch, unknown_sum)
+        )
+        if unknown is not None:
+            unclear[name] = unknown
+        blocks[name] = replace(
+            block,
+            branches=branches,
+            copies_input=bool(skip and skip.copies),
+            lost_state=states,
+            keeps=keeps,
+        )
         if skip is not None:
             whole[name] = skip.template
     order = sorted(blocks.values(), key=lambda block: groups[block.name][0].additions[0].node)
-    return Discovery(recording, tuple(order), groups, whole)
+    clear = tuple(block for block in order if block.name not in unclear)
+    return Discovery(recording, clear, groups, whole, unclear)
+
+
+def _first(check: Any, recording: Recording, groups: list[Group], members: Any) -> str | None:
+    """What the first call of a block shows where this is looked for."""
+    found = [
+        check(recording, group.container, own, group.additions)
+        for group, own in zip(groups, members, strict=True)
+    ]
+    return next((text for text in found if text is not None), None)
 
 
 def _members(recording: Recording, found: Group) -> list[list[Call]]:

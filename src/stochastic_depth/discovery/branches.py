@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from stochastic_depth.discovery.additions import Addition
 from stochastic_depth.discovery.operations import Kind
 from stochastic_depth.discovery.recording import Call, Recording
+from stochastic_depth.discovery.states import is_loss_term
 
 
 def member_calls(recording: Recording, addition: Addition, container: Call) -> list[Call]:
@@ -70,6 +71,13 @@ def side_effects(
         for index in range(call.start, call.end)
         if nodes[index].op  # not the parameters, buffers and inputs met on the way
     }
+    terms = {
+        index
+        for call in members
+        for index in call.outputs
+        if index is not None
+        if is_loss_term(recording, index)
+    }
     own = made | recording.behind([a.branch for a in additions], container.start)
     for index in sorted({index for addition in additions for index in addition.path}):
         if not made.isdisjoint(nodes[index].inputs):  # what is computed in line from that
@@ -77,7 +85,7 @@ def side_effects(
     seen = {
         user
         for index in made
-        if not recording.is_state(index)
+        if index not in terms and not recording.is_state(index)
         for user in consumers[index]
         if user not in own and user not in sums
     }

@@ -35,8 +35,8 @@ class Before:
         results: Sequence[Tensor],
         *,
         is_constant: Callable[[Tensor], bool],
-    ) -> Iterator[str]:
-        """What is otherwise now, at the end of the call: names of attributes, or descriptions.
+    ) -> Iterator[tuple[str, Tensor | None]]:
+        """What is otherwise now, at the end of the call: a name or description, and the value.
 
         Args:
             module: What was called.
@@ -51,18 +51,18 @@ class Before:
             if old is None and isinstance(new, Tensor) and is_constant(new):
                 continue
             if size != length or (old is not new and not _is_equal(old, new)):
-                yield key
+                yield key, new if isinstance(new, Tensor) else None
         memories = {memory_of(tensor) for tensor in results}
         for reference in self.made:
             tensor = reference()
             if tensor is None or memory_of(tensor) in memories or is_constant(tensor):
                 continue
-            yield "a value that somebody keeps"
+            yield "a value that somebody keeps", tensor
             return
         counts = zip(_references(args, kwargs), self._references, strict=True)
         for value, (after, before) in zip([*args, *kwargs.values()], counts, strict=True):
             if after > before and memory_of(value) not in memories:
-                yield "its input, which somebody keeps"
+                yield "its input, which somebody keeps", value
 
 
 def _held(module: nn.Module) -> dict[str, tuple[Any, int]]:
@@ -92,22 +92,25 @@ def memory_of(tensor: Tensor) -> int:
         return -id(tensor)  # sparse tensors and their like share no storage
 
 
-def effects_of(recording: Recording, call: Call, members: Sequence[Call]) -> list[str]:
-    """What a call does besides its output, outside of these modules inside of it."""
-    found: list[str] = []
+def effects_of(recording: Recording, call: Call, members: Sequence[Call]) -> list[tuple[str, int]]:
+    """What a call does besides its output, outside of these modules inside of it, and the value.
+
+    The value is -1 where it is none.
+    """
+    found: list[tuple[str, int]] = []
     left = within(recording, members)
     for inner in _from(recording, call.index):
         if inner is not call and (inner.parent is None or inner.parent < call.index):
             break
         if inner.index not in left:
-            found += [f"{inner.module or 'the model'}: {effect}" for effect in inner.effects]
+            found += inner.effects
     for node in recording.nodes[call.start : call.end]:
         if node.call in left:
             continue
         if node.kind is Kind.BATCH_NORM and node.operation == node.index:
-            found.append(f"{recording.module_at(node.index)}: its running mean")
+            found.append((f"the running mean of {recording.module_at(node.index)}", -1))
         elif node.overwrites and recording.is_state(node.index):
-            found.append(f"{recording.module_at(node.index)}: a buffer")
+            found.append((f"a buffer of {recording.module_at(node.index)}", node.index))
     return found
 
 

@@ -47,6 +47,26 @@ class Grouping:
             replace(a, container=self._block_module(a)) for a in self._without_global_skips(known)
         ]
         self.members = {a: member_calls(recording, a, a.container) for a in self.additions}
+        self.left_out = self._leave_out_inner()
+
+    def _leave_out_inner(self) -> dict[int, list[str]]:
+        """Leave branches inside of branches of the same forward out.
+
+        Returns:
+            For each sum around such a branch, the branch's modules.
+        """
+        sums = {a.node: a for a in self.additions}
+        found: dict[int, list[str]] = {}
+        inner: set[Addition] = set()
+        for outer in self.additions:
+            for node in outer.path:
+                one = sums.get(node)
+                if one is not None and one.container is outer.container:
+                    inner.add(one)
+                    modules = [call.module for call in self.members[one]]
+                    found.setdefault(outer.node, []).extend(modules)
+        self.additions = [a for a in self.additions if a not in inner]
+        return found
 
     def groups(self) -> list[Group]:
         """The groups in forward order; a module that is called several times has several."""

@@ -61,7 +61,7 @@ class Call:
     template: Template | None = None
     signature: tuple[object, ...] = ()  # of its arguments, with their shapes
     form: Form = ()  # of its arguments, without
-    effects: tuple[str, ...] = ()  # what it changed besides: names of attributes, or a description
+    effects: tuple[tuple[str, int], ...] = ()  # what it changed besides, and to which value
 
     def number_of(self, given: Given) -> int:
         """The number of an argument among the leaves of all arguments."""
@@ -71,6 +71,18 @@ class Call:
                 return first + (given.leaf or 0)
             first += count
         raise KeyError(given)
+
+    def place_of(self, node: int) -> Given | None:
+        """Where a value stands among the arguments."""
+        for place, given in self.arguments.items():
+            if given == node:
+                return Given(place)
+        first = 0
+        for place, count in self.order:
+            if node in self.given[first : first + count]:
+                return Given(place, self.given.index(node, first) - first)
+            first += count
+        return None
 
     def holds(self, node: int) -> bool:
         return self.start <= node < self.end

@@ -117,8 +117,9 @@ def _not_once(
 
 
 def _leads_nowhere(recording: Recording, value: int) -> bool:
-    """Whether a value is but another view of one, and nobody computes with it."""
-    return recording.nodes[value].kind is Kind.MOVE and not recording.consumers[value]
+    """Whether a value is but another form of one, and nobody computes with it."""
+    kind = recording.nodes[value].kind
+    return kind in (Kind.MOVE, Kind.JOIN) and not recording.consumers[value]
 
 
 def _degree(node: Node, degrees: Mapping[int, int]) -> int | None:

@@ -101,19 +101,7 @@ class _Walk:
         self.walked.update(way)
         if not _is_same(nodes, way) or (relu and not self._comes_from_relu(way[0])):
             return None
-        return self._place(way[0])
-
-    def _place(self, node: int) -> Given | None:
-        """Where a value stands among the arguments."""
-        for place, given in self.call.arguments.items():
-            if given == node:
-                return Given(place)
-        first = 0
-        for place, count in self.call.order:
-            if node in self.call.given[first : first + count]:
-                return Given(place, self.call.given.index(node, first) - first)
-            first += count
-        return None
+        return self.call.place_of(way[0])
 
     def _comes_from_relu(self, value: int) -> bool:
         """Whether a value is the output of a ReLU, or of a max-pool of one."""

@@ -35,7 +35,7 @@ from stochastic_depth.discovery.undisturbed import Mode, undisturbed
 from stochastic_depth.discovery.unmaterialised import is_unmaterialised, without_values
 from stochastic_depth.torch_private import TorchDispatchMode, tree_leaves
 
-_SAME_SHAPE = frozenset("alias clone contiguous _to_copy lift_fresh add detach".split())
+_SAME_SHAPE = frozenset("alias clone contiguous _to_copy lift_fresh add sum".split())
 
 
 def record(
@@ -134,7 +134,8 @@ class Watcher(TorchDispatchMode):
         self._values: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._writes: dict[int, int] = {}
         self._schemas: dict[Any, _Schema] = {}
-        self._stacked: dict[int, int] = {}  # what `stack` made: along which dimension
+        # What `stack` made: along which dimension, and which parts were all zeros.
+        self._stacked: dict[int, tuple[int, frozenset[int]]] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -200,7 +201,8 @@ class Watcher(TorchDispatchMode):
         kwargs = kwargs or {}
         schema = self._schemas.get(func) or self._schemas.setdefault(func, _read(func))
         name, nodes = schema.name, self.recording.nodes
-        inputs = tuple([self.value(tensor) for tensor in _tensors([*args, *kwargs.values()])])
+        tensors = _tensors([*args, *kwargs.values()])
+        inputs = tuple([self.value(tensor) for tensor in tensors])
         if name in FILLED and not all(nodes[i].of_parameters for i in inputs):
             inputs = ()  # what is as large as a weight still counts as made of weights alone
         written = [
@@ -218,7 +220,9 @@ class Watcher(TorchDispatchMode):
             name, kind = "add", Kind.SUM
             inputs = tuple([self._term(term, made[0]) for term in terms])
         elif name in ("sum", "mean") and inputs and inputs[0] in self._stacked:
-            name, kind, inputs = self._unstacked(name, kind, inputs, args, made[0])
+            total = self._unstacked(inputs[0], args, made[0])
+            if total is not None:
+                inputs, kind = (total,), Kind.MOVE if name == "sum" else kind
         first = len(nodes)
         results = {id(tensor): tensor for tensor in (*made, *written)} if written else {}
         for tensor in results.values() or made:
@@ -227,13 +231,14 @@ class Watcher(TorchDispatchMode):
             node.is_view = schema.is_view
             if kind is Kind.MOVE and name not in _SAME_SHAPE:
                 node.replay = _replay(func, args, kwargs)
-        if self._open:
+        if self._open and not written:
             self._open[-1][1].made += [self._values[id(tensor)][0] for tensor in made]
         for tensor in written:
             self._writes[memory_of(tensor)] = self._values[id(tensor)][1]
         if name == "stack":
             dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-            self._stacked[first] = dim % made[0].ndim
+            zeros = _zero([Term((part,)) for part in tensors]) if self._zeros else frozenset()
+            self._stacked[first] = (dim % made[0].ndim, zeros)
         return out
 
     def _is_sum(self, terms: Sequence[Term], out: Tensor) -> bool:
@@ -254,24 +259,25 @@ class Watcher(TorchDispatchMode):
             node.shape = _broadcast(term.tensors)
         return node.index
 
-    def _unstacked(
-        self, name: str, kind: Kind, inputs: tuple[int, ...], args: tuple[Any, ...], out: Tensor
-    ) -> tuple[str, Kind, tuple[int, ...]]:
-        """The sum of several tensors that were stacked before: additions of one after the other."""
-        stacked = self.recording.nodes[inputs[0]]
-        dims = args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ()
-        parts = stacked.inputs
-        if [dim % len(stacked.shape) for dim in dims] != [self._stacked[inputs[0]]]:
-            return name, kind, inputs
-        if len(parts) < 2:
-            return name, kind, inputs
-        last = len(parts) if name == "mean" else len(parts) - 1
-        total = parts[0]
-        for part in parts[1:last]:
-            total = self._node(out, "add", Kind.SUM, (total, part), None).index
-        if name == "mean":
-            return name, kind, (total,)
-        return "add", Kind.SUM, (total, parts[-1])
+    def _unstacked(self, stack: int, args: tuple[Any, ...], out: Tensor) -> int | None:
+        """The sum of tensors that were stacked before, as additions of one after the other.
+
+        Returns:
+            The node of the sum; None where it goes along another dimension.
+        """
+        parts, (dim, zeros) = self.recording.nodes[stack].inputs, self._stacked[stack]
+        along = args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ()
+        if [d % (out.ndim + 1) for d in along] != [dim] or out.ndim + 1 != self._ndim(stack):
+            return None
+        total, zero = parts[0], 0 in zeros
+        for number, part in enumerate(parts[1:], start=1):
+            node = self._node(out, "add", Kind.SUM, (total, part), None)
+            node.zero = frozenset([0] * zero + [1] * (number in zeros))
+            total, zero = node.index, zero and number in zeros
+        return total
+
+    def _ndim(self, node: int) -> int:
+        return len(self.recording.nodes[node].shape)
 
     @contextmanager
     def noting_functions(self) -> Iterator[None]:
@@ -339,6 +345,7 @@ class Watcher(TorchDispatchMode):
         calls.append(call)
         if parent is not None:
             self.recording.children.setdefault(parent, []).append(call)
+        del given  # it refers to the arguments, and references are counted
         self._open.append((call, Before(module, args, kwargs)))
         self._call = call.index
 
@@ -355,7 +362,10 @@ class Watcher(TorchDispatchMode):
         call.template = describe(output, args, kwargs)
         results = _tensors(tree_leaves(output))
         call.effects = tuple(
-            before.effects(module, args, kwargs, results, is_constant=self._is_constant)
+            (f"{effect} (in {call.module or 'the model'})", -1 if v is None else self.value(v))
+            for effect, v in before.effects(
+                module, args, kwargs, results, is_constant=self._is_constant
+            )
         )
         self._open.pop()
         self._call = call.parent or 0
