@@ -11,7 +11,7 @@ from stochastic_depth.discovery.additions import Addition
 from stochastic_depth.discovery.effects import effects_of
 from stochastic_depth.discovery.operations import HOMOGENEOUS, MERGES, PRODUCTS, SUMS, Kind
 from stochastic_depth.discovery.recording import Call, Recording
-from stochastic_depth.discovery.templates import Given, Made
+from stochastic_depth.discovery.templates import Made
 
 _RECURRENT = (nn.RNNBase, nn.modules.rnn.RNNCellBase)
 
@@ -47,30 +47,31 @@ def keep_states(
     for member in members:
         if member.template is None:
             continue
-        leaves = list(member.template.leaves)
+        leaves, taken = list(member.template.leaves), set(stream)
         for number, node in enumerate(member.outputs):
             if node is None or node not in call.outputs or node in stream:
                 continue
             if not isinstance(leaves[number], Made):
                 continue
-            given = _state_before(recording, member, node, stream)
-            if given is not None:
-                leaves[number] = given
+            before = _state_before(recording, member, node, taken)
+            if before is not None:
+                taken.add(before)  # of several of one form each has its own
+                leaves[number] = member.place_of(before) or leaves[number]
             elif _is_recurrent(recording, member, node):
                 return member.module
         member.template = replace(member.template, leaves=tuple(leaves))
     return None
 
 
-def _state_before(recording: Recording, member: Call, node: int, stream: set[int]) -> Given | None:
+def _state_before(recording: Recording, member: Call, node: int, taken: set[int]) -> int | None:
     own = recording.nodes[node]
     for index in member.given:
-        if index is None or index in stream:
+        if index is None or index in taken:
             continue
         given = recording.nodes[index]
         alike = (given.shape, given.dtype, given.device) == (own.shape, own.dtype, own.device)
         if alike and not given.of_parameters and recording.reaches(index, node):
-            return member.place_of(index)
+            return index
     return None
 
 
