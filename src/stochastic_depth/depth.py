@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from stochastic_depth.collectives import synchronised
-from stochastic_depth.discovery import ResidualBlock, plain_model, to_watch, watch
+from stochastic_depth.discovery import ResidualBlock, plain_model, watch
 from stochastic_depth.discovery.batch import allowed_counts, watch_more_rows
 from stochastic_depth.discovery.existing import refuse_active_drop_path
 from stochastic_depth.distributed.layout import refuse_wrappers
@@ -125,9 +125,8 @@ def apply_stochastic_depth(
     given, model = model, plain_model(model)
     refuse_wrappers(model)
     refuse_active_drop_path(model)
-    watched = to_watch(model)
-    found, example = watch(watched, example_inputs, example_kwargs)
-    chosen = select(watched, found, blocks)
+    found, example = watch(model, example_inputs, example_kwargs)
+    chosen = select(model, found, blocks)
     _refuse_gated(model, chosen)
     _refuse_compiled(given, chosen)
     plan = Plan(
@@ -145,8 +144,8 @@ def apply_stochastic_depth(
     plan.counts = tuple(allowed_counts(model, found, block) for block in chosen)
     by_watching = not all(block.explicit for block in chosen)
     by_rows = by_watching and mode == "sample"
-    batches = watch_more_rows(watched, found.recording, example) if by_rows else None
-    whole = prove(watched, found, plan, example, batches) if by_watching else {}
+    batches = watch_more_rows(model, found.recording, example) if by_rows else None
+    whole = prove(model, found, plan, example, batches) if by_watching else {}
     _warn(model, plan)  # before anything is changed: a warning may be an error
     attach(model, found, plan, whole, batches)
     return StochasticDepth(model, plan)

@@ -17,7 +17,7 @@ from stochastic_depth.discovery import Discovery, ResidualBlock
 from stochastic_depth.discovery.batch import Batches, with_more_rows
 from stochastic_depth.discovery.example import Example, telling
 from stochastic_depth.discovery.proofs import branch_not_closed, branch_not_known
-from stochastic_depth.discovery.templates import SkipPath, Template
+from stochastic_depth.discovery.templates import Template
 from stochastic_depth.discovery.undisturbed import undisturbed
 from stochastic_depth.discovery.unmaterialised import Alone, arguments_of, is_unmaterialised
 from stochastic_depth.discovery.watch import record_closed
@@ -30,7 +30,7 @@ from stochastic_depth.torch_private import tree_leaves
 
 def prove(
     model: nn.Module, found: Discovery, plan: Plan, example: Example, batches: Batches | None
-) -> dict[str, Template | SkipPath]:
+) -> dict[str, Template]:
     """What the blocks come to when dropped whose forward need not run then, by name.
 
     Args:
@@ -49,7 +49,7 @@ def prove(
         for block in watched
         if (why := refusal(block, unit=plan.unit, scale=plan.scale))
     }
-    whole: dict[str, Template | SkipPath] = {
+    whole: dict[str, Template] = {
         block.name: found.whole[block.name] for block in watched if block.name in found.whole
     }
     # Where scale="none" is the advice, it has to work.

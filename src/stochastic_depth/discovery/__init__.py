@@ -21,10 +21,8 @@ from stochastic_depth.discovery.explicit import (
     with_explicit_blocks,
 )
 from stochastic_depth.discovery.recording import Recording
-from stochastic_depth.discovery.unsharded import unsharded
 from stochastic_depth.discovery.watch import watch_once
 from stochastic_depth.errors import ExampleInputsError, NoResidualBlocksError, warn
-from stochastic_depth.torch_private import is_in_parts
 
 __all__ = [
     "Discovery",
@@ -33,7 +31,6 @@ __all__ = [
     "find_residual_blocks",
     "none_found",
     "plain_model",
-    "to_watch",
     "watch",
 ]
 
@@ -77,7 +74,7 @@ def find_residual_blocks(
         >>> [block.name for block in find_residual_blocks(model, torch.randn(2, 4))]
         ['1', '2']
     """
-    model = to_watch(plain_model(model))
+    model = plain_model(model)
     found, _ = watch(model, example_inputs, example_kwargs)
     blocks = tuple(block for block in found.blocks if not block.affine)
     if not blocks:
@@ -94,11 +91,6 @@ def plain_model(model: nn.Module) -> nn.Module:
         if inner is None:
             return model
         model = inner
-
-
-def to_watch(model: nn.Module) -> nn.Module:
-    """The model itself, or a copy without weights where those are in parts on several processes."""
-    return unsharded(model) if is_in_parts(model) else model
 
 
 def watch(

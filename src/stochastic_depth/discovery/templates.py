@@ -42,23 +42,6 @@ class Given:
 
 
 @dataclass(frozen=True, slots=True)
-class SkipPath:
-    """What a dropped block comes to that has a module on its skip path: that, and perhaps a ReLU.
-
-    Attributes:
-        module: Its name.
-        argument: The argument of the block that it is called with.
-        relu: Whether a ReLU follows.
-        in_place: Whether that may change what the module returns: nobody needs it any more.
-    """
-
-    module: str
-    argument: Given
-    relu: bool
-    in_place: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Made:
     """A tensor that the call makes."""
 
@@ -96,6 +79,16 @@ class Template:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Template:
         return self  # nothing in it changes; and torch 2.11 warns where a TreeSpec is copied
+
+    def handing_on(self, other: Template) -> Template:
+        """The same, with states handed on as they are in the template for other shapes."""
+        if len(other.leaves) != len(self.leaves):
+            return self
+        leaves = (
+            known if isinstance(own, Made) and isinstance(known, Given) else own
+            for own, known in zip(self.leaves, other.leaves, strict=True)
+        )
+        return Template(tuple(leaves), self.spec)
 
     def build(
         self,

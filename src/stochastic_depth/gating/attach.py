@@ -13,7 +13,7 @@ from stochastic_depth.discovery.blocks import Discovery
 from stochastic_depth.discovery.branches import member_calls, unread_outputs
 from stochastic_depth.discovery.grouping import Group
 from stochastic_depth.discovery.recording import Call, Recording
-from stochastic_depth.discovery.templates import SkipPath, Template
+from stochastic_depth.discovery.templates import Template
 from stochastic_depth.gating.gate import KEY, gate_of
 from stochastic_depth.gating.passage import Gate, Role
 from stochastic_depth.gating.scaled import own_weights
@@ -26,7 +26,7 @@ def attach(
     model: nn.Module,
     found: Discovery,
     plan: Plan,
-    whole: Mapping[str, Template | SkipPath],
+    whole: Mapping[str, Template],
     batches: Batches | None = None,
 ) -> None:
     """Gate the plan's blocks.

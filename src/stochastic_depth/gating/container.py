@@ -18,7 +18,6 @@ from stochastic_depth.collectives import Refusal
 from stochastic_depth.deciding import Decision
 from stochastic_depth.discovery.templates import (
     Form,
-    SkipPath,
     Template,
     form,
 )
@@ -144,33 +143,27 @@ def without_collectives(passage: Passage) -> Iterator[None]:
         plan.silent.add(name)
 
 
-def _has_to_run(passage: Passage, whole: Template | SkipPath | None, module: nn.Module) -> bool:
+def _has_to_run(passage: Passage, whole: Template | None, module: nn.Module) -> bool:
     """Whether the forward of a block without branches has to run all the same.
 
     For somebody who looks on; for the weights of its skip path to be gathered, or because others
     may run the block and wait for this rank's part of its weights.
     """
-    gathers = passage.layout.unit and (isinstance(whole, SkipPath) or passage.hung is not None)
+    gathers = passage.layout.unit and passage.hung is not None
     return gathers or hooks.collects(module)
 
 
 def _dropped(
     gate: Gate,
     layout: Layout,
-    whole: Template | SkipPath,
+    whole: Template,
     module: nn.Module,
     args: Any,
     kwargs: Any,
 ) -> Any:
     """What a container comes to without its branches; its forward does not run."""
-    if isinstance(whole, Template):
-        value = whole.build(args, kwargs, positional=gate.positional)
-        return as_unit_would(module, value) if layout.sharded else value
-    skip = module.get_submodule(whole.module.removeprefix(f"{gate.name}."))
-    value = skip(whole.argument.find(args, kwargs, gate.positional))
-    if not whole.relu:
-        return value
-    return value.relu_() if whole.in_place else value.relu()
+    value = whole.build(args, kwargs, positional=gate.positional)
+    return as_unit_would(module, value) if layout.sharded else value
 
 
 def _shared_rows(decision: Decision) -> Rows | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stochastic_depth.deciding import Decision
-from stochastic_depth.discovery.templates import Form, SkipPath, Template
+from stochastic_depth.discovery.templates import Form, Template
 from stochastic_depth.distributed.layout import WHOLE, Layout
 from stochastic_depth.distributed.reduction import Reduction
 from stochastic_depth.errors import ChangedModelError
@@ -49,7 +49,7 @@ class Gate:
     plan: Plan
     name: str
     blocks: tuple[int, ...] = ()  # a container's: the blocks that its call decides about
-    whole: Template | SkipPath | None = None  # a container's: what it comes to when dropped
+    whole: Template | None = None  # a container's: what it comes to when dropped
     forms: frozenset[Form] = frozenset()  # a container's: the calls that `whole` holds for
     batch: dict[Form, Held] = field(default_factory=dict)
     """A container's in mode "sample": where its arguments and output hold the batch, by form."""

@@ -6,15 +6,16 @@ without values (under fake tensors), which takes some milliseconds, and the resu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from stochastic_depth.discovery.templates import Template, describe, signature
-from stochastic_depth.discovery.unsharded import full_parameters
 from stochastic_depth.errors import ChangedModelError
-from stochastic_depth.torch_private import fake_mode, tree_map, without_modes
+from stochastic_depth.torch_private import fake_mode, is_part, tree_map, without_modes
 
 _KEPT = 1024  # shapes; beyond that the oldest are forgotten
 
@@ -40,6 +41,9 @@ def stand_in(
     template = gate.templates.get(key)
     if template is None:
         template = _look_up(gate.name, module, args, kwargs)
+        for known in gate.templates.values():
+            template = template.handing_on(known)
+            break
         if len(gate.templates) >= _KEPT:
             del gate.templates[next(iter(gate.templates))]
         gate.templates[key] = template
@@ -68,3 +72,19 @@ def _look_up(name: str, module: nn.Module, args: Any, kwargs: Any) -> Template:
     for buffer, before in counters:
         buffer.copy_(before)
     return template
+
+
+@contextmanager
+def full_parameters(module: nn.Module) -> Iterator[None]:
+    """For a while parameters in parts have their full shapes; under fake tensors, so no values."""
+    before = [(part, dict(part._parameters)) for part in module.modules()]
+    try:
+        for part, own in before:
+            for name, tensor in own.items():
+                if tensor is not None and is_part(tensor):
+                    full = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+                    part._parameters[name] = nn.Parameter(full, requires_grad=False)
+        yield
+    finally:
+        for part, own in before:
+            part._parameters.update(own)
