@@ -11,7 +11,7 @@ from coveragelib.drop_path_calls import drop_path_calls
 from coveragelib.source_additions import source_additions
 from coveragelib.subjects import Subject
 from stochastic_depth.discovery import Discovery
-from stochastic_depth.discovery.additions import is_affine, residual_additions
+from stochastic_depth.discovery.additions import Search, residual_additions
 from stochastic_depth.discovery.branches import member_calls
 from stochastic_depth.discovery.recording import Call
 
@@ -82,5 +82,4 @@ def _is_affine_up_to(found: Discovery, call: Call) -> bool:
     if not around.arguments or not call.arguments:
         return False
     given, value = next(iter(around.arguments.values())), next(iter(call.arguments.values()))
-    path = tuple(recording.between(given, value))
-    return bool(path) and is_affine(recording, given, path)
+    return given < value and Search(recording).affine.leads_through(value, given)

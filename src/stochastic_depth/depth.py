@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from stochastic_depth.discovery import Discovery, ResidualBlock, plain_model, to_watch, watch
+from stochastic_depth.discovery import Discovery, ResidualBlock, plain_model, watch
 from stochastic_depth.discovery.batch import allowed_counts, watch_more_rows
 from stochastic_depth.discovery.own_drops import refuse_own_drops
 from stochastic_depth.distributed.layout import refuse_wrappers
@@ -144,9 +144,8 @@ def apply(
     given, model = model, plain_model(model)
     refuse_wrappers(model)
     refuse_own_drops(model)
-    watched = to_watch(model)
-    found, shown = watch(watched, *example)
-    chosen = select(watched, found, blocks)
+    found, shown = watch(model, *example)
+    chosen = select(model, found, blocks)
     _refuse_gated(model, chosen)
     _refuse_compiled(given, chosen)
     plan = Plan(
@@ -163,8 +162,8 @@ def apply(
     plan.counts = tuple(allowed_counts(model, found, block) for block in chosen)
     by_watching = not all(block.explicit for block in chosen)
     by_rows = by_watching and mode == "sample"
-    batches = watch_more_rows(watched, found.recording, shown) if by_rows else None
-    whole = prove(watched, found, plan, shown, batches) if by_watching else {}
+    batches = watch_more_rows(model, found.recording, shown) if by_rows else None
+    whole = prove(model, found, plan, shown, batches) if by_watching else {}
     _warn(model, plan)  # before anything is changed: a warning may be an error
     attach(model, found, plan, whole, batches)
     return StochasticDepth(model, plan)

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from stochastic_depth.discovery import Discovery
+from stochastic_depth.discovery import Discovery, ResidualBlock
 from stochastic_depth.discovery.batch import Batches, with_more_rows
-from stochastic_depth.discovery.example import Example
-from stochastic_depth.discovery.proofs import branch_not_closed, skip_value
+from stochastic_depth.discovery.example import Example, telling
+from stochastic_depth.discovery.proofs import branch_not_closed, branch_not_known
 from stochastic_depth.discovery.templates import Template
 from stochastic_depth.discovery.undisturbed import undisturbed
 from stochastic_depth.discovery.unmaterialised import Alone, arguments_of, is_unmaterialised
-from stochastic_depth.discovery.watch import record
+from stochastic_depth.discovery.watch import record_closed
+from stochastic_depth.errors import warn
 from stochastic_depth.gating.attach import attach, detach
 from stochastic_depth.plan import Plan
 from stochastic_depth.row_proof import close, differ_on_rows
@@ -43,73 +44,96 @@ def prove(
     Raises:
         RefusedBlockError: A block cannot be skipped exactly.
     """
+    watched = [block for block in plan.blocks if not block.explicit]
     reasons = {
         block.name: why
-        for block in plan.blocks
-        if not block.explicit and (why := refusal(block, unit=plan.unit, scale=plan.scale))
+        for block in watched
+        if (why := refusal(block, unit=plan.unit, scale=plan.scale))
     }
-    whole: dict[str, Template] = {}
-    if not reasons:
-        attach(model, found, plan, {})
-        try:
-            whole, reasons = _drop_all(model, found, plan, example)
-        finally:
-            detach(model, plan)
+    whole: dict[str, Template] = {
+        block.name: found.whole[block.name] for block in watched if block.name in found.whole
+    }
+    # Where scale="none" is the advice, it has to work.
+    unscaled = [block for block in watched if not refusal(block, unit=plan.unit, scale="none")]
+    tried = [block for block in unscaled if block.name in reasons] if reasons else watched
+    reasons |= _not_exact(model, found, plan, example, tried)
     if batches is not None and not reasons:
+        example = telling(example)
         reasons = _out_of_order(model, found, plan, example, batches)
     if batches is not None and not reasons:
         attach(model, found, plan, whole, batches)
         try:
-            reasons = _differ(model, plan, example) | _interlaced(plan)
+            reasons = _differ(model, plan, example)
         finally:
             detach(model, plan)
+    keeping = [block for block in watched if block.keeps is not None]
+    if keeping:
+        others = f", as do {len(keeping) - 1} others" if len(keeping) > 1 else ""
+        warn(
+            f'block "{keeping[0].name}" keeps a value of its branch: {keeping[0].keeps}{others}. '
+            "Where the branch is dropped that is zero"
+        )
     if reasons:
         raise refuse(reasons, plan.blocks, found=found)
     return whole
 
 
-def _drop_all(
-    model: nn.Module, found: Discovery, plan: Plan, example: Example
-) -> tuple[dict[str, Template], dict[str, str]]:
-    """Which blocks return their input when dropped, and which are not exact when dropped."""
-    whole: dict[str, Template] = {}
+def _not_exact(
+    model: nn.Module,
+    found: Discovery,
+    plan: Plan,
+    example: Example,
+    blocks: Sequence[ResidualBlock],
+) -> dict[str, str]:
+    """Which blocks have a branch that is not zero when it is dropped; one level after the other."""
     reasons: dict[str, str] = {}
-    containers = {block.container for block in plan.blocks if not block.explicit}
-    calls = arguments_of(model, sorted(containers), example) if is_unmaterialised(model) else None
-    for level in sorted({block.nesting for block in plan.blocks}):
-        level_blocks = [b for b in plan.blocks if b.nesting == level and not b.explicit]
-        if not level_blocks:
-            continue
-        units = [
-            unit
-            for number, block in enumerate(plan.blocks)
-            if block in level_blocks
-            for unit in [plan.units[u] for u in plan.units_of(number)]
-        ]
-        undo = plan.force(dict.fromkeys(units, False), disabled=False)
-        try:
-            keep = frozenset(block.container for block in level_blocks)
-            if calls is None:
-                closed = dict.fromkeys(keep, record(model, *example, keep=keep))
-            else:
-                closed = {
-                    name: record(Alone(model, name, calls[name], plan), (), {}, keep=keep)
-                    for name in keep
-                }
-        except Exception as error:
-            names = level_blocks[0].name if len(level_blocks) == 1 else "its blocks"
-            reasons[level_blocks[0].name] = f"with {names} dropped the forward fails: {error}"
-            break
-        finally:
-            undo()
-        for block in level_blocks:
-            alone = closed[block.container]
-            stuck = branch_not_closed(found, block, alone)
-            if stuck is not None:
-                reasons[block.name] = f"{stuck} is not zero when its modules are dropped"
-            elif value := skip_value(found, block, alone):
-                whole[block.name] = value
-    return whole, reasons
+    attach(model, found, plan, {})
+    try:
+        for level in sorted({block.nesting for block in blocks}):
+            own = [block for block in blocks if block.nesting == level]
+            reasons |= _not_zero(model, found, plan, example, own)
+    finally:
+        detach(model, plan)
+    return reasons
+
+
+def _not_zero(
+    model: nn.Module,
+    found: Discovery,
+    plan: Plan,
+    example: Example,
+    blocks: Sequence[ResidualBlock],
+) -> dict[str, str]:
+    """Which blocks have a branch that is not zero at its sum with all of these blocks dropped.
+
+    Where the forward fails they are dropped one at a time, so that the right one is named.
+    """
+    numbers = [number for number, block in enumerate(plan.blocks) if block in blocks]
+    own = {block.container for block in plan.blocks}
+    closed_units = {plan.units[u]: False for n in numbers for u in plan.units_of(n)}
+    undo = plan.force(closed_units, disabled=False)
+    try:
+        closed = record_closed(model, example, found.recording.mode, drawing=own)
+    except Exception as error:
+        if len(blocks) == 1:
+            return {blocks[0].name: f"with it dropped the forward fails: {error}"}
+        reasons: dict[str, str] = {}
+        for block in blocks:
+            reasons |= _not_zero(model, found, plan, example, [block])
+        return reasons or {blocks[0].name: f"with all blocks dropped the forward fails: {error}"}
+    finally:
+        undo()
+    stuck = {
+        block.name: branch_not_known(found, block)
+        if is_unmaterialised(model)
+        else branch_not_closed(found, block, closed)
+        for block in blocks
+    }
+    return {
+        name: f"{branch} is not zero when its modules are dropped"
+        for name, branch in stuck.items()
+        if branch is not None
+    }
 
 
 def _out_of_order(
@@ -171,13 +195,3 @@ def _differ(model: nn.Module, plan: Plan, example: Example) -> dict[str, str]:
     for name in names:
         reasons |= differ_on_rows(Alone(model, name, calls[name], plan), plan, (), {})
     return reasons
-
-
-def _interlaced(plan: Plan) -> dict[str, str]:
-    """Which blocks have branches inside of each other that draw their rows one by one."""
-    alone = [block.container for block in plan.blocks]
-    return {
-        block.name: 'mode="sample": one of its branches lies inside of another one'
-        for block in plan.blocks
-        if block.interlaced and (plan.unit == "branch" or alone.count(block.container) > 1)
-    }

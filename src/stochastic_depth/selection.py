@@ -96,6 +96,11 @@ def refusal(block: ResidualBlock, *, unit: Unit, scale: Scale) -> str | None:
         return f'"{block.leaks_to}" computes with a value made inside of it'
     if block.irregular:
         return "its module is called several times with different structure"
+    if block.lost_state is not None:
+        return (
+            f'it hands out a state of "{block.lost_state}", which would be lost: pass example '
+            "inputs with the states, so that it is given one of the same form"
+        )
     if unit == "branch" and block.branches_leak:
         return 'one of its branches computes with a value of another (try unit="block")'
     for branch in block.branches:
@@ -113,7 +118,10 @@ def refuse(
     left = [block.name for block in gated if block.name not in reasons]
     out = [f"!{name}" for name in reasons]
     is_all = len(left) + len(reasons) == sum(not block.affine for block in found.blocks)
-    instead = "train the model as it is: no block is left"
+    instead = (
+        "write the connections that can be skipped with sd.Residual, which are taken at their "
+        "word, or train the model as it is: no block is left"
+    )
     if left:
         them = "it" if len(reasons) == 1 else "them"
         instead = f"pass blocks={out if is_all else left!r} to leave {them} out"

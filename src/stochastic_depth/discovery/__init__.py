@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from stochastic_depth.discovery.blocks import (
     Discovery,
@@ -20,10 +21,8 @@ from stochastic_depth.discovery.explicit import (
     with_explicit_blocks,
 )
 from stochastic_depth.discovery.recording import Recording
-from stochastic_depth.discovery.unsharded import unsharded
 from stochastic_depth.discovery.watch import watch_once
-from stochastic_depth.errors import ExampleInputsError, NoResidualBlocksError, OptionError
-from stochastic_depth.torch_private import is_in_parts
+from stochastic_depth.errors import ExampleInputsError, NoResidualBlocksError, OptionError, warn
 
 __all__ = [
     "Discovery",
@@ -32,7 +31,6 @@ __all__ = [
     "find_residual_blocks",
     "none_found",
     "plain_model",
-    "to_watch",
     "watch",
 ]
 
@@ -64,6 +62,7 @@ def find_residual_blocks(
     Example:
         >>> import torch
         >>> from torch import nn
+    from torch.nn.parameter import is_lazy
         >>> class Residual(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
@@ -75,7 +74,7 @@ def find_residual_blocks(
         >>> [block.name for block in find_residual_blocks(model, torch.randn(2, 4))]
         ['1', '2']
     """
-    model = to_watch(plain_model(model))
+    model = plain_model(model)
     found, _ = watch(model, example_inputs, example_kwargs)
     blocks = tuple(block for block in found.blocks if not block.affine)
     if not blocks:
@@ -100,11 +99,6 @@ def plain_model(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def to_watch(model: nn.Module) -> nn.Module:
-    """The model itself, or a copy without weights where those are in parts on several processes."""
-    return unsharded(model) if is_in_parts(model) else model
-
-
 def watch(
     model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None
 ) -> tuple[Discovery, Example]:
@@ -114,6 +108,7 @@ def watch(
     """
     if example_inputs is None and not example_kwargs and explicit_residuals(model):
         return Discovery(Recording(), tuple(explicit_blocks(model, {})), {}), ((), {})
+    _refuse_lazy(model)
     example = example_for(model, example_inputs, example_kwargs)
     own = " (the example that it carries)" if example_inputs is None else ""
     try:
@@ -128,7 +123,22 @@ def watch(
         ) from error
     inside = frozenset(explicit_residuals(model))
     found = discover(recording, model, leave_out=inside)
+    for name, seen in found.unclear.items():
+        warn(
+            f'block "{name}" is left out: {seen} may add a branch that cannot be followed; write '
+            "it as a sum, x + branch, or with sd.Residual"
+        )
     return (found if not inside else with_explicit_blocks(found, model, inside)), example
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ExampleInputsError(
+                f'"{name}" is the weight of a lazy module, which has no shape yet',
+                expected="a model whose weights are there",
+                instead="call the model once with a batch, model(batch), and then apply",
+            )
 
 
 def none_found(model: nn.Module, found: Discovery) -> NoResidualBlocksError:

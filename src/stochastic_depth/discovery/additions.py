@@ -1,4 +1,4 @@
-"""Which additions of a recording are residual: `y = skip(x) + branch(x)`.
+"""Which sums of a recording are residual: `y = skip(x) + branch(x)`.
 
 Two rules, both about the flow of data alone. *Identity*: one operand is, but for moves of its
 elements, a value that the other operand was computed from by way of parameters. *Projection*:
@@ -8,22 +8,17 @@ one operand is affine in such a value (or a norm, or a pooling, of what is), the
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from stochastic_depth.discovery.operations import (
-    ADDITIONS,
-    AFFINE,
-    MAX_POOLS,
-    MOVES,
-    NORMS,
-    PRODUCTS,
-    SPLITS,
-    SUMS,
-)
-from stochastic_depth.discovery.recording import Call, Recording
+from stochastic_depth.discovery.operations import AFFINE, NORMS, SUMS, Kind
+from stochastic_depth.discovery.recording import Call, Node, Recording
+from stochastic_depth.discovery.ways import Ways
+
+_SKIPS = (AFFINE | NORMS | {Kind.MAX_POOL}) - {Kind.PART}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Addition:
     """A residual addition in a recording."""
 
@@ -44,91 +39,120 @@ class Addition:
 
 def residual_additions(recording: Recording) -> list[Addition]:
     """All residual additions, in forward order."""
-    found: list[Addition] = []
-    skips: dict[int, int] = {}  # sum -> its skip operand, for those found so far
-    for node in recording.nodes:
-        if node.op not in ADDITIONS or len(node.inputs) != 2 or not node.dtype.is_floating_point:
-            continue
-        first, second = (recording.nodes[index] for index in node.inputs)
-        if first.shape != node.shape or second.shape != node.shape:
-            continue
-        addition = _residual(recording, node.index, skips)
-        if addition is not None:
-            found.append(addition)
-            skips[node.index] = addition.skip
-    return found
+    return Search(recording).additions
 
 
-def _residual(recording: Recording, node: int, skips: dict[int, int]) -> Addition | None:
-    inputs = recording.nodes[node].inputs
-    orders = ((1, inputs[0], inputs[1]), (0, inputs[1], inputs[0]))
-    for projection in (False, True):
-        for operand, skip, branch in orders:
-            way = _way_back(recording, skip, branch, skips, projection=projection)
-            if way is None:
-                continue
-            root, path = way[-1], tuple(recording.between(way[-1], branch))
-            if not set(way).isdisjoint(path):
-                continue  # skip and branch part only behind the root: a piece of an attention
-            container = recording.innermost(path[0], node)
-            affine = is_affine(recording, root, path)
-            if projection and (affine or recording.nodes[node].call != container.index):
-                continue
-            if projection and container.parent is None and not _is_used(recording, node):
-                continue  # two heads of the model, whose results are added
-            return Addition(node, operand, skip, branch, root, path, container, affine)
-    return None
+class Search:
+    """Goes through a recording once, value by value.
 
-
-def _way_back(
-    recording: Recording, skip: int, branch: int, skips: dict[int, int], *, projection: bool
-) -> list[int] | None:
-    """The values from `skip` back to the first one that the branch was computed from.
-
-    At each step the youngest of the values still to be explained is replaced by its inputs;
-    where a single one is left, every way leads through it.
+    Attributes:
+        additions: What was found.
+        affine: For each value, through which others it is an affine function of all its data.
     """
-    passable = AFFINE | NORMS | MAX_POOLS if projection else MOVES
-    open_ends = {skip}
-    way: list[int] = []
-    while True:
-        youngest = max(open_ends)
-        way.append(youngest)
-        if len(open_ends) == 1 and _computed_with_parameters(recording, youngest, branch):
-            return way
-        node = recording.nodes[youngest]
-        data = {i for i in node.inputs if not recording.nodes[i].fixed}
-        if projection and youngest in skips:
-            data = {skips[youngest]}
-        elif (
-            node.op not in passable
-            or node.op in SPLITS
-            or not data
-            or (node.op in PRODUCTS and len(data) > 1)
-        ):
+
+    def __init__(self, recording: Recording) -> None:
+        self.recording = recording
+        self.additions: list[Addition] = []
+        self.affine = Ways()
+        self._skips = Ways()
+        self._through: dict[int, int] = {}  # residual sum -> its skip operand
+        for node in recording.nodes:
+            found = self._residual(node) if node.kind is Kind.SUM else None
+            data = self._data(node)
+            self.affine.add(data if node.kind in AFFINE else ())
+            if found is not None:
+                self.additions.append(found)
+                self._through[node.index] = found.skip
+                data = [found.skip]
+            self._skips.add(data if node.kind in _SKIPS else ())
+
+    def _data(self, node: Node) -> list[int]:
+        """What an operation's data is made of; none where it is a product of several."""
+        data = [index for index in node.inputs if not self.recording.nodes[index].fixed]
+        return data if node.kind in SUMS or len(data) == 1 else []
+
+    def _residual(self, node: Node) -> Addition | None:
+        nodes = self.recording.nodes
+        if len(node.inputs) != 2 or not node.dtype.is_floating_point:
             return None
-        open_ends = open_ends - {youngest} | data
+        if any(nodes[index].shape != node.shape for index in node.inputs):
+            return None
+        one, other = node.inputs
+        for projection in (False, True):
+            for operand, skip, branch in ((1, one, other), (0, other, one)):
+                back = self._skips.from_value(skip) if projection else self._moved(skip)
+                for root in back:
+                    path = self._path(root, branch)
+                    if not path:
+                        continue
+                    found = self._checked(node, operand, skip, root, path, projection=projection)
+                    if found is not None:
+                        return found
+                    break
+        return None
 
+    def _moved(self, value: int) -> Iterator[int]:
+        """The value, and those that it is but for moves of its elements."""
+        node = self.recording.nodes[value]
+        yield value
+        while node.kind is Kind.MOVE and not self.recording.nodes[node.inputs[0]].fixed:
+            node = self.recording.nodes[node.inputs[0]]
+            yield node.index
 
-def _computed_with_parameters(recording: Recording, root: int, branch: int) -> bool:
-    if not recording.is_ancestor(root, branch):
+    def _path(self, root: int, branch: int) -> list[int]:
+        """The values of a branch; none where no parameter takes part in it."""
+        recording = self.recording
+        if recording.nodes[root].fixed or not recording.reaches(root, branch):
+            return []
+        path = recording.between(root, branch)
+        return path if any(recording.nodes[index].meets_parameter for index in path) else []
+
+    def _checked(
+        self, node: Node, operand: int, skip: int, root: int, path: list[int], *, projection: bool
+    ) -> Addition | None:
+        recording, branch = self.recording, path[-1]
+        if recording.reaches(branch, skip):
+            return None  # the branch has been added already
+        if not self._ways(skip, root, projection=projection).isdisjoint(path):
+            return None  # skip and branch part only behind the root: a piece of an attention
+        container = recording.innermost(path[0], node.index)
+        affine = self.affine.leads_through(branch, root)
+        if projection:
+            if affine or not self._is_own(node, container):
+                return None
+            if container.parent is None and not self._is_used(node.index):
+                return None  # two heads of the model, whose results are added
+        return Addition(node.index, operand, skip, branch, root, tuple(path), container, affine)
+
+    def _ways(self, skip: int, root: int, *, projection: bool) -> set[int]:
+        """All values on the ways back from the skip connection to the root."""
+        found, waiting = {skip, root}, [skip]
+        while waiting:
+            node = self.recording.nodes[waiting.pop()]
+            through = self._through.get(node.index) if projection else None
+            for index in self._data(node) if through is None else [through]:
+                if index > root and index not in found:
+                    found.add(index)
+                    waiting.append(index)
+        return found
+
+    def _is_own(self, node: Node, container: Call) -> bool:
+        """Whether the sum is taken in the container's own forward, or by a module made for it."""
+        call = self.recording.calls[node.call]
+        if call is container:
+            return True
+        return call.parent == container.index and not any(
+            inside.meets_parameter for inside in self.recording.nodes[call.start : call.end]
+        )
+
+    def _is_used(self, value: int) -> bool:
+        """Whether something with parameters computes with it."""
+        seen, waiting = {value}, [value]
+        while waiting:
+            for user in self.recording.consumers[waiting.pop()]:
+                if self.recording.nodes[user].meets_parameter:
+                    return True
+                if user not in seen:
+                    seen.add(user)
+                    waiting.append(user)
         return False
-    nodes = recording.nodes
-    return any(nodes[index].meets_parameter for index in recording.between(root, branch))
-
-
-def _is_used(recording: Recording, value: int) -> bool:
-    """Whether something with parameters computes with it."""
-    later = recording.nodes[value + 1 :]
-    return any(node.meets_parameter and node.ancestors >> value & 1 for node in later)
-
-
-def is_affine(recording: Recording, root: int, path: tuple[int, ...]) -> bool:
-    """Whether the last of these values, all of them made from the root, is affine in it."""
-    inside = {root, *path}
-    for index in path:
-        node = recording.nodes[index]
-        dependent = [i for i in node.inputs if i in inside]
-        if node.op not in AFFINE or (node.op not in SUMS and len(dependent) > 1):
-            return False
-    return True

@@ -63,7 +63,7 @@ class Batches:
         dims, found = self.of_output(call), {}
         for number, leaf in enumerate(whole.leaves):
             if isinstance(leaf, Given) and number in dims:
-                found[number] = (dims[number], call.given.index(call.arguments[leaf.place]))
+                found[number] = (dims[number], call.number_of(leaf))
         return found
 
     def of_value(self, node: int) -> int | None:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
 from stochastic_depth.discovery.additions import Addition, residual_additions
-from stochastic_depth.discovery.branches import last_outputs, member_calls, side_effects
-from stochastic_depth.discovery.grouping import Group, group
+from stochastic_depth.discovery.branches import member_calls, side_effects
+from stochastic_depth.discovery.grouping import Group, Grouping
 from stochastic_depth.discovery.recording import Call, Recording
 from stochastic_depth.discovery.scaling import (
     Fold,
-    degree,
+    ends_of,
     exclusive,
     fold,
     parameter_uses,
     parameters_at,
     sharers_not_called,
 )
+from stochastic_depth.discovery.skips import skip_of
+from stochastic_depth.discovery.states import keep_states, keeps_branch, unknown_sum
+from stochastic_depth.discovery.templates import Template
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +64,14 @@ class ResidualBlock:
     affine: bool = field(repr=False)  # left out unless it is asked for by name
     irregular: bool = field(default=False, repr=False)  # its calls differ in structure
     explicit: bool = field(default=False, repr=False)  # made of `Residual`s
-    interlaced: bool = field(default=False, repr=False)
-    """One of its branches lies inside of another one of the same module's forward."""
+    copies_input: bool = field(default=False, repr=False, compare=False)
+    """Dropped as a whole, it returns a copy: its input is held by others, or changed later."""
+    left_out: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    """The modules of branches inside of its own branches: those are not gated."""
+    lost_state: str | None = field(default=None, repr=False, compare=False)
+    """A recurrent module whose state it hands out, and to which none was given."""
+    keeps: str | None = field(default=None, repr=False, compare=False)
+    """Where it keeps a value of its branch, which is zero when that is dropped."""
 
     @property
     def scope(self) -> str:
@@ -74,6 +86,10 @@ class Discovery:
     recording: Recording
     blocks: tuple[ResidualBlock, ...]
     groups: dict[str, list[Group]]  # for each block, one for each call of its container
+    whole: dict[str, Template] = field(default_factory=dict)
+    """What a dropped block returns, of those whose forward need not run then."""
+    unclear: dict[str, str] = field(default_factory=dict)
+    """Blocks that are left out, and an operation that may add one more branch to them."""
 
 
 def discover(
@@ -91,61 +107,88 @@ def discover(
         for addition in residual_additions(recording)
         if recording.calls[recording.nodes[addition.node].call].module not in leave_out
     ]
+    sums = {addition.node for addition in additions}
+    nesting = Counter(node for a in additions for node in a.path if node in sums)
     groups: dict[str, list[Group]] = {}
     blocks: dict[str, ResidualBlock] = {}
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     for affine in (False, True):
         kept = [addition for addition in additions if addition.affine is affine]
-        for found in group(recording, model, kept):
+        grouping = Grouping(recording, model, kept)
+        for found in grouping.groups():
             if affine and found.name in groups and not blocks[found.name].affine:
                 continue
-            block = _block(recording, kinds, found, _nesting(found, additions))
+            block = _block(recording, kinds, found, nesting[found.additions[0].node])
+            inner = [m for a in found.additions for m in grouping.left_out.get(a.node, ())]
+            block = replace(block, left_out=tuple(inner))
             known = blocks.setdefault(found.name, block)
             if known != block:
                 blocks[found.name] = replace(known, irregular=True)
             groups.setdefault(found.name, []).append(found)
     uses, idle = parameter_uses(recording), sharers_not_called(recording, model)
+    whole: dict[str, Template] = {}
+    unclear: dict[str, str] = {}
     for name, block in blocks.items():
-        folds = [fold(recording, a) for found in groups[name] for a in found.additions]
-        branches = [
+        folds = [one for found in groups[name] for one in _folds(recording, found)]
+        branches = tuple(
             replace(branch, fold=exclusive(recording, branch.fold, folds, uses, idle))
             for branch in block.branches
-        ]
-        blocks[name] = replace(block, branches=tuple(branches))
-    in_call: dict[int, list[Addition]] = {}
-    for first, *_ in groups.values():
-        in_call.setdefault(first.container.index, []).extend(first.additions)
-    for name, block in blocks.items():
-        first = groups[name][0]
-        interlaced = any(
-            own.contains(other) or other.contains(own)
-            for own in first.additions
-            for other in in_call[first.container.index]
         )
-        blocks[name] = replace(block, interlaced=interlaced)
+        members = [[c for own in _members(recording, g) for c in own] for g in groups[name]]
+        skip = skip_of(recording, groups[name], members)
+        states, keeps, unknown = (
+            _first(check, recording, groups[name], members)
+            for check in (keep_states, keeps_branch, unknown_sum)
+        )
+        if unknown is not None:
+            unclear[name] = unknown
+        blocks[name] = replace(
+            block,
+            branches=branches,
+            copies_input=bool(skip and skip.copies),
+            lost_state=states,
+            keeps=keeps,
+        )
+        if skip is not None:
+            whole[name] = skip.template
     order = sorted(blocks.values(), key=lambda block: groups[block.name][0].additions[0].node)
-    return Discovery(recording, tuple(order), groups)
+    clear = tuple(block for block in order if block.name not in unclear)
+    return Discovery(recording, clear, groups, whole, unclear)
 
 
-def _nesting(found: Group, additions: list[Addition]) -> int:
-    own = found.additions[0]
-    return sum(addition.contains(own) for addition in additions)
+def _first(check: Any, recording: Recording, groups: list[Group], members: Any) -> str | None:
+    """What the first call of a block shows where this is looked for."""
+    found = [
+        check(recording, group.container, own, group.additions)
+        for group, own in zip(groups, members, strict=True)
+    ]
+    return next((text for text in found if text is not None), None)
+
+
+def _members(recording: Recording, found: Group) -> list[list[Call]]:
+    return [member_calls(recording, a, found.container) for a in found.additions]
+
+
+def _folds(recording: Recording, found: Group) -> list[Fold]:
+    sums = {addition.node for addition in found.additions}
+    return [fold(recording, addition, sums) for addition in found.additions]
 
 
 def _block(
     recording: Recording, kinds: dict[str, str], found: Group, nesting: int
 ) -> ResidualBlock:
-    members = [member_calls(recording, a, found.container) for a in found.additions]
+    members = _members(recording, found)
     everything = [call for calls in members for call in calls]
     leaks_to = side_effects(recording, found.additions, everything, found.container)
     branches_leak = leaks_to is None and any(
         side_effects(recording, [addition], calls, found.container)
         for addition, calls in zip(found.additions, members, strict=True)
     )
+    sums = {addition.node for addition in found.additions}
     return ResidualBlock(
         name=found.name,
         branches=tuple(
-            _branch(recording, f"{found.name}:{number}", addition, calls)
+            _branch(recording, f"{found.name}:{number}", addition, calls, sums)
             for number, (addition, calls) in enumerate(zip(found.additions, members, strict=True))
         ),
         kind=kinds.get(found.name, kinds[found.container.module]),
@@ -158,43 +201,15 @@ def _block(
 
 
 def _branch(
-    recording: Recording, name: str, addition: Addition, calls: list[Call]
+    recording: Recording, name: str, addition: Addition, calls: Sequence[Call], sums: set[int]
 ) -> ResidualBranch:
-    last, in_line = last_outputs(recording, addition, calls)
-    unscalable = None
-    if not _scales(recording, addition, in_line, calls, last):
-        final = max(last, default=-1)
-        # A product of two modules' outputs is scaled by scaling one of them.
-        last = {final: last[final]} if last else {}
-        if not _scales(recording, addition, in_line, calls, last):
-            op = recording.nodes[in_line[-1]].op if in_line else "nothing"
-            unscalable = f"it ends in {op}, computed in line behind its last module"
-    inside = [i for i in addition.path if not any(call.holds(i) for call in calls)]
+    in_line = recording.not_held(addition.path, calls)
+    ends, unscalable = ends_of(recording, addition, calls, sums)
     return ResidualBranch(
         name=name,
         modules=tuple(call.module for call in calls),
-        scaled=tuple(
-            (position, frozenset(last[call.index]))
-            for position, call in enumerate(calls)
-            if call.index in last
-        ),
+        scaled=tuple(sorted(ends.items())),
         unscalable=unscalable,
-        in_line_parameters=tuple(sorted(parameters_at(recording, inside))),
-        fold=fold(recording, addition),
+        in_line_parameters=tuple(sorted(parameters_at(recording, in_line))),
+        fold=fold(recording, addition, sums),
     )
-
-
-def _scales(
-    recording: Recording,
-    addition: Addition,
-    in_line: list[int],
-    calls: list[Call],
-    last: dict[int, set[int]],
-) -> bool:
-    ends = {
-        index
-        for call in calls
-        for number, index in enumerate(call.outputs)
-        if index is not None and number in last.get(call.index, ())
-    }
-    return degree(recording, in_line, ends, addition.branch) == 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.errors import ExampleInputsError
-from stochastic_depth.torch_private import tree_map
+from stochastic_depth.torch_private import tree_flatten, tree_unflatten
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -45,9 +45,7 @@ def example_for(model: nn.Module, inputs: Any, kwargs: Mapping[str, Any] | None)
             keywords = keywords_or_args
         else:
             args = (keywords_or_args,)
-    generator = torch.Generator().manual_seed(0)
-    keywords |= dict(kwargs or {})
-    return tree_map(lambda leaf: _telling(leaf, generator), (args, keywords))
+    return args, keywords | dict(kwargs or {})
 
 
 def _own_example(model: nn.Module) -> Tensor | dict[str, Any]:
@@ -76,11 +74,19 @@ def _own_example(model: nn.Module) -> Tensor | dict[str, Any]:
     )
 
 
-def _telling(leaf: Any, generator: torch.Generator) -> Any:
-    """A constant tensor proves nothing: private noise of its shape takes its place."""
-    if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.numel() < 2:
-        return leaf
-    if leaf.is_meta or bool((leaf != leaf.flatten()[0]).any()):
-        return leaf
-    noise = torch.randn(leaf.shape, generator=generator, device="cpu")
-    return noise.to(dtype=leaf.dtype, device=leaf.device)
+def telling(example: Example) -> Example:
+    """The same example, with noise in the place of a constant main input, which proves nothing.
+
+    The main input is the largest tensor of floating numbers. All others are left alone: a noise
+    level, say, may not be negative.
+    """
+    leaves, spec = tree_flatten(example)
+    floats = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    main = max(floats, key=lambda leaf: leaf.numel(), default=None)
+    if main is None or main.is_meta or main.numel() < 2 or bool((main != main.flatten()[0]).any()):
+        return example
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(main.shape, generator=generator, device="cpu")
+    made = noise.to(dtype=main.dtype, device=main.device)
+    args, kwargs = tree_unflatten([made if leaf is main else leaf for leaf in leaves], spec)
+    return args, kwargs

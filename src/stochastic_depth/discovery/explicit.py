@@ -10,7 +10,6 @@ from torch import nn
 
 from stochastic_depth.discovery.additions import Addition
 from stochastic_depth.discovery.blocks import Discovery, ResidualBlock, ResidualBranch
-from stochastic_depth.discovery.operations import ADDITIONS
 from stochastic_depth.discovery.recording import Call, Recording
 from stochastic_depth.discovery.scaling import (
     Fold,
@@ -66,7 +65,7 @@ def with_explicit_blocks(found: Discovery, model: nn.Module, inside: frozenset[s
     uses, idle = parameter_uses(recording), sharers_not_called(recording, model)
     for name in inside & recording.calls_of.keys():
         calls = recording.calls_of[name]
-        own = [fold(recording, addition) for call in calls if (addition := _sum(recording, call))]
+        own = [fold(recording, a, {a.node}) for call in calls if (a := _sum(recording, call))]
         checked = [exclusive(recording, one, own, uses, idle) for one in own]
         obstacles = [one.obstacle for one in checked if one.obstacle]
         folds[name] = Fold(
@@ -87,16 +86,12 @@ def with_explicit_blocks(found: Discovery, model: nn.Module, inside: frozenset[s
 
 def _sum(recording: Recording, call: Call) -> Addition | None:
     """The addition of a residual connection's own forward: the branch is its second operand."""
-    own = [
-        node
-        for node in recording.nodes[call.start : call.end]
-        if node.call == call.index and node.op in ADDITIONS and len(node.inputs) == 2
-    ]
+    own = recording.sums_of.get(call.index)
     if not own or not call.arguments:
         return None
-    (skip, branch), root = own[-1].inputs, next(iter(call.arguments.values()))
+    (skip, branch), root = recording.nodes[own[-1]].inputs, next(iter(call.arguments.values()))
     path = tuple(recording.between(root, branch))
-    return Addition(own[-1].index, 1, skip, branch, root, path, call, affine=False)
+    return Addition(own[-1], 1, skip, branch, root, path, call, affine=False)
 
 
 def _block(

@@ -1,61 +1,74 @@
-"""What the watch has to know about torch's operations, by their ATen names.
+"""What the watch knows about torch's operations: one table, from an operation to its kind.
 
-An operation that is not listed is taken as "anything": a value does not pass through it in any
-of the proofs. So a new operation can lead to a refusal, never to a wrong result.
+An operation that is not in the table is of kind OTHER: no proof lets a value pass through it. So
+an operation that is new to the table can lead to a refusal, never to a wrong result.
 """
 
 from __future__ import annotations
 
-ADDITIONS = frozenset({"add", "add_"})
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
 
-VIEWS = frozenset(
-    "alias view _unsafe_view reshape _reshape_alias permute transpose t unsqueeze squeeze expand "
-    "swapaxes movedim view_as narrow slice select split split_with_sizes chunk unbind "
-    "as_strided unfold detach lift_fresh".split()
-)
-"""Outputs that share memory with their input."""
+from torch import Tensor
 
-MOVES = frozenset(
-    "alias view _unsafe_view reshape _reshape_alias permute transpose t unsqueeze squeeze expand "
-    "swapaxes movedim view_as clone contiguous _to_copy lift_fresh roll flip".split()
-)
-"""Every element of the input arrives, unchanged, at some place of the output."""
 
-NORMS = frozenset(
-    "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training "
-    "cudnn_batch_norm miopen_batch_norm batch_norm native_layer_norm layer_norm "
-    "native_group_norm group_norm _fused_rms_norm rms_norm _batch_norm_no_update "
-    "_batch_norm_with_update".split()
-)
-BATCH_NORMS = frozenset(name for name in NORMS if "batch_norm" in name)
+class Kind(Enum):
+    """What an operation does with the values that it is given."""
 
-PRODUCTS = frozenset(
-    "mul mul_ mm bmm addmm baddbmm linear matmul convolution _convolution mkldnn_convolution "
-    "convolution_overrideable mkldnn_linear _mkldnn_linear einsum".split()
-)
-"""Linear in each operand; `addmm` and convolutions may add a bias."""
+    SOURCE = "comes from outside: an input, a weight, a constant"
+    MOVE = "every element of the input arrives, unchanged, somewhere in the output"
+    PART = "some elements of the input arrive: a skip connection is not followed through it"
+    LINEAR = "f(s x) = s f(x) for the first operand and every s"
+    SHIFT = "affine, and not linear: a constant is added"
+    SUM = "the sum of two tensors"
+    JOIN = "several tensors side by side in one"
+    PRODUCT = "linear in each operand"
+    BIASED = "a product that may have a bias"
+    NORM = "a normalisation"
+    BATCH_NORM = "a normalisation that is affine in inference"
+    POSITIVE = "f(s x) = s f(x) for s > 0 only"
+    RELU = "max(x, 0)"
+    MAX_POOL = "the largest of several elements"
+    OTHER = "anything"
 
-SUMS = frozenset("add add_ sub sub_ cat stack".split())
 
-HOMOGENEOUS = MOVES | frozenset(
-    "neg sum mean div div_ avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d "
-    "_adaptive_avg_pool3d adaptive_avg_pool1d constant_pad_nd slice select split "
-    "split_with_sizes chunk unbind narrow index index_select gather unfold im2col col2im "
-    "upsample_nearest2d upsample_bilinear2d pixel_shuffle pixel_unshuffle native_dropout dropout "
-    "as_strided".split()
-)
-"""f(s x) = s f(x) for the first operand, every s; `div` only by what does not depend on x."""
+_TABLE = {
+    Kind.MOVE: """
+        alias view _unsafe_view reshape _reshape_alias permute transpose t unsqueeze squeeze expand
+        swapaxes movedim view_as clone contiguous _to_copy lift_fresh roll flip""",
+    Kind.PART: "split split_with_sizes chunk unbind select unsafe_chunk unsafe_split",
+    Kind.LINEAR: """
+        neg sum mean div cumsum avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d
+        _adaptive_avg_pool3d adaptive_avg_pool1d constant_pad_nd slice narrow index index_select
+        gather unfold im2col col2im upsample_nearest2d upsample_bilinear2d pixel_shuffle
+        pixel_unshuffle native_dropout dropout as_strided masked_fill tril triu repeat
+        autograd_function""",
+    Kind.SUM: "add",
+    Kind.JOIN: "cat stack",
+    Kind.PRODUCT: "mul mm bmm matmul einsum",
+    Kind.BIASED: """
+        addmm baddbmm linear convolution _convolution mkldnn_convolution convolution_overrideable
+        mkldnn_linear _mkldnn_linear""",
+    Kind.NORM: """
+        native_layer_norm layer_norm native_group_norm group_norm _fused_rms_norm rms_norm""",
+    Kind.BATCH_NORM: """
+        native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
+        _native_batch_norm_legit_functional cudnn_batch_norm miopen_batch_norm batch_norm
+        _batch_norm_no_update _batch_norm_with_update""",
+    Kind.POSITIVE: "leaky_relu abs",
+    Kind.RELU: "relu",
+    Kind.MAX_POOL: "max_pool2d max_pool2d_with_indices max_pool3d_with_indices amax",
+}
+_KINDS = {name: kind for kind, names in _TABLE.items() for name in names.split()}
 
-POSITIVE = frozenset(
-    "relu relu_ leaky_relu leaky_relu_ max_pool2d max_pool2d_with_indices max_pool3d_with_indices "
-    "amax".split()
-)
-"""f(s x) = s f(x) for s > 0 only: a survival probability passes, an affine function does not."""
-
-RELUS = frozenset({"relu", "relu_"})
-MAX_POOLS = frozenset("max_pool2d max_pool2d_with_indices max_pool3d_with_indices amax".split())
-
-AFFINE = HOMOGENEOUS | PRODUCTS | SUMS | BATCH_NORMS
+NORMS = frozenset({Kind.NORM, Kind.BATCH_NORM})
+PRODUCTS = frozenset({Kind.PRODUCT, Kind.BIASED})
+SUMS = frozenset({Kind.SUM, Kind.JOIN})
+HOMOGENEOUS = frozenset({Kind.MOVE, Kind.PART, Kind.LINEAR})
+POSITIVE = frozenset({Kind.POSITIVE, Kind.RELU, Kind.MAX_POOL})
+AFFINE = HOMOGENEOUS | PRODUCTS | SUMS | {Kind.SHIFT, Kind.BATCH_NORM}
 """Affine in their data where only one operand depends on it (for sums: any number)."""
 
 FILLED = frozenset(
@@ -64,6 +77,79 @@ FILLED = frozenset(
 )
 """Ask their input for its shape, and for none of its values: what they make does not depend on it.
 """
+ZERO_AT_ZERO = frozenset(
+    "tanh gelu silu sin asin sinh tan atan erf elu selu celu mish hardswish hardtanh softsign sqrt "
+    "square sign expm1 log1p".split()
+)
+"""Of kind OTHER, and yet f(0) = 0."""
+SPELLINGS = frozenset("add sub rsub addcmul addcdiv lerp addmm baddbmm".split())
+"""Operations that may be a sum of two terms."""
+MERGES = frozenset(
+    "where maximum minimum logaddexp index_add scatter_add index_put scatter scatter_reduce "
+    "masked_scatter slice_scatter select_scatter copy".split()
+)
+"""May put a branch beside what it was computed from, as a sum does: nobody can tell."""
 
-SPLITS = frozenset("split split_with_sizes chunk unbind".split())
-"""Ends the walk along a skip connection: what follows is a part of a value, not the value."""
+
+def name_of(func: Any) -> str:
+    """An operation's name; the one in place has the name of the other one."""
+    name: str = func.overloadpacket.__name__
+    return name.removesuffix("_") if func._schema.is_mutable else name
+
+
+def kind_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Kind:
+    """The kind of an operation, as it was called."""
+    kind = _KINDS.get(name, Kind.OTHER)
+    if kind is Kind.OTHER:
+        return kind
+    if kind is Kind.SUM and not isinstance(args[1], Tensor):
+        kind = Kind.SHIFT if args[1] else Kind.MOVE  # Python's sum([...]) begins with 0
+    elif name == "div" and kwargs.get("rounding_mode") is not None:
+        kind = Kind.OTHER
+    elif name in ("constant_pad_nd", "masked_fill"):
+        value = args[2] if len(args) > 2 else kwargs.get("value", 0)
+        kind = Kind.SHIFT if isinstance(value, Tensor) or value else kind
+    first = out[0] if isinstance(out, tuple | list) and out else out
+    given = args[0] if args else None
+    if isinstance(first, Tensor) and isinstance(given, Tensor):
+        rounds = given.is_floating_point() and not first.is_floating_point()
+        kind = Kind.OTHER if rounds else kind
+    return kind
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One term of a sum: a tensor as it is (no operation), or what an operation makes of some."""
+
+    tensors: tuple[Tensor, ...]
+    op: str = ""
+
+
+def terms_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Term, ...] | None:
+    """The two terms of an operation that is a sum in another spelling; None for all others.
+
+    Example:
+        >>> import torch
+        >>> x, y = torch.ones(2), torch.ones(2)
+        >>> [term.op for term in terms_of("sub", (x, y), {})]
+        ['', 'neg']
+        >>> [term.op for term in terms_of("add", (x, y), {"alpha": 2})]
+        ['', 'mul']
+    """
+    tensors = [value for value in args if isinstance(value, Tensor)]
+    alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
+    if name in ("add", "sub", "rsub") and len(tensors) == 2:
+        first, second = tensors if name != "rsub" else tensors[::-1]
+        factor = "mul" if alpha != 1 else "neg" if name != "add" else ""
+        if name == "rsub" and alpha != 1:
+            return Term((first,)), Term((second,), "mul")
+        return Term((first,)), Term((second,), factor)
+    if name in ("addcmul", "addcdiv") and len(tensors) == 3:
+        return Term((args[0],)), Term((args[1], args[2]), "mul" if name == "addcmul" else "div")
+    if name == "lerp":
+        weight = (args[2],) if isinstance(args[2], Tensor) else ()
+        return Term((args[0], *weight), "mul"), Term((args[1], *weight), "mul")
+    if name in ("addmm", "baddbmm"):
+        product = Term((args[1], args[2]), "mm" if name == "addmm" else "bmm")
+        return Term((args[0],), "" if beta == 1 else "mul"), product
+    return None

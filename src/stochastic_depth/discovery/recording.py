@@ -1,20 +1,24 @@
 """What one watched forward was: values (nodes), module calls, and questions about their order.
 
 A `Node` is one value that an operation made; nodes are numbered in the order in which they came
-into being, so a branch is a window of numbers. A `Call` is one call of one module and holds the
-nodes from `start` to `end`.
+into being, so a branch lies in a window of numbers. A `Call` is one call of one module and holds
+the nodes from `start` to `end`.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
-from stochastic_depth.discovery.templates import Form, Place, Template
+from stochastic_depth.discovery.operations import Kind
+from stochastic_depth.discovery.templates import Form, Given, Place, Template
+from stochastic_depth.discovery.undisturbed import Mode
 
 
 @dataclass(slots=True, eq=False)
@@ -23,18 +27,21 @@ class Node:
 
     index: int
     op: str
+    kind: Kind
     inputs: tuple[int, ...]  # in the order of the operation's tensor arguments
     operation: int  # the first value that the same operation made
     call: int  # the innermost module call that it was made in
     shape: torch.Size
     dtype: torch.dtype
+    device: torch.device
     parameter: str | None = None  # name, where the value is a parameter itself
     of_parameters: bool = False  # a parameter, or computed from nothing but parameters
     fixed: bool = False  # computed from parameters, buffers and constants made on the spot
     meets_parameter: bool = False  # computed from parameters and from something else
+    is_view: bool = False  # shares memory with its first input
     overwrites: tuple[int, ...] = ()  # values whose memory the operation changed in place
-    ancestors: int = 0  # bit mask over node indices
-    zero: frozenset[int] = frozenset()  # closed watch: positions of inputs that are all zeros
+    replay: Callable[[Tensor], Tensor] | None = None  # of a move: the same on another tensor
+    zero: frozenset[int] = frozenset()  # positions of inputs that are all zeros, where looked for
 
 
 @dataclass(slots=True, eq=False)
@@ -54,11 +61,36 @@ class Call:
     template: Template | None = None
     signature: tuple[object, ...] = ()  # of its arguments, with their shapes
     form: Form = ()  # of its arguments, without
-    unchanged: list[set[Place]] = field(default_factory=list)
-    """For each leaf of the output, the arguments whose value it has (where tensors were kept)."""
+    effects: tuple[tuple[str, int], ...] = ()  # what it changed besides, and to which value
+
+    def number_of(self, given: Given) -> int:
+        """The number of an argument among the leaves of all arguments."""
+        first = 0
+        for place, count in self.order:
+            if place == given.place:
+                return first + (given.leaf or 0)
+            first += count
+        raise KeyError(given)
+
+    def place_of(self, node: int) -> Given | None:
+        """Where a value stands among the arguments."""
+        for place, given in self.arguments.items():
+            if given == node:
+                return Given(place)
+        first = 0
+        for place, count in self.order:
+            if node in self.given[first : first + count]:
+                return Given(place, self.given.index(node, first) - first)
+            first += count
+        return None
 
     def holds(self, node: int) -> bool:
         return self.start <= node < self.end
+
+    def holds_any(self, nodes: Sequence[int]) -> bool:
+        """Whether it made one of these nodes, which are in order."""
+        first = bisect_left(nodes, self.start)
+        return first < len(nodes) and nodes[first] < self.end
 
 
 @dataclass(eq=False)
@@ -68,19 +100,56 @@ class Recording:
     nodes: list[Node] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     children: dict[int, list[Call]] = field(default_factory=dict)
+    mode: Mode = "eval"  # how the model was watched
 
-    def is_ancestor(self, earlier: int, later: int) -> bool:
-        return bool(self.nodes[later].ancestors >> earlier & 1)
+    def reaches(self, earlier: int, later: int) -> bool:
+        """Whether the later value was computed from the earlier one.
+
+        The search goes on from both ends in turn, so that it costs twice the smaller side.
+        """
+        if later <= earlier:
+            return False
+        nodes, consumers = self.nodes, self.consumers
+        back, ahead = [later], [earlier]
+        behind, before = {later}, {earlier}
+        while back and ahead:
+            for source in nodes[back.pop()].inputs:
+                if source in before:
+                    return True
+                if source > earlier and source not in behind:
+                    behind.add(source)
+                    back.append(source)
+            for user in consumers[ahead.pop()]:
+                if user in behind:
+                    return True
+                if user < later and user not in before:
+                    before.add(user)
+                    ahead.append(user)
+        return False
+
+    def behind(self, ends: Sequence[int], first: int) -> set[int]:
+        """The values that these ends were computed from, and the ends, from number `first` on."""
+        found, waiting = set(ends), list(ends)
+        while waiting:
+            for source in self.nodes[waiting.pop()].inputs:
+                if source >= first and source not in found:
+                    found.add(source)
+                    waiting.append(source)
+        return found
 
     def between(self, root: int, end: int) -> list[int]:
         """The nodes on the ways from `root` (left out) to `end` (included)."""
-        mask = self.nodes[end].ancestors
-        found = [
-            index
-            for index in range(root + 1, end)
-            if mask >> index & 1 and self.nodes[index].ancestors >> root & 1
-        ]
-        return [*found, end]
+        inside = {root}
+        for index in sorted(self.behind([end], root + 1)):
+            if not inside.isdisjoint(self.nodes[index].inputs):
+                inside.add(index)
+        return sorted(inside - {root} | {end})
+
+    def not_held(self, nodes: Sequence[int], calls: Sequence[Call]) -> list[int]:
+        """Those of these nodes that none of these calls made, which ran one after the other."""
+        starts = [call.start for call in calls]
+        places = [(index, bisect_right(starts, index) - 1) for index in nodes]
+        return [index for index, place in places if place < 0 or index >= calls[place].end]
 
     def enclosing(self, call: int | None) -> Iterator[Call]:
         """The call itself, then the calls around it, innermost first."""
@@ -94,6 +163,30 @@ class Recording:
             if call.start <= first:
                 return call
         return self.calls[0]
+
+    def children_within(self, call: Call, first: int, last: int) -> list[Call]:
+        """The calls made directly in a call that ran between two nodes."""
+        inside = self.children.get(call.index, [])
+        start = bisect_right(inside, first, key=lambda child: child.end)
+        stop = bisect_right(inside, last, key=lambda child: child.start)
+        return inside[start:stop]
+
+    def is_state(self, node: int) -> bool:
+        """Whether a value was written into a buffer, where the next call finds it."""
+        while overwritten := self.nodes[node].overwrites:
+            node = overwritten[0]
+        return self.nodes[node].op == "" and self.nodes[node].fixed
+
+    def made_with(self, node: int) -> Iterator[int]:
+        """The value itself and all others that the same operation made."""
+        index = operation = self.nodes[node].operation
+        while index < len(self.nodes) and self.nodes[index].operation == operation:
+            yield index
+            index += 1
+
+    def module_at(self, node: int) -> str:
+        """The module in whose forward a value was made."""
+        return self.calls[self.nodes[node].call].module or "the model"
 
     @cached_property
     def consumers(self) -> list[list[int]]:
@@ -110,6 +203,20 @@ class Recording:
         table: dict[str, list[Call]] = {}
         for call in self.calls:
             table.setdefault(call.module, []).append(call)
+        return table
+
+    @cached_property
+    def number_of(self) -> dict[int, int]:
+        """For each call, how many calls of the same module came before it."""
+        return {c.index: n for calls in self.calls_of.values() for n, c in enumerate(calls)}
+
+    @cached_property
+    def sums_of(self) -> dict[int, list[int]]:
+        """For each call, the sums that were taken in its own forward, in order."""
+        table: dict[int, list[int]] = {}
+        for node in self.nodes:
+            if node.kind is Kind.SUM:
+                table.setdefault(node.call, []).append(node.index)
         return table
 
     @cached_property

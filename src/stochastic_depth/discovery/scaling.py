@@ -8,24 +8,22 @@ affine in its own parameters, so that the plain model can carry the factor in it
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from stochastic_depth.discovery.additions import Addition
 from stochastic_depth.discovery.operations import (
-    BATCH_NORMS,
     HOMOGENEOUS,
-    MOVES,
     NORMS,
     POSITIVE,
+    PRODUCTS,
     SUMS,
+    ZERO_AT_ZERO,
+    Kind,
 )
-from stochastic_depth.discovery.recording import Node, Recording
-
-_BIASED = frozenset("addmm baddbmm convolution _convolution mkldnn_convolution linear".split())
-_LINEAR_MAPS = _BIASED | frozenset("mm bmm matmul mul mul_".split())
+from stochastic_depth.discovery.recording import Call, Node, Recording
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,41 +35,139 @@ class Fold:
     obstacle: str | None = None
 
 
-def degree(recording: Recording, in_line: list[int], ends: set[int], branch: int) -> int | None:
-    """How often a factor on the values `ends` comes out at `branch`; None: not as a factor."""
-    degrees = dict.fromkeys(ends, 1)
+Ends = Mapping[int, frozenset[int]]  # position of a member -> which leaves of its output
+
+
+def ends_of(
+    recording: Recording, addition: Addition, members: Sequence[Call], sums: set[int]
+) -> tuple[Ends, str | None]:
+    """Where to multiply a branch, and why that would not multiply it exactly once.
+
+    Args:
+        recording: The watched forward.
+        addition: The branch's sum.
+        members: The branch's modules, in order.
+        sums: All sums of the block: they may read what the branch ends in.
+    """
+    last, in_line = _last_outputs(recording, addition, members)
+    why = _not_once(recording, addition, members, last, in_line, sums)
+    if why is not None and len(last) > 1:
+        # A product of two modules' outputs is scaled by scaling one of them.
+        final = max(last)
+        one = {final: last[final]}
+        if _not_once(recording, addition, members, one, in_line, sums) is None:
+            return one, None
+    return last, why
+
+
+def _last_outputs(
+    recording: Recording, addition: Addition, members: Sequence[Call]
+) -> tuple[dict[int, frozenset[int]], list[int]]:
+    """The outputs that the sum is made of without another module between, and what is in line.
+
+    The values in line are those from there on to the branch's last, in order.
+    """
+    path = set(addition.path)
+    leaves: dict[int, tuple[int, int]] = {}
+    for position, call in enumerate(members):
+        for number, index in enumerate(call.outputs):
+            if index is not None and index in path:
+                leaves[index] = (position, number)
+    last: dict[int, frozenset[int]] = {}
+    in_line: set[int] = set()
+    waiting = [addition.branch]
+    while waiting:
+        index = waiting.pop()
+        if index in leaves:
+            position, number = leaves[index]
+            last[position] = last.get(position, frozenset()) | {number}
+        elif index in path and index not in in_line:
+            in_line.add(index)
+            waiting += recording.nodes[index].inputs
+    return last, sorted(in_line)
+
+
+def _not_once(
+    recording: Recording,
+    addition: Addition,
+    members: Sequence[Call],
+    last: Ends,
+    in_line: list[int],
+    sums: set[int],
+) -> str | None:
+    """Why a factor on these outputs does not come out at the sum exactly once, or None."""
+    nodes = recording.nodes
+    ends = [members[place].outputs[number] for place, own in last.items() for number in own]
+    degrees = {end: 1 for end in ends if end is not None}
     for index in in_line:
-        found = _degree(recording.nodes[index], degrees)
-        if found is None:
-            return None
-        degrees[index] = found
-    inside, needed = {*in_line, *ends}, recording.nodes[branch].ancestors
-    for index, found in degrees.items():
-        for user in recording.consumers[index] if found else ():
-            if needed >> user & 1 and user not in inside:
-                return None  # a module computes with the multiplied value, too
-    return degrees.get(branch, 0)
+        degree = _degree(nodes[index], degrees)
+        if degree is None:
+            op = nodes[in_line[-1]].op
+            return f"it ends in {op}, computed in line behind its last module"
+        degrees[index] = degree
+    if degrees.get(addition.branch) != 1:
+        op = nodes[in_line[-1]].op if in_line else "nothing"
+        return f"it ends in {op}, computed in line behind its last module"
+    allowed = {*in_line, *sums}
+    for index, degree in degrees.items():
+        for user in recording.consumers[index] if degree else ():
+            if user not in allowed and not _leads_nowhere(recording, user):
+                return f"{recording.module_at(user)} computes with what it ends in, too"
+    return None
 
 
-def _degree(node: Node, degrees: dict[int, int]) -> int | None:
+def _leads_nowhere(recording: Recording, value: int) -> bool:
+    """Whether a value is but another form of one, and nobody computes with it."""
+    kind = recording.nodes[value].kind
+    return kind in (Kind.MOVE, Kind.JOIN) and not recording.consumers[value]
+
+
+def _degree(node: Node, degrees: Mapping[int, int]) -> int | None:
+    """How often a factor comes out of an operation that it went into; None: not as a factor."""
     given = [degrees.get(index, 0) for index in node.inputs]
     if not any(given):
         return 0
-    if node.op in SUMS:
+    if node.kind in SUMS:
         return given[0] if len(set(given)) == 1 else None
-    if node.op in ("addmm", "baddbmm"):
-        return given[0] if given[0] == given[1] + given[2] else None
-    if node.op in _BIASED:
-        return given[0] + given[1] if len(given) == 2 else None
-    if node.op in _LINEAR_MAPS:
-        return sum(given) if len(set(node.inputs)) == len(node.inputs) or not any(given) else None
-    if node.op in HOMOGENEOUS | POSITIVE:
+    if node.kind in PRODUCTS:
+        product = sum(given)
+        if len(given) < 3:
+            return product
+        bias = given[0] if node.op in ("addmm", "baddbmm") else given[2]
+        return bias if 2 * bias == product else None
+    if node.kind in HOMOGENEOUS | POSITIVE:
         return None if any(given[1:]) else given[0]
     return None
 
 
-def fold(recording: Recording, addition: Addition) -> Fold:
-    """The parameters that the branch's factor can go into."""
+def stays_zero(recording: Recording, addition: Addition, members: Sequence[Call]) -> bool:
+    """Whether a branch is known to be zero where all of its modules hand out zeros."""
+    last, in_line = _last_outputs(recording, addition, members)
+    zero = {members[place].outputs[number] for place, own in last.items() for number in own}
+    for index in in_line:
+        node = recording.nodes[index]
+        given = [source in zero for source in node.inputs]
+        if node.kind in SUMS:
+            holds = all(given)
+        elif node.kind in PRODUCTS:
+            holds = any(given) and len(given) < 3
+        else:
+            holds = given[:1] == [True] and (
+                node.kind in HOMOGENEOUS | POSITIVE or node.op in ZERO_AT_ZERO
+            )
+        if holds:
+            zero.add(index)
+    return addition.branch in zero
+
+
+def fold(recording: Recording, addition: Addition, sums: set[int]) -> Fold:
+    """The parameters that the branch's factor can go into.
+
+    Args:
+        recording: The watched forward.
+        addition: The branch's sum.
+        sums: All sums of the block, whose branches have one factor.
+    """
     path = set(addition.path)
     parameters: dict[str, int] = {}
     waiting, seen = [addition.branch], set()
@@ -91,8 +187,9 @@ def fold(recording: Recording, addition: Addition) -> Fold:
                 return Fold(obstacle=f"{parameter} is used in it twice")
             parameters[parameter] = node.operation
         waiting += onwards
-    walked = {recording.nodes[index].operation for index in (*seen, addition.node)}
-    users = {user for index in seen for user in recording.consumers[index]}
+    walked = {recording.nodes[index].operation for index in (*seen, *sums)}
+    made = {made for index in seen for made in recording.made_with(index)}
+    users = {user for index in made for user in recording.consumers[index]}
     if any(recording.nodes[user].operation not in walked for user in users):
         return Fold(obstacle="its last operations feed more than the sum")
     return Fold(tuple(parameters), tuple(parameters.values()))
@@ -105,24 +202,24 @@ def _step(
     data = [index for index in node.inputs if index in path]
     own = [index for index in node.inputs if recording.nodes[index].of_parameters]
     names = [_name(recording, index) for index in own]
-    where = recording.calls[node.call].module or "the model"
+    where = recording.module_at(node.index)
     unknown = f"its last operation, {node.op} in {where}, is not affine in parameters of its own"
     if None in names:
         return [], [], f"a weight of {where} is itself computed (weight norm?)"
     found = [name for name in names if name is not None]
-    if node.op in SUMS:
+    if node.kind in SUMS:
         others = len(node.inputs) - len(data) - len(own)
         return (found, data, None) if not others else ([], [], unknown)
-    if node.op in NORMS:
-        enough = len(found) == 2 if node.op in BATCH_NORMS else len(found) > 0
+    if node.kind in NORMS:
+        enough = len(found) == 2 if node.kind is Kind.BATCH_NORM else len(found) > 0
         return (found, [], None) if enough else ([], [], f"the norm {where} has no weight")
-    if node.op in _LINEAR_MAPS and own:
+    if node.kind in PRODUCTS and own:
         # The bias, where there is one, is an operand of its own and has to be a parameter too.
         return (found, [], None) if len(own) + 1 == len(node.inputs) else ([], [], unknown)
-    if node.op in ("mul", "mul_") and len(data) == 1:
+    if node.op == "mul" and len(data) == 1:
         # By a value that does not depend on the branch.
         return [], data, None
-    if node.op in HOMOGENEOUS | POSITIVE and node.inputs[0] in path and len(data) == 1:
+    if node.kind in HOMOGENEOUS | POSITIVE and node.inputs[0] in path and len(data) == 1:
         return [], data, None
     return [], [], unknown
 
@@ -131,7 +228,7 @@ def _name(recording: Recording, index: int) -> str | None:
     """The parameter that a value is, but for moves of its elements."""
     node = recording.nodes[index]
     while node.parameter is None:
-        if node.op not in MOVES or len(node.inputs) != 1:
+        if node.kind is not Kind.MOVE or len(node.inputs) != 1:
             return None
         node = recording.nodes[node.inputs[0]]
     return node.parameter
@@ -141,18 +238,13 @@ def parameters_at(recording: Recording, nodes: Iterable[int]) -> set[str]:
     """The parameters that these operations meet, at first hand or made into something else."""
     found: set[str] = set()
     for index in nodes:
+        if not recording.nodes[index].meets_parameter:
+            continue
         for given in recording.nodes[index].inputs:
-            if recording.nodes[given].of_parameters and recording.nodes[index].meets_parameter:
-                name = _name(recording, given)
-                found |= {name} if name is not None else _sources(recording, given)
+            if recording.nodes[given].of_parameters:
+                made_of = recording.behind([given], 0)
+                found |= {p for i in made_of if (p := recording.nodes[i].parameter) is not None}
     return found
-
-
-def _sources(recording: Recording, index: int) -> set[str]:
-    names = {recording.nodes[index].parameter}
-    for given in recording.nodes[index].inputs:
-        names |= _sources(recording, given)
-    return {name for name in names if name is not None}
 
 
 def parameter_uses(recording: Recording) -> dict[str, set[int]]:
@@ -192,6 +284,5 @@ def exclusive(
         if name in idle:
             return Fold(obstacle=f"{name} is shared with {idle[name]}, which was not called")
         for index in sorted(uses[name] - inside):
-            where = recording.calls[recording.nodes[index].call].module or "the model"
-            return Fold(obstacle=f"{name} is shared with {where}")
+            return Fold(obstacle=f"{name} is shared with {recording.module_at(index)}")
     return own

@@ -5,6 +5,7 @@ A dropped module hands out a stand-in that is made from such a template.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +23,10 @@ _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """An output that is an argument handed through."""
+    """An output that is an argument handed through, or one of the tensors in an argument."""
 
     place: Place
+    leaf: int | None = None  # which leaf of the argument; None: the argument itself
 
     def find(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], positional: tuple[str, ...]
@@ -35,24 +37,8 @@ class Given:
             place = positional[place]
         elif isinstance(place, str) and place not in kwargs:
             place = positional.index(place)
-        return args[place] if isinstance(place, int) else kwargs[place]
-
-
-@dataclass(frozen=True, slots=True)
-class SkipPath:
-    """What a dropped block comes to that has a module on its skip path: that, and perhaps a ReLU.
-
-    Attributes:
-        module: Its name.
-        argument: The argument of the block that it is called with.
-        relu: Whether a ReLU follows.
-        in_place: Whether that may change what the module returns: nobody needs it any more.
-    """
-
-    module: str
-    argument: Given
-    relu: bool
-    in_place: bool
+        argument = args[place] if isinstance(place, int) else kwargs[place]
+        return argument if self.leaf is None else tree_leaves(argument)[self.leaf]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +85,16 @@ class Template:
     def __deepcopy__(self, memo: dict[int, Any]) -> Template:
         return self  # nothing in it changes; and torch 2.11 warns where a TreeSpec is copied
 
+    def handing_on(self, other: Template) -> Template:
+        """The same, with states handed on as they are in the template for other shapes."""
+        if len(other.leaves) != len(self.leaves):
+            return self
+        leaves = (
+            known if isinstance(own, Made) and isinstance(known, Given) else own
+            for own, known in zip(self.leaves, other.leaves, strict=True)
+        )
+        return Template(tuple(leaves), self.spec)
+
     def build(
         self,
         args: tuple[Any, ...],
@@ -138,20 +134,31 @@ class Template:
 
 def describe(output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Template:
     """The template of an output that was made from these arguments."""
-    places: dict[int, Place] = {id(argument): place for place, argument in enumerate(args)}
-    places |= {id(argument): name for name, argument in kwargs.items()}
+    places = {id(value): given for value, given in handed(args, kwargs)}
     leaves, spec = tree_flatten(output)
 
     def leaf(value: Any) -> Given | Made | Constant | Opaque:
         if isinstance(value, _PLAIN):
             return Constant(value)
         if id(value) in places:
-            return Given(places[id(value)])
+            return places[id(value)]
         if isinstance(value, Tensor) and value.layout == torch.strided:
             return Made(value.shape, value.stride(), value.dtype, value.device)
         return Opaque(type(value).__name__)
 
     return Template(tuple(leaf(value) for value in leaves), spec)
+
+
+def handed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Any, Given]]:
+    """The arguments of a call and the tensors in them, with where they stand; what counts last."""
+    given: list[tuple[Place, Any]] = [*enumerate(args), *kwargs.items()]
+    for place, argument in given:
+        if isinstance(argument, tuple | list | dict):
+            for number, leaf in enumerate(tree_leaves(argument)):
+                if isinstance(leaf, Tensor):
+                    yield leaf, Given(place, number)
+    for place, argument in given:
+        yield argument, Given(place)
 
 
 def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ...]:

@@ -7,12 +7,8 @@ was in the watch, with random numbers.
 from __future__ import annotations
 
 import copy
-import io
-import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
-from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -22,7 +18,7 @@ from stochastic_depth.discovery.example import Example
 from stochastic_depth.discovery.undisturbed import undisturbed
 from stochastic_depth.torch_private import fake_mode, tree_map
 
-Arguments = list[Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]]  # makes those of each call
+Arguments = list[tuple[tuple[Any, ...], dict[str, Any]]]  # of each call
 
 
 def is_unmaterialised(model: nn.Module) -> bool:
@@ -78,7 +74,7 @@ def arguments_of(model: nn.Module, names: Sequence[str], example: Example) -> di
         for name in names:
 
             def note(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                found[name].append(_frozen((args, kwargs)))
+                found[name].append((args, kwargs))
 
             module = model.get_submodule(name)
             stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
@@ -124,34 +120,15 @@ class Alone(nn.Module):
     def forward(self) -> list[Any]:
         """All calls, one after the other."""
         block = self.get_submodule(self.name)
-        given = [arguments() for arguments in self.calls]
-        return [block(*args, **kwargs) for args, kwargs in given]
+        return [block(*args, **kwargs) for args, kwargs in _with_numbers(self.calls)]
 
 
-def _frozen(value: Any) -> Callable[[], Any]:
-    """What makes the same again, with tensors of random numbers in the place of its tensors.
-
-    A cache is filled as the model goes on: the block alone gets what there was before its call.
-    """
-    kept: list[Callable[[], Any]] = []
-
-    class Freezer(pickle.Pickler):
-        def persistent_id(self, given: Any) -> int | None:
-            if isinstance(given, Tensor):
-                kept.append(partial(_some, given.shape, given.dtype))
-            elif isinstance(given, FunctionType | MethodType | nn.Module):
-                kept.append(lambda: given)
-            else:
-                return None
-            return len(kept) - 1
-
-    class Thawer(pickle.Unpickler):
-        def persistent_load(self, number: int) -> Any:
-            return kept[number]()
-
-    content = io.BytesIO()
-    Freezer(content).dump(value)
-    return lambda: Thawer(io.BytesIO(content.getvalue())).load()
+def _with_numbers(arguments: Any) -> Any:
+    """Random numbers in the place of all tensors among them."""
+    return tree_map(
+        lambda value: _some(value.shape, value.dtype) if isinstance(value, Tensor) else value,
+        arguments,
+    )
 
 
 def _some(shape: torch.Size, dtype: torch.dtype) -> Tensor:

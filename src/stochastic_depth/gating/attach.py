@@ -113,6 +113,7 @@ def _describe_block(
         for position in range(len(plan.blocks[number].branches))
     )
     gate.whole = whole
+    gate.returns_copy = any(plan.blocks[number].copies_input for number in numbers)
     parameters = inspect.signature(module.forward).parameters
     gate.positional = tuple(parameters)
     calls = found.recording.calls_of[gate.name]

@@ -41,7 +41,10 @@ def _look_up(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> Template:
     if key not in gate.templates:
         running.open_all = True  # gated modules in it run as plain ones
         try:
-            _keep(gate, key, _without_values(gate.name, module, args, kwargs))
+            template = _without_values(gate.name, module, args, kwargs)
+            for watched in [*gate.templates.values()][:1]:
+                template = template.handing_on(watched)
+            _keep(gate, key, template)
         finally:
             running.open_all = False
     return gate.templates[key]

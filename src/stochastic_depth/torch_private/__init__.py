@@ -43,7 +43,6 @@ from __future__ import annotations
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from stochastic_depth.torch_private.backward import (
     after_backward,
@@ -78,6 +77,13 @@ from stochastic_depth.torch_private.processes import (
     prefetches_explicitly,
     sharded_dtypes,
     without_sharding,
+)
+from stochastic_depth.torch_private.trees import (
+    TreeSpec,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
 )
 
 __all__ = [

@@ -1,0 +1,130 @@
+"""What a module call does besides its output: attributes that it changes, values that are kept.
+
+Constants that a module makes once and keeps (position tables) are no effects.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stochastic_depth.discovery.operations import Kind
+from stochastic_depth.discovery.recording import Call, Recording
+
+_PLAIN = (int, float, str, bool, tuple, type(None), torch.dtype, torch.device)
+
+
+class Before:
+    """What a module held and who referred to its arguments when it was called."""
+
+    def __init__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.made: list[weakref.ref[Tensor]] = []  # the values that are made in its own forward
+        self._held = _held(module)
+        self._references = _references(args, kwargs)
+
+    def effects(
+        self,
+        module: nn.Module,
+        args: Any,
+        kwargs: Any,
+        results: Sequence[Tensor],
+        *,
+        is_constant: Callable[[Tensor], bool],
+    ) -> Iterator[tuple[str, Tensor | None]]:
+        """What is otherwise now, at the end of the call: a name or description, and the value.
+
+        Args:
+            module: What was called.
+            args: With what.
+            kwargs: With what.
+            results: The tensors in its output.
+            is_constant: Whether a tensor was made of weights and constants alone.
+        """
+        now = _held(module)
+        for key in {**self._held, **now}:
+            (old, size), (new, length) = self._held.get(key, (None, 0)), now.get(key, (None, 0))
+            if old is None and isinstance(new, Tensor) and is_constant(new):
+                continue
+            if size != length or (old is not new and not _is_equal(old, new)):
+                yield key, new if isinstance(new, Tensor) else None
+        memories = {memory_of(tensor) for tensor in results}
+        for reference in self.made:
+            tensor = reference()
+            if tensor is None or memory_of(tensor) in memories or is_constant(tensor):
+                continue
+            yield "a value that somebody keeps", tensor
+            return
+        counts = zip(_references(args, kwargs), self._references, strict=True)
+        for value, (after, before) in zip([*args, *kwargs.values()], counts, strict=True):
+            if after > before and memory_of(value) not in memories:
+                yield "its input, which somebody keeps", value
+
+
+def _held(module: nn.Module) -> dict[str, tuple[Any, int]]:
+    """What a module holds, but for its parts: attributes and buffers, and the lengths of lists."""
+    own = [(key, value) for key, value in vars(module).items() if key[0] != "_"]
+    return {
+        key: (value, len(value) if isinstance(value, list | dict | set) else 0)
+        for key, value in [*own, *module._buffers.items()]
+    }
+
+
+def _references(args: Any, kwargs: Any) -> list[int]:
+    """How often each tensor among the arguments is referred to."""
+    given = [*args, *kwargs.values()]
+    return [sys.getrefcount(value) if isinstance(value, Tensor) else 0 for value in given]
+
+
+def _is_equal(old: Any, new: Any) -> bool:
+    return isinstance(old, _PLAIN) and type(old) is type(new) and bool(old == new)
+
+
+def memory_of(tensor: Tensor) -> int:
+    """The memory that a tensor lies in; others that lie there, too, have the same."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return -id(tensor)  # sparse tensors and their like share no storage
+
+
+def effects_of(recording: Recording, call: Call, members: Sequence[Call]) -> list[tuple[str, int]]:
+    """What a call does besides its output, outside of these modules inside of it, and the value.
+
+    The value is -1 where it is none.
+    """
+    found: list[tuple[str, int]] = []
+    left = within(recording, members)
+    for inner in _from(recording, call.index):
+        if inner is not call and (inner.parent is None or inner.parent < call.index):
+            break
+        if inner.index not in left:
+            found += inner.effects
+    for node in recording.nodes[call.start : call.end]:
+        if node.call in left:
+            continue
+        if node.kind is Kind.BATCH_NORM and node.operation == node.index:
+            found.append((f"the running mean of {recording.module_at(node.index)}", -1))
+        elif node.overwrites and recording.is_state(node.index):
+            found.append((f"a buffer of {recording.module_at(node.index)}", node.index))
+    return found
+
+
+def within(recording: Recording, members: Sequence[Call]) -> set[int]:
+    """The numbers of these calls and of all calls inside of them."""
+    found: set[int] = set()
+    for member in members:
+        found.add(member.index)
+        for inner in _from(recording, member.index + 1):
+            if inner.parent not in found:
+                break
+            found.add(inner.index)
+    return found
+
+
+def _from(recording: Recording, first: int) -> Iterator[Call]:
+    return (recording.calls[index] for index in range(first, len(recording.calls)))

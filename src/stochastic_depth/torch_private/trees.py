@@ -1,0 +1,61 @@
+"""torch's pytrees, which look into dataclasses that hold tensors as well."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, register_pytree_node, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten as _flatten
+
+__all__ = ["TreeSpec", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten"]
+
+
+class _Fields:
+    """A dataclass that is looked into."""
+
+    def __init__(self, value: Any) -> None:
+        self.kind = type(value)
+        self.fields = {key: _opened(item) for key, item in _fields(value).items()}
+
+
+def tree_flatten(value: Any) -> tuple[list[Any], TreeSpec]:
+    """The leaves of nested lists, tuples, dicts and dataclasses, and what puts them back."""
+    leaves, spec = _flatten(value)
+    return _flatten(_opened(value)) if any(map(_is_record, leaves)) else (leaves, spec)
+
+
+def tree_leaves(value: Any) -> list[Any]:
+    """The leaves alone."""
+    return tree_flatten(value)[0]
+
+
+def _opened(value: Any) -> Any:
+    return tree_map(lambda leaf: _Fields(leaf) if _is_record(leaf) else leaf, value)
+
+
+def _is_record(leaf: Any) -> bool:
+    if isinstance(leaf, type) or not hasattr(type(leaf), "__dataclass_fields__"):
+        return False
+    return any(isinstance(item, Tensor) for item in _fields(leaf).values())
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(value)]
+    return {name: getattr(value, name) for name in names if hasattr(value, name)}
+
+
+def _together(values: Any, context: Any) -> Any:
+    kind, names = context
+    made = object.__new__(kind)
+    for name, value in zip(names, values, strict=True):
+        object.__setattr__(made, name, value)  # it may be frozen
+    return made
+
+
+register_pytree_node(
+    _Fields,
+    lambda opened: (list(opened.fields.values()), (opened.kind, tuple(opened.fields))),
+    _together,
+)

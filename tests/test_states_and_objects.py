@@ -1,0 +1,216 @@
+"""Promise: what a block hands out beside its sum is right where it is dropped, or refused by name:
+states stay what they were, objects come back in their form, values in arguments are handed through.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stochastic_depth as sd
+
+pytestmark = pytest.mark.oldest
+
+
+def closed(model: nn.Module, *args: Any, **options: Any) -> Any:
+    """The output of a model whose blocks are all dropped."""
+    depth = sd.apply_stochastic_depth(
+        model, 0.1, example_inputs=args, **{"scale": "none", **options}
+    )
+    with depth.fixed({block.name: False for block in depth.blocks}):
+        return model.train()(*args)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.norm, self.rnn = nn.LayerNorm(8), kind(8, 8, batch_first=True)
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        y, state = self.rnn(self.norm(x), state)
+        return x + y, state
+
+
+class Cell(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.norm, self.cell = nn.LayerNorm(8), kind(8, 8)
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        state = self.cell(self.norm(x[:, 0]), state)
+        return x + state[:, None].tanh(), state
+
+
+class Stack(nn.Module):
+    def __init__(self, layer: type[nn.Module], kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layer(kind) for _ in range(6))
+
+    def forward(self, x: Tensor, states: Any) -> tuple[Tensor, list[Any]]:
+        out = []
+        for layer, state in zip(self.layers, states, strict=True):
+            x, state = layer(x, state)
+            out.append(state)
+        return x, out
+
+
+def state(kind: type[nn.Module]) -> Any:
+    h = torch.randn(1, 4, 8)
+    return (h, torch.randn(1, 4, 8)) if kind is nn.LSTM else h
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_a_state_stays_what_it_was(kind: type[nn.Module]) -> None:
+    x, states = torch.randn(4, 5, 8), [state(kind) for _ in range(6)]
+    out, after = closed(Stack(Recurrent, kind), x, states)
+    assert torch.equal(out, x)
+    for own, before in zip(after, states, strict=True):
+        for a, b in zip(
+            torch.utils._pytree.tree_leaves(own),
+            torch.utils._pytree.tree_leaves(before),
+            strict=True,
+        ):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_a_state_that_none_was_given_for_is_refused(kind: type[nn.Module]) -> None:
+    with pytest.raises(sd.RefusedBlockError, match=r'hands out a state of "layers.0.rnn"'):
+        closed(Stack(Recurrent, kind), torch.randn(4, 5, 8), [None] * 6)
+
+
+@dataclass
+class Extra:
+    hidden: Tensor
+    name: str = "extra"
+
+
+@dataclass(frozen=True)
+class Whole:
+    value: Tensor
+    extra: Extra | None = None
+
+
+class Handle:
+    """An object that nobody can look into."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+class Beside(nn.Module):
+    """A branch that hands out an object."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.a, self.b, self.form = nn.Linear(8, 8), nn.Linear(8, 8), form
+
+    def forward(self, x: Tensor) -> Any:
+        h = torch.tanh(self.a(x))
+        y = self.b(h)
+        forms: dict[str, Any] = {
+            "tensor": (y, None),
+            "beside": (y, Extra(h)),
+            "nested": (y, [Whole(h, Extra(h))]),
+            "inside": Whole(y, Extra(h)),
+            "opaque": (y, Handle(h)),
+        }
+        return forms[self.form]
+
+
+class Block(nn.Module):
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(8), Beside(form)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.attn(self.norm(x))
+        return x + (out.value if isinstance(out, Whole) else out[0])
+
+
+@pytest.mark.parametrize("form", ["beside", "nested", "inside"])
+def test_a_dataclass_is_looked_into(form: str) -> None:
+    x = torch.randn(4, 8)
+    model = nn.Sequential(*(Block(form) for _ in range(6)))
+    assert torch.equal(closed(model, x, scale="eval"), x)
+    sd.get_stochastic_depth(model).fold()
+
+
+def test_the_block_that_fails_is_the_one_that_is_named() -> None:
+    forms = ["tensor"] * 5 + ["opaque", "tensor"]
+    model = nn.Sequential(*map(Block, forms))
+    with pytest.raises(sd.RefusedBlockError, match='block "5"') as caught:
+        closed(model, torch.randn(4, 8))
+    assert "['!5']" in str(caught.value)
+    assert 'block "0"' not in str(caught.value)
+
+
+class Pair(nn.Module):
+    """A layer that is given the hidden value and the stream as one argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mixer = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        hidden, residual = pair
+        residual = hidden + residual
+        return self.mixer(self.norm(residual).relu()), residual
+
+
+class InDict(Pair):
+    def forward(self, given: Any) -> Any:
+        x = given["x"]
+        return {"x": x + self.mixer(self.norm(x).relu()), "mask": given["mask"]}
+
+
+def test_a_stream_inside_of_an_argument_is_not_lost() -> None:
+    x, other = torch.randn(4, 8), torch.randn(4, 8)
+    model = nn.Sequential(*(Pair() for _ in range(6)))
+    depth = sd.apply_stochastic_depth(model, 0.1, example_inputs=((x, other),), scale="none")
+    with depth.fixed({block.name: False for block in depth.blocks}):
+        _, residual = model.train()((x, other))
+    torch.testing.assert_close(residual, x + other)
+    model = nn.Sequential(*(InDict() for _ in range(6)))
+    out = closed(model, {"x": x, "mask": other})
+    assert torch.equal(out["x"], x)
+    assert torch.equal(out["mask"], other)
+    assert str(sd.get_stochastic_depth(model)).count("skipped whole") == 6
+
+
+class Expert(nn.Module):
+    """Returns its output and a term of the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.route, self.linear = nn.LayerNorm(8), nn.Linear(8, 4), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        n = self.norm(x)
+        weights = self.route(n).softmax(-1)
+        return self.linear(n.relu()) * weights[..., :1], weights.square().mean()
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Expert() for _ in range(6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        losses = []
+        for layer in self.layers:
+            y, loss = layer(x)
+            x = x + y
+            losses.append(loss)
+        return x, 0.01 * torch.stack(losses).mean()
+
+
+def test_a_dropped_expert_adds_nothing_to_the_loss() -> None:
+    x = torch.randn(4, 8)
+    out, loss = closed(Experts(), x)
+    assert torch.equal(out, x)
+    assert float(loss) == 0.0
