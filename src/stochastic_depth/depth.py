@@ -10,6 +10,7 @@ from torch import nn
 from stochastic_depth.discovery import Discovery, ResidualBlock, plain_model, watch
 from stochastic_depth.discovery.batch import allowed_counts, watch_more_rows
 from stochastic_depth.discovery.own_drops import refuse_own_drops
+from stochastic_depth.distributed.groups import ranks_in
 from stochastic_depth.distributed.layout import refuse_wrappers
 from stochastic_depth.distributions import Distribution, DropRate, resolve_rates
 from stochastic_depth.draw import Draw, check_choice
@@ -158,7 +159,7 @@ def apply(
         draw=draw,
     )
     plan.schedule = resolve_schedule(schedule, plan.units)
-    plan.talks = _synchronised(model, plan)
+    plan.talks = _talks(model, found, plan)
     plan.counts = tuple(allowed_counts(model, found, block) for block in chosen)
     by_watching = not all(block.explicit for block in chosen)
     by_rows = by_watching and mode == "sample"
@@ -225,16 +226,20 @@ def _warn(model: nn.Module, plan: Plan) -> None:
         )
 
 
-def _synchronised(model: nn.Module, plan: Plan) -> dict[str, str]:
-    """For each block whose branches hold a SyncBatchNorm, the name of one."""
-    return {
-        block.container: f'SyncBatchNorm "{f"{name}.{inside}".removesuffix(".")}"'
-        for block, rate in zip(plan.blocks, plan.rates, strict=True)
-        for branch in block.branches
-        for name in branch.modules
-        for inside, module in model.get_submodule(name).named_modules()
-        if rate and isinstance(module, nn.SyncBatchNorm)
-    }
+def _talks(model: nn.Module, found: Discovery, plan: Plan) -> dict[str, str]:
+    """For each block in whose branches ranks wait for each other: in what."""
+    talks: dict[str, str] = {}
+    apart = ranks_in(plan.draw.process_group)
+    for block, rate in zip(plan.blocks, plan.rates, strict=True):
+        for name in [name for branch in block.branches for name in branch.modules] if rate else ():
+            owner = name if block.explicit else block.container
+            for inside, module in model.get_submodule(name).named_modules():
+                if isinstance(module, nn.SyncBatchNorm):
+                    talks[owner] = f'SyncBatchNorm "{f"{name}.{inside}".removesuffix(".")}"'
+            for call in found.recording.calls_of.get(name, ()):
+                if talk := found.recording.talk_in(call, apart):
+                    talks.setdefault(owner, talk)
+    return talks
 
 
 def _active_dropouts(model: nn.Module, plan: Plan) -> list[str]:

@@ -110,7 +110,7 @@ def uniforms(
     Example:
         >>> first, second = uniforms(0, 0, 0, ("layer3.1", "layer3.2"))
         >>> round(first, 4), round(second, 4)
-        (0.0, 0.0)
+        (0.4547, 0.612)
     """
     key = repr((seed, step, call, rank)).encode() + _digest(tuple(names))
     numbers = struct.unpack(f"<{len(names)}Q", shake_128(key).digest(8 * len(names)))
@@ -183,7 +183,7 @@ def balanced(
     Example:
         >>> rates = {"a": 0.5, "b": 0.25, "c": 0.25}
         >>> [name for name, kept in balanced(0, 0, 0, rates).items() if not kept]
-        ['b']
+        ['a']
     """
     number, offset = balancing_numbers(seed, step, call)
     whole, total = rates_of_a_forward(rates, number), (offset + share) % 1.0

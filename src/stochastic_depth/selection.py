@@ -105,7 +105,7 @@ def refusal(block: ResidualBlock, *, unit: Unit, scale: Scale) -> str | None:
         return 'one of its branches computes with a value of another (try unit="block")'
     for branch in block.branches:
         if branch.unscalable and scale != "none":
-            return f'{branch.name} cannot be scaled: {branch.unscalable} (try scale="none")'
+            return f'{branch.name} cannot be scaled: {branch.unscalable} (scale="none" works)'
     return None
 
 
@@ -125,8 +125,8 @@ def refuse(
     if left:
         them = "it" if len(reasons) == 1 else "them"
         instead = f"pass blocks={out if is_all else left!r} to leave {them} out"
-    elif "(try " in told:
-        instead = f"try what the reasons say, or {instead}"
+    elif "(try " in told or "works)" in told:
+        instead = f"do what the reasons say, or {instead}"
     return RefusedBlockError(
         f"{told}{more}", expected="blocks that can be skipped exactly", instead=instead
     )

@@ -62,7 +62,6 @@ def find_residual_blocks(
     Example:
         >>> import torch
         >>> from torch import nn
-    from torch.nn.parameter import is_lazy
         >>> class Residual(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()

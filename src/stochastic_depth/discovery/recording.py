@@ -101,6 +101,15 @@ class Recording:
     calls: list[Call] = field(default_factory=list)
     children: dict[int, list[Call]] = field(default_factory=dict)
     mode: Mode = "eval"  # how the model was watched
+    collectives: list[tuple[int, str, tuple[int, ...]]] = field(default_factory=list)
+    """Where ranks talked to each other: behind which node, by which operation, and who."""
+
+    def talk_in(self, call: Call, ranks: frozenset[int]) -> str | None:
+        """The operation by which several of these ranks talk in a call; None: by none."""
+        for node, name, group in self.collectives:
+            if call.start <= node <= call.end and len(ranks.intersection(group)) > 1:
+                return f"{name}, a collective"
+        return None
 
     def reaches(self, earlier: int, later: int) -> bool:
         """Whether the later value was computed from the earlier one.

@@ -33,7 +33,12 @@ from stochastic_depth.discovery.recording import Call, Node, Recording
 from stochastic_depth.discovery.templates import describe, form, order, signature
 from stochastic_depth.discovery.undisturbed import Mode, undisturbed
 from stochastic_depth.discovery.unmaterialised import is_unmaterialised, without_values
-from stochastic_depth.torch_private import TorchDispatchMode, tree_leaves
+from stochastic_depth.torch_private import (
+    TorchDispatchMode,
+    group_of_collective,
+    ranks_of,
+    tree_leaves,
+)
 
 _SAME_SHAPE = frozenset("alias clone contiguous _to_copy lift_fresh add sum".split())
 
@@ -213,6 +218,8 @@ class Watcher(TorchDispatchMode):
         overwrites = tuple([self.value(tensor) for tensor in written]) if written else ()
         terms = terms_of(name, args, kwargs) if name in SPELLINGS else None
         zero = _zero(terms) if terms and self._zeros else frozenset()
+        if (talk := group_of_collective(func, args)) is not None:
+            self.recording.collectives.append((len(nodes), name, ranks_of(talk)))
         out = func(*args, **kwargs)
         made = _tensors([out])
         kind = kind_of(name, args, kwargs, out)

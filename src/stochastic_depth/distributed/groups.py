@@ -19,6 +19,13 @@ def place(process_group: Any) -> tuple[int, int]:
     return dist.get_rank(process_group), dist.get_world_size(process_group)
 
 
+def ranks_in(process_group: Any) -> frozenset[int]:
+    """The ranks of a group (None: all)."""
+    if not is_running():
+        return frozenset()
+    return frozenset(dist.get_process_group_ranks(process_group or dist.group.WORLD))
+
+
 _of_ranks: dict[tuple[Any, tuple[int, ...]], Any] = {}
 
 

@@ -204,7 +204,8 @@ def _roles(
             parameters = branch.fold.parameters if ends else ()
             weights = weights_of(module, call.module, parameters)
             unread = unread_outputs(recording, call, calls)
-            wanted[call.index] = Role(number, ends, unread, *rows[place], weights)
+            role = Role(number, dict.fromkeys(ends, number), unread, *rows[place], weights)
+            wanted[call.index] = _both(wanted.get(call.index), role)
     names = {recording.calls[index].module for index in wanted}
     roles: dict[str, list[Role | None]] = {}
 
@@ -217,6 +218,20 @@ def _roles(
 
     visit(container)
     return {name: tuple(found) for name, found in roles.items()}
+
+
+def _both(first: Role | None, second: Role) -> Role:
+    """What a call is that is a part of two branches, which are drawn together."""
+    if first is None:
+        return second
+    ends = {**first.ends, **second.ends}
+    return Role(
+        first.branch if first.ends else second.branch,
+        ends,
+        (first.unread & second.unread) - ends.keys(),
+        {**first.takes, **second.takes},
+        {**first.gives, **second.gives},
+    )
 
 
 def _describe_calls(recording: Recording, gate: Gate) -> None:

@@ -160,13 +160,17 @@ def _multiplied(
     if factors is None or not role.ends:
         return _call(gate, module, original, args, kwargs)
     if gate.units:
-        output = _call(gate, module, original, args, kwargs)
-        return _times(output, role, factors[role.branch])
-    return run_multiplied(module, original, role, factors[role.branch], args, kwargs)
+        return _times(_call(gate, module, original, args, kwargs), role, factors)
+    return run_multiplied(module, original, role, factors, args, kwargs)
 
 
 def run_multiplied(
-    module: nn.Module, run: Original, role: Role, factor: float, args: Any, kwargs: Any
+    module: nn.Module,
+    run: Original,
+    role: Role,
+    factors: tuple[float, ...],
+    args: Any,
+    kwargs: Any,
 ) -> Any:
     """Call a module with its output multiplied, or its weights where that is cheaper.
 
@@ -174,16 +178,16 @@ def run_multiplied(
     takes the place of one with every value of the branch, forward and backward.
     """
     if role.weights and module.training and args and args[0].numel() >= _MANY_VALUES:
-        twin = _with_weights(module, role.weights, factor)
+        twin = _with_weights(module, role.weights, factors[role.branch])
         if twin is not None:
             return run(twin, *args, **kwargs)
-    return _times(run(module, *args, **kwargs), role, factor)
+    return _times(run(module, *args, **kwargs), role, factors)
 
 
-def _times(output: Any, role: Role, factor: float) -> Any:
+def _times(output: Any, role: Role, factors: tuple[float, ...]) -> Any:
     if isinstance(output, Tensor):
-        return output * factor
-    return change_leaves(output, role.ends, lambda leaf, number: leaf * factor)
+        return output * factors[role.branch]
+    return change_leaves(output, role.ends, lambda leaf, n: leaf * factors[role.ends[n]])
 
 
 def weights_of(module: nn.Module, name: str, parameters: tuple[str, ...]) -> tuple[str, ...]:

@@ -42,8 +42,7 @@ def gated_call(original: Original) -> Original:
                 if owner.depth and (_grad_is_enabled() or not self.training):
                     if owner.factors is None or not role.ends:
                         return run(self, *args, **kwargs)
-                    factor = owner.factors[role.branch]
-                    return run_multiplied(self, run, role, factor, args, kwargs)
+                    return run_multiplied(self, run, role, owner.factors, args, kwargs)
             elif gate.is_fast and len(args) == 1 and not kwargs and backward_task() == -1:
                 if self.training and _grad_is_enabled():
                     step = plan.clock.step

@@ -165,8 +165,8 @@ def traced_call(module: nn.Module, original: Original, args: Any, kwargs: Any) -
     output = original(module, *args, **kwargs)
     role = gate.role
     if role is not None and role.ends and gate.owners[0].scales is not None:
-        scale = gate.owners[0].scales[role.branch]
-        output = change_leaves(output, role.ends, lambda leaf, number: _times(leaf, scale))
+        scales = gate.owners[0].scales
+        output = change_leaves(output, role.ends, lambda leaf, n: _times(leaf, scales[role.ends[n]]))
     return output
 
 

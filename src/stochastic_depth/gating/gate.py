@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ class Role:
     """What one call of a branch module is in its block: a part of which branch."""
 
     branch: int  # its number in the gate
-    ends: frozenset[int]  # the leaves of its output that are the branch's value
+    ends: Mapping[int, int]  # leaves of its output: of which branch each is the value
     unread: frozenset[int] = frozenset()  # those that only other modules of the branch read
     takes: Dims = field(default_factory=dict)  # the leaves of its arguments to take rows of
     gives: Dims = field(default_factory=dict)  # the leaves of its output to put back

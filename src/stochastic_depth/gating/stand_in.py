@@ -33,7 +33,7 @@ def stand_in(gate: Gate, module: nn.Module, args: Any, kwargs: Any, role: Role) 
         template = _look_up(gate, module, args, kwargs)
         if key is not None:
             _keep(gate, key, template)
-    return template.build(args, kwargs, zeros=role.ends, unread=role.unread)
+    return template.build(args, kwargs, zeros=frozenset(role.ends), unread=role.unread)
 
 
 def _look_up(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> Template:

@@ -75,6 +75,7 @@ from stochastic_depth.torch_private.processes import (
     is_part,
     mesh_of,
     prefetches_explicitly,
+    ranks_of,
     sharded_dtypes,
     without_sharding,
 )
@@ -110,6 +111,7 @@ __all__ = [
     "once_in_a_trace",
     "outside_of_graphs",
     "prefetches_explicitly",
+    "ranks_of",
     "set_compiler",
     "sharded_dtypes",
     "top_hooks",

@@ -33,6 +33,11 @@ def group_of_collective(operation: Any, args: tuple[Any, ...]) -> Any:
     return None
 
 
+def ranks_of(group: Any) -> tuple[int, ...]:
+    """The ranks of a process group."""
+    return tuple(torch.distributed.get_process_group_ranks(group))
+
+
 def is_fully_sharded_unit(module: nn.Module) -> bool:
     """Whether `fully_shard` was called on it."""
     sharded = sys.modules.get("torch.distributed.fsdp")  # importing it takes seconds
