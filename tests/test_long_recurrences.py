@@ -91,7 +91,7 @@ class InLine(nn.Module):
 
 @pytest.mark.parametrize(
     ("kind", "layers", "steps"),
-    [(Recurrent, 6, 800), (Scanning, 24, 300), (Filtering, 6, 800), (InLine, 6, 400)],
+    [(Recurrent, 6, 800), (Scanning, 24, 300), (Filtering, 6, 800), (InLine, 6, 200)],
 )
 def test_it_takes_three_seconds_or_ten_forwards(
     kind: Callable[[], nn.Module], layers: int, steps: int

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,8 @@ class Layer(nn.Module):
 
 
 class Loop(nn.Module):
+    layers: Any
+
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Linear(3, 8)
@@ -61,11 +65,11 @@ class InLine(Loop):
 class InDict(InLine):
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleDict({str(n): Layer() for n in range(6)})  # type: ignore[assignment]
+        self.layers = nn.ModuleDict({str(n): Layer() for n in range(6)})
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
-        for layer in self.layers.values():  # type: ignore[operator]
+        for layer in self.layers.values():
             x = x + layer.mixer(layer.norm(x))
         return x
 
@@ -73,7 +77,7 @@ class InDict(InLine):
 @pytest.mark.parametrize("kind", [Loop, InLine, InDict])
 def test_a_loop_whose_modules_hold_sums_of_their_own(kind: type[nn.Module]) -> None:
     x = torch.randn(4, 3)
-    model = kind()
+    model: Any = kind()
     names = [block.name for block in sd.find_residual_blocks(model, x)]
     assert [name for name in names if not name.endswith("mixer")] == SIX
     depth = sd.apply_stochastic_depth(model, 0.1, example_inputs=x, scale="none", blocks=SIX)

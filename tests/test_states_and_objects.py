@@ -77,6 +77,16 @@ def test_a_state_stays_what_it_was(kind: type[nn.Module]) -> None:
             assert torch.equal(a, b)
 
 
+def test_so_does_one_of_a_larger_batch() -> None:
+    model = Stack(Recurrent, nn.GRU)
+    closed(model, torch.randn(4, 5, 8), [state(nn.GRU) for _ in range(6)])
+    depth = sd.get_stochastic_depth(model)
+    states = [torch.randn(1, 7, 8) for _ in range(6)]
+    with depth.fixed({block.name: False for block in depth.blocks}):
+        _, after = model(torch.randn(7, 5, 8), states)
+    assert all(torch.equal(a, b) for a, b in zip(after, states, strict=True))
+
+
 @pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
 def test_a_state_that_none_was_given_for_is_refused(kind: type[nn.Module]) -> None:
     with pytest.raises(sd.RefusedBlockError, match=r'hands out a state of "layers.0.rnn"'):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,7 @@ from stochastic_depth.discovery.blocks import (
     discover,
 )
 from stochastic_depth.discovery.example import Example, example_for
+from stochastic_depth.discovery.existing import active_drops
 from stochastic_depth.discovery.explicit import (
     explicit_blocks,
     explicit_residuals,
@@ -111,7 +113,8 @@ def watch(
     example = example_for(model, example_inputs, example_kwargs)
     own = " (the example that it carries)" if example_inputs is None else ""
     try:
-        recording = watch_once(model, example)
+        with _without_drops(model):
+            recording = watch_once(model, example)
     except Exception as error:
         raise ExampleInputsError(
             f"the forward of {type(model).__name__} failed on its example inputs{own}: "
@@ -128,6 +131,19 @@ def watch(
             "it as a sum, x + branch, or with sd.Residual"
         )
     return (found if not inside else with_explicit_blocks(found, model, inside)), example
+
+
+@contextmanager
+def _without_drops(model: nn.Module) -> Iterator[None]:
+    """While what the model drops of its own accord is off: it would act as the model trains."""
+    before = [(drop, getattr(drop.holder, drop.attribute)) for drop in active_drops(model)]
+    try:
+        for drop, _ in before:
+            setattr(drop.holder, drop.attribute, 0.0)
+        yield
+    finally:
+        for drop, rate in before:
+            setattr(drop.holder, drop.attribute, rate)
 
 
 def _refuse_lazy(model: nn.Module) -> None:

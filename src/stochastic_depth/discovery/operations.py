@@ -136,6 +136,8 @@ def terms_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple
         >>> [term.op for term in terms_of("add", (x, y), {"alpha": 2})]
         ['', 'mul']
     """
+    if name not in SPELLINGS:
+        return None
     tensors = [value for value in args if isinstance(value, Tensor)]
     alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
     if name in ("add", "sub", "rsub") and len(tensors) == 2:

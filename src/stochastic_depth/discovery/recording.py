@@ -14,11 +14,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stochastic_depth.discovery.operations import Kind
 from stochastic_depth.discovery.templates import Form, Given, Place, Template
 from stochastic_depth.discovery.undisturbed import Mode
+
+RECURRENT = (nn.RNNBase, nn.modules.rnn.RNNCellBase)
+"""Modules whose steps count as one operation."""
 
 
 @dataclass(slots=True, eq=False)

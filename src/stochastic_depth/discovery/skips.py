@@ -75,7 +75,8 @@ class _Walk:
             return None
         leaves: list[Given | Constant] = []
         for node, leaf in zip(self.call.outputs, watched.leaves, strict=True):
-            found = leaf if node is None or isinstance(leaf, Given) else self._argument(node)
+            # An argument may be handed out that was changed in place.
+            found = leaf if node is None else self._argument(node)
             if not isinstance(found, Given | Constant):
                 return None
             leaves.append(found)

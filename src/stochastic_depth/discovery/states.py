@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from torch import nn
-
 from stochastic_depth.discovery.additions import Addition
 from stochastic_depth.discovery.effects import effects_of
 from stochastic_depth.discovery.operations import HOMOGENEOUS, MERGES, PRODUCTS, SUMS, Kind
-from stochastic_depth.discovery.recording import Call, Recording
+from stochastic_depth.discovery.recording import RECURRENT, Call, Recording
 from stochastic_depth.discovery.templates import Made
-
-_RECURRENT = (nn.RNNBase, nn.modules.rnn.RNNCellBase)
 
 
 def is_loss_term(recording: Recording, value: int) -> bool:
@@ -79,7 +75,7 @@ def _is_recurrent(recording: Recording, member: Call, node: int) -> bool:
     inside = [member]
     while inside:
         call = inside.pop()
-        if issubclass(call.kind, _RECURRENT) and node in call.outputs:
+        if issubclass(call.kind, RECURRENT) and node in call.outputs:
             return True
         inside += recording.children.get(call.index, ())
     return False

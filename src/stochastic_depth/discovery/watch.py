@@ -29,7 +29,7 @@ from stochastic_depth.discovery.operations import (
     name_of,
     terms_of,
 )
-from stochastic_depth.discovery.recording import Call, Node, Recording
+from stochastic_depth.discovery.recording import RECURRENT, Call, Node, Recording
 from stochastic_depth.discovery.templates import describe, form, order, signature
 from stochastic_depth.discovery.undisturbed import Mode, undisturbed
 from stochastic_depth.discovery.unmaterialised import is_unmaterialised, without_values
@@ -40,6 +40,7 @@ from stochastic_depth.torch_private import (
     tree_leaves,
 )
 
+_OF_SUMS = SPELLINGS | {"stack", "sum", "mean"}
 _SAME_SHAPE = frozenset("alias clone contiguous _to_copy lift_fresh add sum".split())
 
 
@@ -134,6 +135,7 @@ class Watcher(TorchDispatchMode):
         self._thread = threading.get_ident()
         self._open: list[tuple[Call, Before]] = []
         self._call = 0  # the number of the innermost one
+        self._recurrent: Call | None = None  # a recurrent module: one operation for all its steps
         self._parameters = {id(p): name for name, p in model.named_parameters()}
         self._buffers: dict[int, str] = {}
         self._values: dict[int, tuple[weakref.ref[Tensor], int]] = {}
@@ -206,18 +208,16 @@ class Watcher(TorchDispatchMode):
         kwargs = kwargs or {}
         schema = self._schemas.get(func) or self._schemas.setdefault(func, _read(func))
         name, nodes = schema.name, self.recording.nodes
+        if self._recurrent is not None or (self._zeros and name not in _OF_SUMS):
+            return func(*args, **kwargs)
         tensors = _tensors([*args, *kwargs.values()])
         inputs = tuple([self.value(tensor) for tensor in tensors])
         if name in FILLED and not all(nodes[i].of_parameters for i in inputs):
             inputs = ()  # what is as large as a weight still counts as made of weights alone
-        written = [
-            tensor
-            for place, key in schema.written
-            for tensor in _tensors([args[place] if place < len(args) else kwargs.get(key)])
-        ]
+        written = _written(schema, args, kwargs) if schema.written else []
         overwrites = tuple([self.value(tensor) for tensor in written]) if written else ()
-        terms = terms_of(name, args, kwargs) if name in SPELLINGS else None
-        zero = _zero(terms) if terms and self._zeros else frozenset()
+        terms = terms_of(name, args, kwargs)
+        zero = self._zero(terms or ())
         if (talk := group_of_collective(func, args)) is not None:
             self.recording.collectives.append((len(nodes), name, ranks_of(talk)))
         out = func(*args, **kwargs)
@@ -231,30 +231,42 @@ class Watcher(TorchDispatchMode):
             if total is not None:
                 inputs, kind = (total,), Kind.MOVE if name == "sum" else kind
         first = len(nodes)
+        replay = _replay(name, func, args, kwargs) if kind is Kind.MOVE else None
         results = {id(tensor): tensor for tensor in (*made, *written)} if written else {}
         for tensor in results.values() or made:
             node = self._add(tensor, name, kind, inputs)
             node.operation, node.overwrites, node.zero = first, overwrites, zero
-            node.is_view = schema.is_view
-            if kind is Kind.MOVE and name not in _SAME_SHAPE:
-                node.replay = _replay(func, args, kwargs)
-        if self._open and not written:
-            self._open[-1][1].made += [self._values[id(tensor)][0] for tensor in made]
+            node.is_view, node.replay = schema.is_view, replay
         for tensor in written:
             self._writes[memory_of(tensor)] = self._values[id(tensor)][1]
+        if not written:
+            self._note_made(made)
         if name == "stack":
-            dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-            zeros = _zero([Term((part,)) for part in tensors]) if self._zeros else frozenset()
-            self._stacked[first] = (dim % made[0].ndim, zeros)
+            self._note_stack(first, tensors, args[1] if len(args) > 1 else kwargs.get("dim", 0))
         return out
+
+    def _note_made(self, made: Sequence[Tensor]) -> None:
+        if self._open:
+            self._open[-1][1].made += [self._values[id(tensor)][0] for tensor in made]
+
+    def _note_stack(self, node: int, parts: Sequence[Tensor], dim: int) -> None:
+        zeros = self._zero([Term((part,)) for part in parts])
+        self._stacked[node] = (dim % (parts[0].ndim + 1), zeros)
+
+    def _zero(self, terms: Sequence[Term]) -> frozenset[int]:
+        """Which of the terms are all zeros, where that is looked for."""
+        return frozenset(
+            number
+            for number, term in enumerate(terms if self._zeros else ())
+            for tensors in [term.tensors[:1] if term.op == "div" else term.tensors]
+            if not all(bool(tensor.any()) for tensor in tensors)
+        )
 
     def _is_sum(self, terms: Sequence[Term], out: Tensor) -> bool:
         """Not a product with a bias."""
         product = terms[1].op in ("mm", "bmm")
         first = terms[0].tensors[0]
-        return not product or (
-            first.shape == out.shape and not self.recording.nodes[self.value(first)].fixed
-        )
+        return not product or (first.shape == out.shape and id(first) not in self._parameters)
 
     def _term(self, term: Term, out: Tensor) -> int:
         """The node of one term of a sum; a product in it counts as an operation of its own."""
@@ -355,9 +367,17 @@ class Watcher(TorchDispatchMode):
         del given  # it refers to the arguments, and references are counted
         self._open.append((call, Before(module, args, kwargs)))
         self._call = call.index
+        if self._recurrent is None and isinstance(module, RECURRENT):
+            self._recurrent = call
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         call, before = self._open[-1]
+        results = _tensors(tree_leaves(output))
+        if self._recurrent is call:
+            self._recurrent = None
+            inputs = tuple(i for i in self._nodes([args, kwargs, *module.parameters()]) if i)
+            for tensor in results:
+                self._add(tensor, "recurrence", Kind.OTHER, inputs)
         if _hands_through(module, args, kwargs, output) and (
             self.value(output) in call.arguments.values()
         ):
@@ -367,7 +387,6 @@ class Watcher(TorchDispatchMode):
         call.outputs = self._nodes(output)
         call.end = len(self.recording.nodes)
         call.template = describe(output, args, kwargs)
-        results = _tensors(tree_leaves(output))
         call.effects = tuple(
             (f"{effect} (in {call.module or 'the model'})", -1 if v is None else self.value(v))
             for effect, v in before.effects(
@@ -419,19 +438,18 @@ def _broadcast(tensors: Sequence[Tensor]) -> torch.Size:
     return torch.Size([max(own) if min(own) else 0 for own in sizes][::-1])
 
 
-def _replay(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _written(schema: _Schema, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors that an operation changes in place."""
+    given = [args[n] if n < len(args) else kwargs.get(key) for n, key in schema.written]
+    return _tensors(given)
+
+
+def _replay(name: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What moves the elements of another tensor alike; None where all stay where they are."""
+    if name in _SAME_SHAPE:
+        return None
     rest = args[1:]
     return lambda tensor: func(tensor, *rest, **kwargs)
-
-
-def _zero(terms: Sequence[Term]) -> frozenset[int]:
-    """Which of the terms are all zeros."""
-    return frozenset(
-        number
-        for number, term in enumerate(terms)
-        for tensors in [term.tensors[:1] if term.op == "div" else term.tensors]
-        if not all(bool(tensor.any()) for tensor in tensors)
-    )
 
 
 def _hands_through(module: nn.Module, args: Any, kwargs: Any, output: Any) -> bool:
