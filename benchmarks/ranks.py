@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from interleaved import Ratio, write
 from ranks_cases import DRAWS, NETWORKS, RATES, rates_of
 from ranks_measured import PROCESSES, measured
-from ranks_simulated import WORLDS, simulated, timed
+from ranks_simulated import WORLDS, simulated, timed, uniforms
 
 PICTURE = Path(__file__).parents[1] / "docs" / "ranks.png"
 TARGET = 1.03  # of balanced draws, at 1,024 ranks
@@ -48,7 +48,8 @@ def simulate(amounts: Amounts) -> tuple[dict[str, Any], dict[str, Any]]:
         print(name, {k: v for k, v in costs[name].items() if k != "seconds_blocks"}, flush=True)
         for label, rate in RATES.items():
             case = f"{name}, {label}"
-            cases[case] = simulated(cost, rates_of(network, *rate), amounts.simulated)
+            numbers = uniforms(amounts.simulated, WORLDS[-1], len(cost.blocks))
+            cases[case] = simulated(cost, rates_of(network, *rate), numbers)
             show_simulated(case, cases[case])
     return costs, cases
 

@@ -178,9 +178,11 @@ def ranks_that_differ_raise(network: str) -> None:
     with pytest.raises(sd.SetupError, match="training is True on one, False on another"):
         model(torch.randn(shape))
     model, depth = gated(sd.Draw())
-    with depth.fixed({}) if rank else depth.disabled():
-        with pytest.raises(sd.SetupError, match="what is disabled"):
-            model(torch.randn(shape))
+    with (
+        depth.fixed({}) if rank else depth.disabled(),
+        pytest.raises(sd.SetupError, match="what is disabled"),
+    ):
+        model(torch.randn(shape))
 
 
 def mixed_precision(network: str) -> None:

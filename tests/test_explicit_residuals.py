@@ -161,7 +161,7 @@ def test_what_cannot_be_scripted_says_so() -> None:
         torch.jit.script(tanhs())
     model = nn.Sequential(*(sd.Residual(nn.Linear(4, 4)) for _ in range(6)))
     sd.apply_stochastic_depth(model, 0.1)
-    with pytest.raises(sd.SetupError, match="with its gate.*depth.fold"):
+    with pytest.raises(sd.SetupError, match=r"with its gate.*depth.fold"):
         torch.jit.script(model.train())
 
 

@@ -243,7 +243,9 @@ def test_a_branch_with_a_bypass_is_refused_unless_a_factor_passes(
         expected = expected + (1 - RATE) * block.branch(expected)
     options: dict[str, Any] = {"example_inputs": x, "unit": unit}
     if kind is not ProductBypass:
-        with pytest.raises(sd.RefusedBlockError, match=r'"0".*scale="none" works|"0".*unit="block"'):
+        with pytest.raises(
+            sd.RefusedBlockError, match=r'"0".*scale="none" works|"0".*unit="block"'
+        ):
             sd.apply_stochastic_depth(model, RATE, "uniform", **options)
         return
     sd.apply_stochastic_depth(model, RATE, "uniform", **options)

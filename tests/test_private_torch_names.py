@@ -40,11 +40,11 @@ def test_dispatch_mode_sees_operations_and_their_schemas() -> None:
 def test_backward_is_running_in_a_backward_only() -> None:
     seen = []
     x = torch.ones(2, requires_grad=True)
-    x.register_hook(lambda grad: seen.append((torch_private.backward_task() != -1)))
-    assert not (torch_private.backward_task() != -1)
+    x.register_hook(lambda grad: seen.append(torch_private.backward_task() != -1))
+    assert torch_private.backward_task() == -1
     x.sum().backward()
     assert seen == [True]
-    assert not (torch_private.backward_task() != -1)
+    assert torch_private.backward_task() == -1
 
 
 def test_checkpoints() -> None:

@@ -584,8 +584,8 @@ def test_no_other_scale_is_promised_where_it_does_not_work() -> None:
 
 @oldest
 def test_a_value_in_an_object_is_scaled() -> None:
-    model = nn.Sequential(*residuals(5), InAnObject())
-    depth = gate(model, scale="train")
+    model: Any = nn.Sequential(*residuals(5), InAnObject())
+    depth = gate(model, 0.5, "uniform", scale="train")
     x = vectors(2, WIDTH)
     with depth.fixed({}):
         doubled = model.train()(x)

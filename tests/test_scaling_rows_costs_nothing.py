@@ -82,9 +82,7 @@ def small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_a_few_values_are_multiplied_themselves(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_few_values_are_multiplied_themselves(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(branch, "_MANY_VALUES", 1000)
     model, reference, x, depth = gated(kind)
     with depth.fixed({}), Products() as products:

@@ -20,8 +20,8 @@ from stochastic_depth.errors import (
     warn,
 )
 from stochastic_depth.gating.attach import detach, gated_modules
-from stochastic_depth.gating.gate import KEY
 from stochastic_depth.gating.compiled import compile_blocks
+from stochastic_depth.gating.gate import KEY
 from stochastic_depth.plan import Plan
 from stochastic_depth.table import table
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -37,9 +37,12 @@ class Clock:
     """
 
     def __init__(self, leader: Clock | None = None, step: int = 0) -> None:
-        self.step, self._owner = step, lambda: None
+        self.step: int = step if leader is None else leader.step
+        self.leader = leader
+        self._owner: Callable[[], Plan | None] = lambda: None
         self._followers: weakref.WeakSet[Clock] = weakref.WeakSet()
-        self._follow(leader)
+        if leader is not None:
+            leader._followers.add(self)
 
     def belong_to(self, plan: Plan) -> None:
         """Know whose clock it is: one that nobody owns any more leads no copy that is saved."""
@@ -54,12 +57,6 @@ class Clock:
         for clock in clocks:  # which grows
             clock.step = step
             clocks += clock._followers
-
-    def _follow(self, leader: Clock | None) -> None:
-        self.leader = leader
-        if leader is not None:
-            self.step = leader.step
-            leader._followers.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         leader = self.leader
@@ -133,9 +130,7 @@ class Plan:
             name
             for block in self.blocks
             for name in (
-                [block.name]
-                if self.unit == "block"
-                else [branch.name for branch in block.branches]
+                [block.name] if self.unit == "block" else [branch.name for branch in block.branches]
             )
         )
         self.base_rates: tuple[float, ...] = tuple(
@@ -368,7 +363,9 @@ class Plan:
     def __getstate__(self) -> dict[str, Any]:
         # What comes out of a file stands on its own feet: no optimizer, no handle. A copy that is
         # saved beside its original still follows it.
-        names = "blocks rates unit mode scale schedule draw counts clock gates notes talks one_to_one"
+        names = (
+            "blocks rates unit mode scale schedule draw counts clock gates notes talks one_to_one"
+        )
         return {name: getattr(self, name) for name in (*names.split(), "units", "base_rates")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

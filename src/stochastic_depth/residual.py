@@ -161,13 +161,14 @@ def _holder(name: str, branch: Any) -> nn.Module:
 
 def _on_rows(
     name: str,
-    rows: Rows,
+    rows: Rows | None,
     branch: Callable[..., Tensor],
     skip: Tensor,
     args: tuple[Any, ...],
     factor: float,
 ) -> Tensor:
     """The sum on these rows of the batch; the others come to the skip."""
+    assert rows is not None
     dims = {
         number: 0
         for number, value in enumerate((skip, *args))

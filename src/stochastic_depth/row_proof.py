@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.discovery.undisturbed import undisturbed
-from stochastic_depth.distributed.setup import ALONE
 from stochastic_depth.gating.block import Decision, carry_out
 from stochastic_depth.gating.gate import Gate, Original, running
+from stochastic_depth.gating.ranks import ALONE
 from stochastic_depth.plan import Plan
 from stochastic_depth.rows import Rows
 from stochastic_depth.torch_private import tree_leaves, tree_map
@@ -33,9 +33,7 @@ def differ_on_rows(model: nn.Module, plan: Plan, args: Any, kwargs: Any) -> dict
     """
     reasons: dict[str, str] = {}
 
-    def trial(
-        gate: Gate, module: nn.Module, original: Original, args: Any, kwargs: Any
-    ) -> Any:
+    def trial(gate: Gate, module: nn.Module, original: Original, args: Any, kwargs: Any) -> Any:
         for block in gate.blocks if gate.plan is plan else ():
             name = plan.blocks[block].name
             if name not in reasons:
@@ -63,7 +61,7 @@ def _tried(
     own = [gate.plan.block_of(unit) == block for unit in gate.units]
     trial, running.trial = running.trial, None
 
-    def run(kept: bool, rows: Rows | None) -> list[Any]:  # noqa: FBT001
+    def run(rows: Rows | None, *, kept: bool = True) -> list[Any]:
         of_branches = tuple(rows if mine else None for mine in own)
         decision = Decision(
             gate,
@@ -77,9 +75,9 @@ def _tried(
 
     try:
         size = gate.batch.size(args, kwargs)
-        opened, closed = run(True, None), run(False, None)
+        opened, closed = run(None), run(None, kept=False)
         for rows in _windows(size, lone=gate.plan.counts[block].lone):
-            found = run(True, rows)
+            found = run(rows)
             if why := _differs(gate, rows, opened, closed, found):
                 return why
     except Exception as error:

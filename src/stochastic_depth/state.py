@@ -8,7 +8,6 @@ from typing import Any
 from stochastic_depth.errors import StateMismatchError
 from stochastic_depth.plan import Plan
 
-
 VERSION = 2  # of the sequence of draws; 1 had a hash for each block
 
 

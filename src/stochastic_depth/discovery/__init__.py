@@ -16,12 +16,12 @@ from stochastic_depth.discovery.blocks import (
     discover,
 )
 from stochastic_depth.discovery.example import Example, example_for
-from stochastic_depth.discovery.existing import active_drops
 from stochastic_depth.discovery.explicit import (
     explicit_blocks,
     explicit_residuals,
     with_explicit_blocks,
 )
+from stochastic_depth.discovery.own_drops import own_drops
 from stochastic_depth.discovery.recording import Recording
 from stochastic_depth.discovery.watch import watch_once
 from stochastic_depth.errors import ExampleInputsError, NoResidualBlocksError, OptionError, warn
@@ -136,7 +136,7 @@ def watch(
 @contextmanager
 def _without_drops(model: nn.Module) -> Iterator[None]:
     """While what the model drops of its own accord is off: it would act as the model trains."""
-    before = [(drop, getattr(drop.holder, drop.attribute)) for drop in active_drops(model)]
+    before = [(drop, getattr(drop.holder, drop.attribute)) for drop in own_drops(model)]
     try:
         for drop, _ in before:
             setattr(drop.holder, drop.attribute, 0.0)

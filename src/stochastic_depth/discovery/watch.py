@@ -198,6 +198,13 @@ class Watcher(TorchDispatchMode):
         self._values[id(tensor)] = (reference, node.index)
         return node
 
+    def _note_collective(self, func: Any, args: tuple[Any, ...]) -> None:
+        """Write down that ranks talk to each other, where they do."""
+        group = group_of_collective(func, args)
+        if group is not None:
+            place = len(self.recording.nodes), func.overloadpacket.__name__
+            self.recording.collectives.append((*place, ranks_of(group)))
+
     def __torch_dispatch__(
         self,
         func: Any,
@@ -218,8 +225,7 @@ class Watcher(TorchDispatchMode):
         overwrites = tuple([self.value(tensor) for tensor in written]) if written else ()
         terms = terms_of(name, args, kwargs)
         zero = self._zero(terms or ())
-        if (talk := group_of_collective(func, args)) is not None:
-            self.recording.collectives.append((len(nodes), name, ranks_of(talk)))
+        self._note_collective(func, args)
         out = func(*args, **kwargs)
         made = _tensors([out])
         kind = kind_of(name, args, kwargs, out)

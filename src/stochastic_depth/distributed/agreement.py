@@ -16,9 +16,7 @@ from stochastic_depth.distributed.groups import on_cpu
 from stochastic_depth.errors import SetupError
 
 
-def check_agreement(
-    block: str, ranks: tuple[int, ...] | None, own: dict[str, object]
-) -> None:
+def check_agreement(block: str, ranks: tuple[int, ...] | None, own: dict[str, object]) -> None:
     """Compare what the draws of a forward follow from; one collective of 16 bytes, on the CPU.
 
     Args:

@@ -45,6 +45,9 @@ class Layout:
         return self.sharded or self.tensor_parallel
 
 
+WHOLE = Layout()  # each process has all of them
+
+
 def layout_of(module: nn.Module, name: str) -> Layout:
     """How the module's parameters lie over the processes.
 

@@ -10,7 +10,6 @@ from torch import nn
 from stochastic_depth.discovery.batch import Batches, rows_of_members
 from stochastic_depth.discovery.blocks import Discovery, ResidualBranch
 from stochastic_depth.discovery.branches import member_calls, unread_outputs
-from stochastic_depth.discovery.grouping import Group
 from stochastic_depth.discovery.recording import Call, Recording
 from stochastic_depth.discovery.templates import Given, Template
 from stochastic_depth.gating.batch import batch_dims, named
@@ -44,11 +43,10 @@ def attach(
     plan.gates = []
     blocks_of: dict[str, list[int]] = {}
     for number, block in enumerate(plan.blocks):
-        if block.explicit:
-            for position, branch in enumerate(block.branches):
-                _gate_residual(model, plan, number, position, branch)
-        else:
+        if not block.explicit:
             blocks_of.setdefault(block.container, []).append(number)
+        for position, branch in enumerate(block.branches) if block.explicit else ():
+            _gate_residual(model, plan, number, position, branch)
     for container, numbers in blocks_of.items():
         gate = gates.setdefault(container, Gate(container, plan=plan))
         _describe_block(model, found, gate, numbers, whole.get(plan.blocks[numbers[0]].name))
@@ -56,20 +54,16 @@ def attach(
             calls = found.recording.calls_of[container]
             held = [batches.held(call, gate.whole) for call in calls]
             gate.batch = batch_dims(container, gate.positional, held)
-        groups = [found.groups[plan.blocks[number].name][0] for number in numbers]
-        branches = [branch for number in numbers for branch in plan.blocks[number].branches]
-        roles = _roles(model, found.recording, gate, groups, branches, batches)
-        for name, of_calls in roles.items():
-            module_gate = gates.setdefault(name, Gate(name, plan=plan))
-            module_gate.roles[container] = of_calls
-            module_gate.owners += (gate,)
+        for name, roles in _roles(model, found, gate, batches).items():
+            member = gates.setdefault(name, Gate(name, plan=plan))
+            member.roles[container] = roles
+            member.owners += (gate,)
     for name, gate in gates.items():
-        if gate.roles:
-            _describe_calls(found.recording, gate)
+        _describe_calls(found.recording, gate)
         swap_in(model.get_submodule(name), gate)
-    for gate in gates.values():
-        if gate.units:
-            _settle(model, gate, [other for other in gates.values() if gate in other.owners])
+    for container in blocks_of:
+        owner = gates[container]
+        _settle(model, owner, [other for other in gates.values() if owner in other.owners])
     plan.one_to_one = [gate.units for gate in plan.gates] == [(n,) for n in range(len(plan.units))]
 
 
@@ -135,8 +129,7 @@ def _describe_block(
         for call in calls
     ]
     gate.flags = tuple(
-        gate.defaults
-        | {k: v for k, v in flags.items() if k not in places and k in gate.positional}
+        gate.defaults | {k: v for k, v in flags.items() if k not in places and k in gate.positional}
         for flags in given
     )
     shape = tuple(place for call in calls for place, _ in call.form)
@@ -173,19 +166,17 @@ def _settle(model: nn.Module, gate: Gate, members: Sequence[Gate]) -> None:
 
 
 def _roles(
-    model: nn.Module,
-    recording: Recording,
-    gate: Gate,
-    groups: Sequence[Group],
-    branches: Sequence[ResidualBranch],
-    batches: Batches | None,
+    model: nn.Module, found: Discovery, gate: Gate, batches: Batches | None
 ) -> dict[str, tuple[Role | None, ...]]:
     """For each module to gate in a block: what its first, second, ... call in it is.
 
     Calls inside of a gated module do not count: where it is dropped they do not happen.
     """
-    plan, container = gate.plan, groups[0].container
+    recording, blocks = found.recording, [gate.plan.blocks[number] for number in gate.blocks]
+    groups = [found.groups[block.name][0] for block in blocks]
+    container = groups[0].container
     additions = [addition for group in groups for addition in group.additions]
+    branches = [branch for block in blocks for branch in block.branches]
     as_one = len(set(gate.units)) == 1 and gate.whole is not None
     gate.stands_in = not as_one or any(branch.unscalable for branch in branches)
     gate.modules = tuple(dict.fromkeys(m for branch in branches for m in branch.modules))
@@ -217,7 +208,7 @@ def _roles(
                 visit(child)
 
     visit(container)
-    return {name: tuple(found) for name, found in roles.items()}
+    return {name: tuple(of_calls) for name, of_calls in roles.items()}
 
 
 def _both(first: Role | None, second: Role) -> Role:
@@ -236,6 +227,8 @@ def _both(first: Role | None, second: Role) -> Role:
 
 def _describe_calls(recording: Recording, gate: Gate) -> None:
     """What is known about a branch module's calls: output shapes, other callers, its one role."""
+    if not gate.roles:
+        return
     inside = 0
     for call in recording.calls_of[gate.name]:
         around = {outer.module for outer in recording.enclosing(call.parent)}

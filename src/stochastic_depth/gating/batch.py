@@ -1,4 +1,4 @@
-"""Mode "sample": where the call of a block holds the batch, also with fewer arguments than watched."""
+"""Mode "sample": where a call of a block holds the batch, also one of fewer arguments."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ class BatchDims:
                 f'"{self.name}" is called without any argument that is known to hold the batch',
                 expected="the arguments that it was watched with: "
                 + ", ".join(dict.fromkeys(str(place) for place, _, _ in self.inputs)),
-                instead='pass example_inputs as in the training (with the mask, say), or mode="batch"',
+                instead="pass example_inputs as in the training (with the mask, say), or "
+                'mode="batch"',
             )
         return sizes.pop()
 

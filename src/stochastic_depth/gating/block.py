@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from stochastic_depth.discovery.undisturbed import eagerly
 from stochastic_depth.distributed.groups import is_running
 from stochastic_depth.distributed.layout import refuse_replica
-from stochastic_depth.distributed.setup import ALONE, Setup, setup_of
 from stochastic_depth.errors import ChangedModelError, SetupError
 from stochastic_depth.gating import hooks
 from stochastic_depth.gating.batch import named
 from stochastic_depth.gating.branch import Passage
 from stochastic_depth.gating.compiled import let_rows_vary, run_compiled
 from stochastic_depth.gating.gate import KEY, Gate, Original, changed, running
+from stochastic_depth.gating.ranks import ALONE, Setup, setup_of
 from stochastic_depth.gating.recomputation import remembered
 from stochastic_depth.plan import Row
 from stochastic_depth.rows import Rows, put_back, take
-from stochastic_depth.torch_private import PLAIN_VALUES, is_compiled, tree_leaves, tree_map
+from stochastic_depth.torch_private import PLAIN_VALUES, is_compiled, tree_map
 
 # In newer torch `is_compiling` is true in all threads while one compiles; 2.6 has but that one.
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
@@ -102,8 +102,8 @@ def _no_trace(gate: Gate, what: str) -> SetupError:
     return SetupError(
         f'{what} met block "{gate.name}" with its gate',
         expected="a model for inference: a program cannot draw anew",
-        instead="call depth.fold() (or depth.remove()) first; with torch.export and torch.jit.trace "
-        "model.eval() is enough",
+        instead="call depth.fold() (or depth.remove()) first; with torch.export and "
+        "torch.jit.trace model.eval() is enough",
     )
 
 
@@ -128,7 +128,9 @@ def decide(gate: Gate, module: nn.Module, batch: Callable[[], int], holder: nn.M
             row = begin(gate, module, number)
         return _of_row(gate, row, setup, batch)
     factors = plan.factors_at(step, training=training and not disabled)[gate.index]
-    chosen = [True if disabled else (fixed or {}).get(plan.units[unit], True) for unit in gate.units]
+    chosen = [
+        True if disabled else (fixed or {}).get(plan.units[unit], True) for unit in gate.units
+    ]
     rows = tuple(each if isinstance(each, Rows) else None for each in chosen)
     kept = tuple(each is not False for each in chosen)
     return Decision(gate, kept, factors, rows if any(rows) else None, setup)

@@ -1,6 +1,6 @@
 """A call of a branch's module: it runs, runs and is multiplied, or a stand-in is handed out.
 
-Where all branches of a block run, its modules run as they are, and those that end a branch multiply.
+Where all branches of a block run, its modules run as they are, and those that end one multiply.
 Where some are dropped, or run on some rows of the batch, the call of the block is a `Passage` on a
 stack of this thread, in which they look up what was decided.
 """
@@ -51,9 +51,10 @@ def call_branch_module(
                 note(gate, (owner.factors, gate.role))
                 return _multiplied(gate, owner.factors, gate.role, module, original, args, kwargs)
         else:
-            recomputes, noted = recalled(gate)
-            if noted is not None:
-                return _call_recomputed(gate, *noted, module, original, args, kwargs)
+            recomputes, recorded = recalled(gate)
+            if recorded is not None:
+                decision, role = recorded
+                return _call_recomputed(gate, decision, role, module, original, args, kwargs)
             if not recomputes and not gate.used_elsewhere:
                 raise _outside(gate)
     return _call(gate, module, original, args, kwargs)

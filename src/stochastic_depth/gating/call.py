@@ -24,11 +24,11 @@ _plain_call = nn.Module.__call__  # torch.fx puts another one in its place while
 _grad_is_enabled = torch.is_grad_enabled
 
 
-def gated_call(original: Original) -> Original:
+def gated_call(original: Original) -> Original:  # noqa: C901  (in one piece)
     """The `__call__` of a gated class; `original` is that of the module's own class."""
     run = _impl if original is nn.Module.__call__ else original
 
-    def call_gated(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def call_gated(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: C901
         if is_dynamo_compiling():
             return traced_call(self, original, args, kwargs)
         own = self.__dict__

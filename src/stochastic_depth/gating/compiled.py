@@ -83,7 +83,7 @@ def _apart(function: FunctionType, kind: str) -> FunctionType:
 
 
 @cache
-def _run_of(kind: type[nn.Module]) -> FunctionType:
+def _run_of(kind: Any) -> FunctionType:
     return _apart(cast(FunctionType, _run_call), kind.__name__)
 
 
@@ -106,9 +106,7 @@ def _kind(module: nn.Module) -> Any:
     )
 
 
-def run_compiled(
-    gate: Gate, module: nn.Module, original: Original, args: Any, kwargs: Any
-) -> Any:
+def run_compiled(gate: Gate, module: nn.Module, original: Original, args: Any, kwargs: Any) -> Any:
     """A block all of whose branches run, as a graph."""
     factors = gate.factors
     if factors is None and gate.plan.may_multiply(gate.units, training=module.training):
@@ -120,7 +118,7 @@ def run_compiled(
     running.compiler = None
     before = set_compiler(compiler)
     try:
-        return _run_of(type(module))(module, *args, **kwargs)
+        return _run_of(cast(Any, type(module)))(module, *args, **kwargs)
     finally:
         set_compiler(before)
         running.compiler = compiler
@@ -166,7 +164,9 @@ def traced_call(module: nn.Module, original: Original, args: Any, kwargs: Any) -
     role = gate.role
     if role is not None and role.ends and gate.owners[0].scales is not None:
         scales = gate.owners[0].scales
-        output = change_leaves(output, role.ends, lambda leaf, n: _times(leaf, scales[role.ends[n]]))
+        output = change_leaves(
+            output, role.ends, lambda leaf, n: _times(leaf, scales[role.ends[n]])
+        )
     return output
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copyreg
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -22,7 +22,7 @@ from stochastic_depth.torch_private import without_fused_path
 def swap_in(module: nn.Module, gate: Gate) -> None:
     """Gate a module."""
     module.__dict__[KEY] = gate
-    module.__class__ = _gated(type(module))
+    module.__class__ = _gated(cast(Any, type(module)))
 
 
 def swap_out(module: nn.Module) -> None:
@@ -51,7 +51,7 @@ def _ungated(own: Any) -> type[nn.Module]:
 
 
 @cache
-def _gated(original: type[nn.Module]) -> type[nn.Module]:
+def _gated(original: Any) -> type[nn.Module]:
     """The gated subclass of a class, one for each."""
 
     def reduce_gated(self: nn.Module, protocol: Any) -> Any:
@@ -100,5 +100,5 @@ def _made(original: type[nn.Module], gate: Gate, *args: Any) -> nn.Module:
 
 def _new(original: type[nn.Module], *args: Any) -> nn.Module:
     """What `copy` and `pickle` call to make an empty gated module."""
-    gated = _gated(original)
+    gated = _gated(cast(Any, original))
     return gated.__new__(gated, *args)

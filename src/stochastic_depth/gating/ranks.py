@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from stochastic_depth.distributed.agreement import check_agreement
 from stochastic_depth.distributed.groups import place
 from stochastic_depth.distributed.layout import (
+    WHOLE,
     Layout,
     as_unit_would,
     layout_of,
@@ -42,7 +43,7 @@ class Setup:
         differs: Whether other ranks may run what this one skips.
     """
 
-    layout: Layout = Layout()
+    layout: Layout = WHOLE
     reduction: Reduction | None = None
     differs: bool = False
 
