@@ -229,15 +229,15 @@ def _warn(model: nn.Module, plan: Plan) -> None:
 def _talks(model: nn.Module, found: Discovery, plan: Plan) -> dict[str, str]:
     """For each block in whose branches ranks wait for each other: in what."""
     talks: dict[str, str] = {}
-    apart = ranks_in(plan.draw.process_group)
-    for block, rate in zip(plan.blocks, plan.rates, strict=True):
-        for name in [name for branch in block.branches for name in branch.modules] if rate else ():
+    recording, apart = found.recording, ranks_in(plan.draw.process_group)
+    for block in [block for block, rate in zip(plan.blocks, plan.rates, strict=True) if rate]:
+        for name in dict.fromkeys(name for branch in block.branches for name in branch.modules):
             owner = name if block.explicit else block.container
             for inside, module in model.get_submodule(name).named_modules():
                 if isinstance(module, nn.SyncBatchNorm):
                     talks[owner] = f'SyncBatchNorm "{f"{name}.{inside}".removesuffix(".")}"'
-            for call in found.recording.calls_of.get(name, ()):
-                if talk := found.recording.talk_in(call, apart):
+            for call in recording.calls_of.get(name, ()) if recording.collectives else ():
+                if talk := recording.talk_in(call, apart):
                     talks.setdefault(owner, talk)
     return talks
 
