@@ -10,7 +10,6 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from hashlib import blake2b, shake_128
 from typing import Any, Literal, get_args
 
@@ -110,16 +109,31 @@ def uniforms(
     Example:
         >>> first, second = uniforms(0, 0, 0, ("layer3.1", "layer3.2"))
         >>> round(first, 4), round(second, 4)
-        (0.4547, 0.612)
+        (0.1341, 0.1237)
     """
-    key = repr((seed, step, call, rank)).encode() + _digest(tuple(names))
-    numbers = struct.unpack(f"<{len(names)}Q", shake_128(key).digest(8 * len(names)))
+    numbers = integers(seed, step, call, Names(names), rank)
     return tuple((number >> 11) * 2.0**-53 for number in numbers)  # the 53 bits of a float
 
 
-@lru_cache(maxsize=256)
-def _digest(names: tuple[str, ...]) -> bytes:
-    return blake2b("\n".join(names).encode(), digest_size=16).digest()
+class Names:
+    """Names that are drawn for time and again."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.digest = blake2b("\n".join(names).encode(), digest_size=16).digest()
+        self.bytes, self.format = 8 * len(names), f"<{len(names)}Q"
+
+
+def integers(
+    seed: int, step: int, call: int, names: Names, rank: int | None = None
+) -> tuple[int, ...]:
+    """The same as integers of 64 bits."""
+    key = f"{seed},{step},{call},{rank}".encode() + names.digest
+    return struct.unpack(names.format, shake_128(key).digest(names.bytes))
+
+
+def limit(rate: float) -> int:
+    """The integer below which a gate of this rate is closed: as `uniforms` below the rate."""
+    return math.ceil(rate * 2.0**53) << 11
 
 
 def balancing_order(seed: int, step: int, call: int, names: Sequence[str]) -> list[str]:

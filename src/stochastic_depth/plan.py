@@ -7,6 +7,7 @@ around it. A row is a cache of a pure function of (seed, step, call number, rank
 from __future__ import annotations
 
 import copy
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,16 @@ from torch import nn
 
 from stochastic_depth.discovery.blocks import ResidualBlock
 from stochastic_depth.distributed.groups import place
-from stochastic_depth.draw import Counts, Draw, balanced, kept_count, uniforms
+from stochastic_depth.draw import (
+    Counts,
+    Draw,
+    Names,
+    balanced,
+    integers,
+    kept_count,
+    limit,
+    uniforms,
+)
 from stochastic_depth.errors import warn
 from stochastic_depth.rows import Rows
 from stochastic_depth.schedules import ResolvedSchedule
@@ -141,8 +151,10 @@ class Plan:
     def _forget(self) -> None:
         """Start anew with what a copy does not share."""
         self.row, self._rows = _NO_ROW, dict[int, Row]()
-        self._rates: dict[int, tuple[float, ...]] = {}
-        self._factors: dict[tuple[int, bool], Sequence[tuple[float, ...] | None]] = {}
+        self._rates: tuple[tuple[Any, ...], tuple[float, ...]] = ((), ())
+        self._factors: dict[bool, tuple[tuple[float, ...], Sequence[tuple[float, ...] | None]]] = {}
+        self._limits_of: tuple[tuple[float, ...], tuple[int, ...]] = ((), ())
+        self._names = Names(self.units)
         self._forced = threading.local()
         self.forcing, self.following, self.handle = 0, None, None
         self.reduction: Any = None  # of the DistributedDataParallel around the gates
@@ -172,30 +184,37 @@ class Plan:
     # The rates and factors of a step.
 
     def rates_at(self, step: int) -> tuple[float, ...]:
-        """The drop rate of each unit."""
-        key = step if self.schedule.by_name else 0
-        if key not in self._rates:
+        """The drop rate of each unit: the same object as long as the schedules give the same."""
+        by_name = self.schedule.by_name
+        if not by_name:
+            return self.base_rates
+        # A schedule may look at more than the step: what it gives is asked for every time.
+        key = (step, *[schedule(step) for schedule in dict.fromkeys(by_name.values())])
+        if self._rates[0] != key:
             both = zip(self.base_rates, self.units, strict=True)
             rates = tuple(rate and rate * self.schedule(step, unit) for rate, unit in both)
-            self._rates = {key: rates}
-        return self._rates[key]
+            self._rates = key, rates
+        return self._rates[1]
+
+    def _limits(self, step: int) -> tuple[int, ...]:
+        """The rates as limits on the integers that are drawn."""
+        rates = self.rates_at(step)
+        if self._limits_of[0] is not rates:
+            self._limits_of = rates, tuple(map(limit, rates))
+        return self._limits_of[1]
 
     def factors_at(self, step: int, *, training: bool) -> Sequence[tuple[float, ...] | None]:
         """What each gate's branches are multiplied by where they run; None: by nothing."""
-        key = (step if self.schedule.by_name else 0, training)
-        known = self._factors.get(key)
-        if known is None or len(known) != len(self.gates):
-            rates = self.rates_at(step)
+        rates = self.rates_at(step)
+        known = self._factors.get(training)
+        if known is None or known[0] is not rates or len(known[1]) != len(self.gates):
+            of_unit = [1.0] * len(rates)
             if self.scale == ("train" if training else "eval"):
                 of_unit = [1.0 / (1.0 - r) if training else 1.0 - r for r in rates]
-            else:
-                of_unit = [1.0] * len(rates)
             each = (tuple(of_unit[unit] for unit in gate.units) for gate in self.gates)
-            known = [None if set(own) <= {1.0} else own for own in each]
-            if len(self._factors) > 2:
-                self._factors = {}
-            self._factors[key] = known
-        return known
+            known = rates, [None if set(own) <= {1.0} else own for own in each]
+            self._factors[training] = known
+        return known[1]
 
     def may_multiply(self, units: tuple[int, ...], *, training: bool) -> bool:
         """Whether branches of these units are multiplied at one step or another."""
@@ -226,23 +245,31 @@ class Plan:
         self.row = row
         return row
 
+    def go_to(self, step: int, calls: Mapping[str, int]) -> None:
+        """Go on from another place: an optimizer step, and the calls of gates in it so far."""
+        self.gates_before = self.last_gates()
+        self.clock.set(step)  # copies that follow this clock come along
+        self.row, self._rows = _NO_ROW, {}
+        for gate in self.gates:
+            gate.step, gate.calls = step, calls.get(gate.name, 0)
+
     def drawn(self, step: int, number: int) -> Row:
         """The row of a forward, drawn."""
-        draw, rates = self.draw, self.rates_at(step)
+        draw = self.draw
         call = 0 if draw.redraw == "step" else number
         rank, ranks = place(draw.process_group) if self.ranks_differ else (None, 1)
         factors = self.factors_at(step, training=True)
         if self.mode == "sample":
             names = (*self.units, *(f"start of {unit}" for unit in self.units))
-            numbers = uniforms(draw.seed, step, call, names, rank)
-            return Row(step, number, (None,) * len(self.gates), (), numbers, factors)
+            both = uniforms(draw.seed, step, call, names, rank)
+            return Row(step, number, (None,) * len(self.gates), (), both, factors)
         if draw.sampling == "balanced":
-            of_unit = dict(zip(self.units, rates, strict=True))
+            of_unit = dict(zip(self.units, self.rates_at(step), strict=True))
             found = balanced(draw.seed, step, call, of_unit, (rank or 0) / ranks)
             kept = [found[unit] for unit in self.units]
         else:
-            numbers = uniforms(draw.seed, step, call, self.units, rank)
-            kept = [u >= rate for u, rate in zip(numbers, rates, strict=True)]
+            numbers = integers(draw.seed, step, call, self._names, rank)
+            kept = list(map(operator.ge, numbers, self._limits(step)))
         states: Sequence[bool | None] = kept
         if not self.one_to_one:
             states = [_alike([kept[unit] for unit in gate.units]) for gate in self.gates]

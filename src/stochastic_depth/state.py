@@ -51,11 +51,7 @@ def load(plan: Plan, state: Mapping[str, Any]) -> None:
             instead="apply stochastic depth with the options of the run that is resumed, or leave "
             "load_state_dict() out to start a new sequence",
         )
-    plan.gates_before = plan.last_gates()
-    plan.clock.set(int(state["step"]))  # copies that follow this clock come along
-    calls = dict(state["calls"])
-    for gate in plan.gates:
-        gate.step, gate.calls = plan.clock.step, calls.get(gate.name, 0)
+    plan.go_to(int(state["step"]), dict(state["calls"]))
 
 
 def _identity(plan: Plan) -> dict[str, Any]:

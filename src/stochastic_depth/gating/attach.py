@@ -179,7 +179,6 @@ def _roles(
     branches = [branch for block in blocks for branch in block.branches]
     as_one = len(set(gate.units)) == 1 and gate.whole is not None
     gate.stands_in = not as_one or any(branch.unscalable for branch in branches)
-    gate.modules = tuple(dict.fromkeys(m for branch in branches for m in branch.modules))
     wanted: dict[int, Role] = {}
     for number, (addition, branch) in enumerate(zip(additions, branches, strict=True)):
         scaled = dict(branch.scaled)

@@ -48,7 +48,6 @@ class Gate(Counted):
     positional: tuple[str, ...] = ()  # a block's: the names of its forward's parameters
     batch: Any = None  # a block's in mode "sample": which dimensions of its values hold the batch
     parts: tuple[tuple[str, ...], ...] = ()  # a block's: the paths of its gated branch modules
-    modules: tuple[str, ...] = ()  # a block's: the names of all modules of its branches
     stands_in: bool = False  # a block's: all its branch modules are gated, not just the ends
     simple_ends: bool = True  # a block's: each end is called once in it and nowhere else
     factors: tuple[float, ...] | None = None  # a block's: what its ends multiply by just now
