@@ -271,7 +271,6 @@ class StochasticDepth:
             scale "eval" loses its inference scale; `fold()` keeps it.
         """
         detach(self._model, self._plan)
-        self._plan.compiling = False
         if self._plan.following is not None:
             self._plan.following.remove()
         return self._model

@@ -176,7 +176,7 @@ def _run(
     gate.factors = factors
     gate.depth += 1
     try:
-        if gate.plan.compiling or is_compiled(module):
+        if gate.plan.graphs or running.compiler is not None or is_compiled(module):
             return run_compiled(gate, module, original, args, kwargs)
         return original(module, *args, **kwargs)
     finally:
@@ -193,7 +193,7 @@ def _run_on_rows(
     dims = gate.batch.of_call(args, kwargs)
     (some, named), rests = take((args, kwargs), dims.takes, rows)
     on_rows = Decision(gate, decision.kept, decision.factors, None, decision.setup)
-    let_rows_vary(module, (some, named), dims.takes)
+    let_rows_vary(gate, module, (some, named), dims.takes)
     library_hooks = hooks.of_library(module)
     run = hooks.around(library_hooks, module, original)
     output = _run(gate, on_rows, module, run, some, named)

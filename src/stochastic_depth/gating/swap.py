@@ -8,13 +8,14 @@ those, too. Parameters, state-dict keys, `isinstance` and `__name__` stay. As in
 from __future__ import annotations
 
 import copyreg
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 from torch import nn
 
 from stochastic_depth.errors import SetupError
 from stochastic_depth.gating.call import gated_call
+from stochastic_depth.gating.compiled import release
 from stochastic_depth.gating.gate import KEY, Gate
 from stochastic_depth.torch_private import without_fused_path
 
@@ -31,8 +32,7 @@ def swap_out(module: nn.Module) -> None:
     if gate.is_residual:  # whose class looks for its gate itself
         module.__dict__[KEY] = None
         return
-    if isinstance(module._compiled_call_impl, partial):  # that `depth.compile()` made
-        module._compiled_call_impl = None
+    release(module)
     own: Any = type(module)
     module.__class__ = _ungated(own)
 
