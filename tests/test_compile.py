@@ -115,7 +115,6 @@ BATCH = [
     ("pre-norm", 1, {"unit": "branch", "scale": "train"}),
     ("post-norm", 1, {"unit": "branch", "scale": "none"}),
     ("shared", 1, {"schedule": sd.linear_decay(30), "scale": "train"}),
-    ("nested", 1, {"schedule": sd.linear_warmup(30), "scale": "train"}),
 ]
 
 
@@ -132,20 +131,21 @@ def test_batch_mode_is_eager_to_the_bit(name: str, kinds: int, options: dict[str
 
 # The factor goes into the last module's weights in eager, onto its output in a graph; and a value
 # with three gradients has them added in another order. That is rounding, of single precision.
-ROWS = [
-    ("resnet", {}, 8),
-    ("pre-norm", {"scale": "train"}, 8),
-    ("pre-norm", {}, 5),
-    ("pre-norm", {"unit": "branch"}, 4),
-    ("shared", {"schedule": sd.linear_warmup(30)}, 8),
+ROUNDED = [
+    ("resnet", {"mode": "sample"}, 8),
+    ("pre-norm", {"mode": "sample", "scale": "train"}, 8),
+    ("pre-norm", {"mode": "sample"}, 5),
+    ("pre-norm", {"mode": "sample", "unit": "branch"}, 4),
+    ("shared", {"mode": "sample", "schedule": sd.linear_warmup(30)}, 8),
+    ("nested", {"schedule": sd.linear_warmup(30), "scale": "train"}, 4),
 ]
 
 
-@pytest.mark.parametrize(("name", "options", "rows"), ROWS)
-def test_windows_of_rows_are_eager_to_rounding(name: str, options: Any, rows: int) -> None:
+@pytest.mark.parametrize(("name", "options", "rows"), ROUNDED)
+def test_windows_of_rows_and_nested_blocks_are_eager_to_rounding(name: str, options: Any, rows: int) -> None:
     model, x = make(name)
     x = x.repeat(2, *[1] * (x.ndim - 1))[:rows]
-    eager, depth = compiled(model, x, mode="sample", **options)
+    eager, depth = compiled(model, x, **options)
     assert_trains_alike(model, eager, depth, x, rounding=1e-5)
     assert graphs()
 
@@ -165,7 +165,7 @@ class EndInside(nn.Module):
 def test_a_factor_that_depends_on_the_call_has_no_graph() -> None:
     layers = [nn.Linear(3, WIDTH), *(EndInside() for _ in range(3))]
     x = vectors(4, 3)
-    _, depth = gated(nn.Sequential(*layers), x)
+    _, depth = gated(nn.Sequential(*layers), x, 0.2)
     with pytest.raises(sd.OptionError, match="3 of 3 blocks.*differs from call to call"):
         depth.compile()
     model = settled(lambda: nn.Sequential(*layers, *(Residual() for _ in range(3))))

@@ -8,7 +8,8 @@ multiplied by are 0-dim tensors, so that no step of a schedule needs another gra
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache, lru_cache, partial
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from itertools import count
 from types import FunctionType
 from typing import Any, cast
@@ -16,14 +17,37 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from stochastic_depth.errors import OptionError, warn
 from stochastic_depth.gating.gate import Gate, Original, gate_of, running
+from stochastic_depth.gating.recomputation import remembered
 from stochastic_depth.plan import Plan
 from stochastic_depth.torch_private import is_compiled, let_vary, set_compiler, tree_leaves
 
 _numbers = count()
 _functions: WeakKeyDictionary[nn.Module, FunctionType] = WeakKeyDictionary()
+
+
+@dataclass(eq=False, slots=True)
+class Compiled:
+    """The `_compiled_call_impl` of a block: a checkpoint may call it without the block's gate."""
+
+    gate: Gate
+    module: nn.Module
+    graph: Original
+
+    @property
+    def name(self) -> str:
+        return self.gate.name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        eagerly = not is_dynamo_compiling() and remembered(self, self._runs_in_part)
+        call = _call if eagerly else self.graph
+        return call(nn.Module._call_impl, self.module, *args, **kwargs)
+
+    def _runs_in_part(self) -> bool:
+        return any(passage.gate is self.gate for passage in running.passages)
 
 
 def compile_blocks(model: nn.Module, plan: Plan, options: Mapping[str, Any]) -> None:
@@ -54,7 +78,7 @@ def compile_blocks(model: nn.Module, plan: Plan, options: Mapping[str, Any]) -> 
 
 def release(module: nn.Module) -> None:
     """Have a block that `depth.compile()` compiled run eagerly."""
-    if isinstance(module._compiled_call_impl, partial):
+    if isinstance(module._compiled_call_impl, Compiled):
         del module._compiled_call_impl
 
 
@@ -83,11 +107,11 @@ def _function(kind: Any) -> FunctionType:
     By the code torch keeps its graphs, and few of each.
     """
     (_, block), *_ = kind[0]
-    code = cast(FunctionType, _run).__code__.replace(co_name=f"{block.__name__}_{next(_numbers)}")
+    code = cast(FunctionType, _call).__code__.replace(co_name=f"{block.__name__}_{next(_numbers)}")
     return FunctionType(code, globals(), code.co_name)
 
 
-def _run(run: Original, *args: Any, **kwargs: Any) -> Any:
+def _call(run: Original, *args: Any, **kwargs: Any) -> Any:
     return run(*args, **kwargs)
 
 
@@ -103,7 +127,7 @@ def run_compiled(
         factors = (1.0,) * len(gate.units)  # until the schedule begins
     gate.scales = None if factors is None else _scales(factors, args, kwargs)
     if graph is not None and module._compiled_call_impl is None:  # also of a copy
-        module._compiled_call_impl = partial(graph, nn.Module._call_impl, module)
+        module._compiled_call_impl = Compiled(gate, module, graph)
     if compiler is None or is_compiled(module):
         return original(module, *args, **kwargs)
     if module not in _functions:

@@ -27,6 +27,8 @@ _checkpoint_wrapped_module
 set_eval_frame,                 what a user compiles goes on beneath  import fails: no support
 skip_code, _torchdynamo_        a gate, which no graph holds
 disable
+_get_is_fx_tracing              "does torch.fx trace in this thread?"  inference raises while another
+                                                                      thread compiles
 maybe_mark_dynamic              one graph for all numbers of rows     the first two have a graph
                                                                       each, the second for others
 activation_relu_or_gelu         calling the parts of torch's own      inference under no_grad
@@ -54,6 +56,7 @@ from stochastic_depth.torch_private.compiling import (
     begins_no_graph,
     ends_a_graph,
     is_compiled,
+    is_traced_by_fx,
     is_wrapper,
     let_vary,
     set_compiler,
@@ -99,6 +102,7 @@ __all__ = [
     "is_in_parts",
     "is_managed_by_fsdp",
     "is_part",
+    "is_traced_by_fx",
     "is_wrapper",
     "let_vary",
     "mesh_of",

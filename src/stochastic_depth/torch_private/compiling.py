@@ -9,7 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 
+_plain_call = nn.Module.__call__
 Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def is_traced_by_fx() -> bool:
+    """Whether torch.fx traces what this thread calls: while it does it replaces `__call__` for all.
+
+    Older torch does not know of threads; there it may be another one, which compiles.
+    """
+    if nn.Module.__call__ is _plain_call:
+        return False
+    asks = getattr(torch.fx._symbolic_trace, "_get_is_fx_tracing", None)
+    return asks is None or bool(asks())
 
 
 def is_wrapper(module: nn.Module) -> bool:
