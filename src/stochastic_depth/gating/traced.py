@@ -28,9 +28,18 @@ def traced_call(module: nn.Module, original: Original, args: Any, kwargs: Any) -
     output = original(module, *args, **kwargs)
     role = gate.role
     if role is not None and role.ends and gate.owners[0].scales is not None:
-        scale = gate.owners[0].scales[role.branch]
-        output = change_leaves(output, role.ends, lambda leaf, number: _times(leaf, scale))
+        output = _scaled(output, role.ends, gate.owners[0].scales[role.branch])
     return output
+
+
+def _scaled(output: Any, ends: frozenset[int], scale: Any) -> Any:
+    """An output with these of its leaves multiplied."""
+    if isinstance(output, Tensor):
+        return _times(output, scale)
+    if type(output) is tuple and all(part is None or isinstance(part, Tensor) for part in output):
+        parts = enumerate(output)  # torch 2.6 cannot follow a `tree_map`
+        return tuple([_times(part, scale) if n in ends else part for n, part in parts])
+    return change_leaves(output, ends, lambda leaf, number: _times(leaf, scale))
 
 
 def _times(value: Tensor, scale: Any) -> Tensor:
