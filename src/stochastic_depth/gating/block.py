@@ -31,7 +31,6 @@ from stochastic_depth.torch_private import (
     PLAIN_VALUES,
     is_compiled,
     is_traced_by_fx,
-    tree_leaves,
     tree_map,
 )
 
@@ -131,7 +130,9 @@ def decide(gate: Gate, module: nn.Module, batch: Callable[[], int], holder: nn.M
             row = begin(gate, module, number)
         return _of_row(gate, row, setup, batch)
     factors = plan.factors_at(step, training=training and not disabled)[gate.index]
-    chosen = [True if disabled else (fixed or {}).get(plan.units[unit], True) for unit in gate.units]
+    chosen = [
+        True if disabled else (fixed or {}).get(plan.units[unit], True) for unit in gate.units
+    ]
     if fixed is not None:
         setup.agree(plan, gate, None)
     rows = tuple(each if isinstance(each, Rows) else None for each in chosen)

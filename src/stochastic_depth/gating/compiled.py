@@ -23,7 +23,13 @@ from stochastic_depth.errors import OptionError, warn
 from stochastic_depth.gating.gate import Gate, Original, gate_of, running
 from stochastic_depth.gating.recomputation import remembered
 from stochastic_depth.plan import Plan
-from stochastic_depth.torch_private import is_compiled, let_vary, set_compiler, tree_leaves
+from stochastic_depth.torch_private import (
+    is_compiled,
+    let_vary,
+    set_compiler,
+    tree_leaves,
+    without_modes,
+)
 
 _numbers = count()
 _functions: WeakKeyDictionary[nn.Module, FunctionType] = WeakKeyDictionary()
@@ -118,9 +124,7 @@ def _call(run: Original, *args: Any, **kwargs: Any) -> Any:
 _shared_function = cache(_function)  # for graphs that users make
 
 
-def run_compiled(
-    gate: Gate, module: nn.Module, original: Original, args: Any, kwargs: Any
-) -> Any:
+def run_compiled(gate: Gate, module: nn.Module, original: Original, args: Any, kwargs: Any) -> Any:
     """A block all of whose branches run, as a graph."""
     factors, graph, compiler = gate.factors, gate.plan.graphs.get(gate.name), running.compiler
     if factors is None and gate.plan.may_multiply(gate.units, training=module.training):
@@ -165,5 +169,5 @@ def _scales(factors: tuple[float, ...], args: Any, kwargs: Any) -> tuple[Any, ..
 def _scalar(factor: float, device: torch.device, *, double: bool) -> Tensor:
     """A factor as a graph's input, so that another one needs no other graph."""
     dtype = torch.float64 if double else torch.float32  # as a number counts in eager
-    with torch.inference_mode(False):  # noqa: FBT003
+    with without_modes(), torch.inference_mode(False):  # noqa: FBT003
         return torch.tensor(factor, dtype=dtype, device=device)

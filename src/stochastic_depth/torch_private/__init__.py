@@ -27,8 +27,8 @@ _checkpoint_wrapped_module
 set_eval_frame,                 what a user compiles goes on beneath  import fails: no support
 skip_code, _torchdynamo_        a gate, which no graph holds
 disable
-_get_is_fx_tracing              "does torch.fx trace in this thread?"  inference raises while another
-                                                                      thread compiles
+_get_is_fx_tracing              "does torch.fx trace this thread?"    inference raises while
+                                                                      another thread compiles
 maybe_mark_dynamic              one graph for all numbers of rows     the first two have a graph
                                                                       each, the second for others
 activation_relu_or_gelu         calling the parts of torch's own      inference under no_grad

@@ -44,8 +44,8 @@ def let_vary(tensor: Tensor, dim: int) -> None:
         mark(tensor, dim)
 
 
-# No function of our own, which would be compiled itself. In torch 2.6 the one that only asks loses a
-# reference at each call.
+# No function of our own, which would be compiled itself. In torch 2.6 the one that only asks loses
+# a reference at each call.
 set_compiler: Callable[[Any], Any] = eval_frame.set_eval_frame
 """Sets what torch.compile does with the frames of functions that are called from here on.
 
