@@ -38,21 +38,20 @@ pytestmark = [
 __all__ = ["without_torchs_own_fast_path"]
 
 
-class Checkpointed(nn.Module):
-    """Layers in checkpoints: of one each, or of two."""
+class InTwos(nn.Sequential):
+    """Six blocks, two in a checkpoint."""
 
-    def __init__(self, layer: Callable[[], nn.Module], segment: int, *, reentrant: bool) -> None:
-        super().__init__()
-        self.embed = nn.Linear(3, WIDTH)
-        self.layers = nn.ModuleList(layer() for _ in range(6))
-        self.segment, self.reentrant = segment, reentrant
+    reentrant = False
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
-        for start in range(0, 6, self.segment):
-            part = nn.Sequential(*self.layers[start : start + self.segment])
-            x = checkpoint(part, x, use_reentrant=self.reentrant)
+        x = self[0](x)
+        for start in (1, 3, 5):
+            x = checkpoint(nn.Sequential(*self[start : start + 2]), x, use_reentrant=self.reentrant)
         return x
+
+
+class InTwosReentrant(InTwos):
+    reentrant = True
 
 
 class Beneath(Residual):
@@ -71,25 +70,21 @@ class BeneathPostNorm(Beneath):
         return super().forward(x).tanh()
 
 
-def wrapped(make_layer: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    return lambda: checkpoint_wrapper(make_layer())
-
-
-CHECKPOINTS: dict[str, Callable[[], nn.Module]] = {
-    "two blocks": lambda: Checkpointed(Residual, 2, reentrant=False),
-    "reentrant": lambda: Checkpointed(Residual, 1, reentrant=True),
-    "wrapper": lambda: nn.Sequential(nn.Linear(3, WIDTH), *(wrapped(Residual)() for _ in range(6))),
-    "beneath": lambda: nn.Sequential(nn.Linear(3, WIDTH), *(Beneath() for _ in range(6))),
-    "beneath, in another": lambda: Checkpointed(Beneath, 2, reentrant=False),
-    "beneath, post-norm": lambda: nn.Sequential(
-        nn.Linear(3, WIDTH), *(BeneathPostNorm() for _ in range(6))
-    ),
+CHECKPOINTS: dict[str, tuple[type[nn.Sequential], Callable[[], nn.Module]]] = {
+    "two blocks": (InTwos, Residual),
+    "reentrant": (InTwosReentrant, Residual),
+    "wrapper": (nn.Sequential, lambda: checkpoint_wrapper(Residual())),
+    "beneath": (nn.Sequential, Beneath),
+    "beneath, in another": (InTwos, Beneath),
+    "beneath, post-norm": (nn.Sequential, BeneathPostNorm),
 }
 
 
 @pytest.mark.parametrize("case", CHECKPOINTS)
 def test_checkpoints(case: str) -> None:
-    model, x = settled(CHECKPOINTS[case]), vectors(4, 3)
+    stack, block = CHECKPOINTS[case]
+    model = settled(lambda: stack(nn.Linear(3, WIDTH), *(block() for _ in range(6))))
+    x = vectors(4, 3)
     eager, depth = compiled(model, x, scale="train")
     assert_trains_alike(model, eager, depth, x)
 

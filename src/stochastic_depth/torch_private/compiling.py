@@ -58,7 +58,7 @@ def begins_no_graph(function: Call) -> Call:
 
     It may become a part of one, and what it calls may begin one.
     """
-    code = function.__code__  # type: ignore[attr-defined]
+    code = function.__code__
     if hasattr(eval_frame, "skip_code"):  # torch 2.6
         eval_frame.skip_code(code)
     else:
