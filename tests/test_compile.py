@@ -1,7 +1,8 @@
 """Promise: `depth.compile()` trains as eager does, and no draw needs another graph.
 
 With the backend "aot_eager", which traces and partitions like inductor, and then runs the very
-operations that eager runs: so outputs and gradients are equal bit by bit.
+operations that eager runs: so outputs and gradients are equal bit by bit. Graphs are built where
+they are needed first, in a short warm-up.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import stochastic_depth as sd
-from networks import WIDTH, batch, make, residuals, settled, vectors
+from networks import WIDTH, Residual, batch, make, settled, vectors
 
 pytestmark = [
     pytest.mark.oldest,
@@ -25,6 +26,7 @@ pytestmark = [
     # torch's own, while it traces a graph in the middle of a network
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
 ]
+WARMUP = 20  # draws in which every gate is open once, and closed
 
 
 @pytest.fixture(autouse=True)
@@ -37,18 +39,25 @@ def without_torchs_own_fast_path() -> Iterator[None]:
 
 
 def graphs() -> int:
-    """How many graphs torch has made since the last `compiled`."""
+    """How many graphs torch has made since the last `gated`."""
     return int(counters["stats"]["unique_graphs"])
 
 
-def compiled(
-    model: nn.Module, example: Tensor, rate: Any = 0.5, **options: Any
-) -> tuple[nn.Module, sd.StochasticDepth]:
-    """An eager copy of the model with the same draws, and the handle of the compiled one."""
+def gated(
+    model: nn.Module, example: Any, rate: Any = 0.5, **options: Any
+) -> tuple[Any, sd.StochasticDepth]:
+    """The handle of the model, and a copy of it that stays eager and has the same draws."""
     torch.compiler.reset()
     counters.clear()
-    depth = sd.apply_stochastic_depth(model, rate, example_inputs=example[:2], **options)
-    eager = copy.deepcopy(model)
+    depth = sd.apply_stochastic_depth(model, rate, example_inputs=example, **options)
+    return copy.deepcopy(model), depth
+
+
+def compiled(
+    model: nn.Module, example: Any, rate: Any = 0.5, **options: Any
+) -> tuple[Any, sd.StochasticDepth]:
+    """The same, and the model is compiled."""
+    eager, depth = gated(model, example, rate, **options)
     depth.compile("aot_eager")
     return eager, depth
 
@@ -60,22 +69,42 @@ def assert_same_step(model: nn.Module, eager: nn.Module, x: Tensor, rounding: fl
         each.zero_grad()
         outputs.append(each(x))
         outputs[-1].square().mean().backward()
-    close(outputs[0], outputs[1], rounding)
+    assert_close(outputs[0], outputs[1], rounding)
+    assert_same_gradients(model, eager, rounding)
+    for mine, its in zip(model.buffers(), eager.buffers(), strict=True):
+        assert_close(mine, its, rounding)
+
+
+def assert_same_gradients(model: nn.Module, eager: nn.Module, rounding: float = 0.0) -> None:
     pairs = zip(model.named_parameters(), eager.parameters(), strict=True)
     for (name, own), other in pairs:
         assert (own.grad is None) == (other.grad is None), name
         if own.grad is not None and other.grad is not None:
-            close(own.grad, other.grad, rounding)
-    for mine, its in zip(model.buffers(), eager.buffers(), strict=True):
-        close(mine, its, rounding)
+            assert_close(own.grad, other.grad, rounding)
 
 
-def close(own: Tensor, other: Tensor, rounding: float) -> None:
+def assert_close(own: Tensor, other: Tensor, rounding: float) -> None:
     if not rounding:
         assert torch.equal(own, other)
     elif own.numel():
         own, other = own.detach(), other.detach()
         assert (own - other).abs().max() <= rounding * max(1.0, float(other.abs().max()))
+
+
+def assert_trains_alike(
+    model: nn.Module, eager: nn.Module, depth: sd.StochasticDepth, x: Tensor, rounding: float = 0.0
+) -> None:
+    """Step by step, with an inference now and then; no graph after the warm-up."""
+    built = 0
+    for step in range(WARMUP + 20):
+        assert_same_step(model.train(), eager.train(), batch(x, step), rounding)
+        depth.step()
+        if step % 10 == 0:
+            with torch.no_grad():
+                assert_close(model.eval()(x), eager.eval()(x), rounding)
+        if step == WARMUP:
+            built = graphs()
+    assert graphs() == built
 
 
 # One graph for each kind of block; the ResNet has three, and no mode needs more.
@@ -85,7 +114,7 @@ BATCH = [
     ("pre-norm", 1, {}),
     ("pre-norm", 1, {"unit": "branch", "scale": "train"}),
     ("post-norm", 1, {"unit": "branch", "scale": "none"}),
-    ("shared", 1, {"schedule": sd.linear_decay(50), "scale": "train"}),
+    ("shared", 1, {"schedule": sd.linear_decay(30), "scale": "train"}),
 ]
 
 
@@ -93,108 +122,34 @@ BATCH = [
 def test_batch_mode_is_eager_to_the_bit(name: str, kinds: int, options: dict[str, Any]) -> None:
     model, x = make(name)
     eager, depth = compiled(model, x, **options)
-    assert_same_step(model.train(), eager.train(), x)
+    for step in range(WARMUP):
+        assert_same_step(model.train(), eager.train(), batch(x, step))
     assert graphs() == kinds
-    with torch.no_grad():
-        assert torch.equal(model.eval()(x), eager.eval()(x))
+    assert_trains_alike(model, eager, depth, x)
     assert graphs() == 2 * kinds
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for step in range(100):
-            depth.step()
-            assert torch.equal(model.train()(batch(x, step)), eager.train()(batch(x, step)))
-            if step % 20 == 0:
-                assert_same_step(model, eager, batch(x, step))
-                with torch.no_grad():
-                    assert torch.equal(model.eval()(x), eager.eval()(x))
 
 
 # The factor goes into the last module's weights in eager, onto its output in a graph; and a value
 # with three gradients has them added in another order. That is rounding, of single precision.
 ROUNDED = [
     ("resnet", {"mode": "sample"}, 8),
-    ("pre-norm", {"mode": "sample"}, 8),
-    ("pre-norm", {"mode": "sample", "draw": sd.Draw()}, 5),
+    ("pre-norm", {"mode": "sample", "scale": "train"}, 8),
+    ("pre-norm", {"mode": "sample"}, 5),
     ("pre-norm", {"mode": "sample", "unit": "branch"}, 4),
-    ("shared", {"mode": "sample", "schedule": sd.linear_warmup(50)}, 8),
-    ("nested", {"mode": "batch"}, 4),
+    ("shared", {"mode": "sample", "schedule": sd.linear_warmup(30)}, 8),
+    ("nested", {"schedule": sd.linear_warmup(30), "scale": "train"}, 4),
 ]
 
 
 @pytest.mark.parametrize(("name", "options", "rows"), ROUNDED)
-def test_other_draws_are_eager_to_rounding(name: str, options: Any, rows: int) -> None:
+def test_windows_of_rows_and_nested_blocks_are_eager_to_rounding(
+    name: str, options: Any, rows: int
+) -> None:
     model, x = make(name)
     x = x.repeat(2, *[1] * (x.ndim - 1))[:rows]
     eager, depth = compiled(model, x, **options)
-    assert_same_step(model.train(), eager.train(), x, rounding=1e-5)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for step in range(100):
-            depth.step()
-            outputs = [each.train()(batch(x, step)) for each in (model, eager)]
-            close(outputs[0], outputs[1], rounding=1e-5)
-            if step % 20 == 0:
-                assert_same_step(model, eager, batch(x, step), rounding=1e-5)
-
-
-class OneEnd(nn.Module):
-    """One module ends both branches, and stands in the middle of the second as well."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.drop_path = nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.first(x.tanh()))
-        return x + self.drop_path(self.second(self.drop_path(x.sin())))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"scale": "train"},
-        {"scale": "eval", "unit": "branch", "schedule": {"*:1": sd.constant(0.5)}},
-    ],
-)
-def test_a_module_that_ends_one_branch_after_the_other(options: dict[str, Any]) -> None:
-    model, x = (
-        settled(
-            lambda: nn.Sequential(nn.Linear(3, WIDTH), nn.Sequential(*(OneEnd() for _ in range(6))))
-        ),
-        vectors(4, 3),
-    )
-    rates = {f"1.{i}": i / 10 + 0.1 for i in range(6)}
-    eager, _ = compiled(model, x, rates, **options)
-    assert_same_step(model.train(), eager.train(), x)
-    with torch.no_grad():
-        assert torch.equal(model.eval()(x), eager.eval()(x))
-    assert graphs() == 2
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for step in range(20):
-            assert_same_step(model.train(), eager.train(), batch(x, step))
-            with torch.no_grad():
-                assert torch.equal(model.eval()(x), eager.eval()(x))
-
-
-class WithOneEnd(nn.Module):
-    """All its layers share the module that ends their branches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.layers = nn.Linear(3, WIDTH), nn.Sequential(*(OneEnd() for _ in range(6)))
-        for layer in self.layers:
-            layer.drop_path = self.layers[0].drop_path
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(self.embed(x))
-
-
-def test_a_module_that_ends_the_branches_of_all_blocks() -> None:
-    model, x = settled(WithOneEnd), vectors(4, 3)
-    eager, _ = compiled(model, x, scale="train")
-    assert_same_step(model.train(), eager.train(), x)
-    assert graphs() == 1
-    for step in range(10):
-        assert_same_step(model, eager, batch(x, step))
+    assert_trains_alike(model, eager, depth, x, rounding=1e-5)
+    assert graphs()
 
 
 class EndInside(nn.Module):
@@ -209,40 +164,48 @@ class EndInside(nn.Module):
         return x + self.drop(self.inner(x.tanh()))
 
 
-def test_a_module_that_ends_a_branch_and_is_inside_of_another() -> None:
-    model = settled(lambda: nn.Sequential(nn.Linear(3, WIDTH), *(EndInside() for _ in range(6))))
+def test_a_factor_that_depends_on_the_call_has_no_graph() -> None:
+    layers = [nn.Linear(3, WIDTH), *(EndInside() for _ in range(3))]
     x = vectors(4, 3)
-    torch.compiler.reset()
-    depth = sd.apply_stochastic_depth(model, 0.5, example_inputs=x)
-    eager = copy.deepcopy(model)
-    with pytest.raises(sd.OptionError, match="differs from call to call"):
+    _, depth = gated(nn.Sequential(*layers), x, 0.2)
+    with pytest.raises(sd.OptionError, match=r"3 of 3 blocks.*differs from call to call"):
+        depth.compile()
+    model = settled(lambda: nn.Sequential(*layers, *(Residual() for _ in range(3))))
+    depth.remove()
+    eager, depth = gated(model, x)
+    with pytest.warns(sd.StochasticDepthWarning, match="leaves 3 of 6 blocks .*as they are"):
         depth.compile("aot_eager")
-    whole: Any = torch.compile(model.eval(), backend="aot_eager")
-    with torch.no_grad():
-        assert torch.equal(whole(x), eager.eval()(x))
+    assert_trains_alike(model, eager, depth, x)
 
 
-def test_the_first_forward_builds_what_it_drops_and_leaves_no_trace() -> None:
-    model, x = make("resnet")
-    eager, depth = compiled(model, x)
-    closed = {block.name: False for block in depth.blocks}
-    state = torch.get_rng_state()
-    with depth.fixed(closed), sd.get_stochastic_depth(eager).fixed(closed):
-        assert_same_step(model.train(), eager.train(), x)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert graphs() == 3
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for step in range(10):
-            assert_same_step(model, eager, batch(x, step))
+def test_no_block_that_can_be_compiled_is_an_error() -> None:
+    model, x = make("explicit")
+    _, depth = gated(model, x, scale="none")
+    with pytest.raises(sd.OptionError, match=r"cannot compile 12 of 12 blocks.*Residual adds"):
+        depth.compile()
 
 
-def test_a_network_without_a_stem_needs_no_graph_for_inputs_without_gradients() -> None:
-    model, x = settled(lambda: residuals(6)), vectors(4, WIDTH)
-    eager, _ = compiled(model, x, [0.5] * 6)
-    assert_same_step(model.train(), eager.train(), x)
-    assert graphs() == 2  # the first block's input needs no gradient
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for step in range(40):
-            out = model(batch(x, step))
-            assert torch.equal(out, eager(batch(x, step)))
-            out.sum().backward()
+class Breaking(Residual):
+    """Whose forward is not one graph: torch looks for more of them in it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.detach().sum()) > 1e6:
+            return x
+        return x + self.linear(self.norm(x).tanh())
+
+
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 fails at such graphs")
+def test_what_is_not_one_graph_has_its_factors() -> None:
+    model = settled(lambda: nn.Sequential(nn.Linear(3, WIDTH), *(Breaking() for _ in range(6))))
+    eager, depth = compiled(model, vectors(4, 3), scale="train")
+    for step in range(WARMUP):
+        assert_same_step(model.train(), eager.train(), vectors(4, 3, seed=step))
+        depth.step()
+
+
+def test_other_shapes_are_torchs_business() -> None:
+    model, x = make("pre-norm")
+    eager, _ = compiled(model, x)
+    for step in range(12):
+        assert_same_step(model.train(), eager.train(), vectors(4, 4 + step % 6, 3, seed=step))
+    assert graphs() <= 3  # one of its own, then one for all shapes

@@ -185,25 +185,37 @@ def test_wrappers_and_compiled_modules_are_told() -> None:
     assert wrappers == [False, False, True, True]
 
 
-_traced = 0
+@torch_private.ends_a_graph("it says why")
+def between(x: torch.Tensor) -> torch.Tensor:
+    return x.sin().cos()
 
 
-@torch_private.once_in_a_trace
-def _trace() -> bool:
-    global _traced
-    _traced += 1
-    return True
+@torch_private.begins_no_graph
+def inside(x: torch.Tensor) -> torch.Tensor:
+    return x.sin().cos()
 
 
-def test_a_function_runs_while_it_is_traced_and_not_again() -> None:
+def test_functions_that_no_graph_holds_or_begins_with() -> None:
+    sizes: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        sizes.append(sum(node.op == "call_method" for node in graph.graph.nodes))
+        return graph
+
     torch.compiler.reset()
+    for function in (between, inside):
+        assert torch.compile(function, backend=backend)(torch.ones(2)) is not None
+    assert not sizes
+    torch.compile(lambda x: inside(x).exp(), backend=backend, fullgraph=True)(torch.ones(2))
+    assert sizes == [3]
+    torch.compile(lambda x: between(x.exp()).exp(), backend=backend)(torch.ones(2))
+    assert sizes == [3, 1, 1]
 
-    def add(x: torch.Tensor) -> torch.Tensor:
-        return x + _trace()
 
-    compiled: Any = torch.compile(add, backend="eager", fullgraph=True)
-    assert [float(compiled(torch.ones(()))) for _ in range(3)] == [2.0] * 3
-    assert _traced == 1
+def test_what_torch_compile_does_with_frames_is_set_and_told() -> None:
+    assert torch_private.set_compiler(False) is None
+    assert torch_private.set_compiler(None) is False
+    assert torch_private.set_compiler(None) is None
 
 
 def test_a_dimension_that_may_vary_needs_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,13 +220,12 @@ class StochasticDepth:
     ) -> None:
         """Compile block by block, beneath the gates, so that no draw needs another graph.
 
-        The first forward in each mode builds the graphs, also for the blocks that it drops: one for
-        each kind of block, shared by those that are alike. In mode "sample" there is one for each
-        number of rows, two at most; or, with a schedule or several rates, one for any number and
-        one for a single row. No later draw, nor step of a schedule, brings another. Where a memory
-        format depends on the draw (a dropped block hands its input on as it is) there is one for
-        each. A block of which only a part runs is run eagerly. Call it before or after wrapping the
-        model; again to compile anew.
+        A graph is built where it is needed first: one for each kind of block, shared by those that
+        are alike, and in mode "sample" one more or two for all numbers of rows. After some steps,
+        when every kind ran, no draw and no step of a schedule brings another. Where a memory format
+        depends on the draw (a dropped block hands its input on as it is) there is one for each. A
+        block of which only a part runs is run eagerly. Call it before or after wrapping the model;
+        again to compile anew.
 
         Args:
             backend: As for `torch.compile`.
@@ -273,7 +272,6 @@ class StochasticDepth:
             scale "eval" loses its inference scale; `fold()` keeps it.
         """
         detach(self._model, self._plan)
-        self._plan.compiling = False
         if self._plan.following is not None:
             self._plan.following.remove()
         return self._model

@@ -130,7 +130,7 @@ class Plan:
     forcing: int = 0  # how many `fixed` and `disabled` are in force, in any thread
     following: Any = None  # the handle of the hook on the optimizer
     handle: weakref.ref[Any] | None = None
-    compiling: bool = False  # whether `depth.compile()` was called
+    graphs: Mapping[str, Any] = field(default_factory=dict)  # of gates: what `compile()` made
     one_to_one: bool = False  # whether each gate has one unit, in their order
     row: Row = _NO_ROW  # the last one
 
@@ -396,7 +396,7 @@ class Plan:
         return {name: getattr(self, name) for name in (*names.split(), "units", "base_rates")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, compiling=False)
+        self.__dict__.update(state, graphs={})
         self.clock.belong_to(self)
         self._forget()
 

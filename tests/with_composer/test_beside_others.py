@@ -82,6 +82,7 @@ def test_an_average_evaluates_its_weights_at_the_rate_in_force() -> None:
             with torch.no_grad():
                 expected = scaled(state.batch)
                 # A factor in the weights rounds otherwise than one on the output.
+
         torch.testing.assert_close(folded(scaled)(state.batch), expected, rtol=1e-5, atol=1e-5)
 
     model = ComposerClassifier(network(), num_classes=CLASSES)

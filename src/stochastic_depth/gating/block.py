@@ -21,17 +21,21 @@ from stochastic_depth.errors import ChangedModelError, SetupError
 from stochastic_depth.gating import hooks
 from stochastic_depth.gating.batch import named
 from stochastic_depth.gating.branch import Passage
-from stochastic_depth.gating.compiled import let_rows_vary, run_compiled
+from stochastic_depth.gating.compiled import Compiled, let_rows_vary, run_compiled
 from stochastic_depth.gating.gate import KEY, Gate, Original, changed, running
 from stochastic_depth.gating.ranks import ALONE, Setup, setup_of
 from stochastic_depth.gating.recomputation import remembered
 from stochastic_depth.plan import Row
 from stochastic_depth.rows import Rows, put_back, take
-from stochastic_depth.torch_private import PLAIN_VALUES, is_compiled, tree_map
+from stochastic_depth.torch_private import (
+    PLAIN_VALUES,
+    is_compiled,
+    is_traced_by_fx,
+    tree_map,
+)
 
 # In newer torch `is_compiling` is true in all threads while one compiles; 2.6 has but that one.
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-_plain_call = nn.Module.__call__
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,7 @@ def call_block(gate: Gate, module: nn.Module, original: Original, args: Any, kwa
         return original(module, *args, **kwargs)
     if running.trial is not None:
         return running.trial(gate, module, original, args, kwargs)
-    if nn.Module.__call__ is not _plain_call and not _is_exporting():
+    if is_traced_by_fx() and not _is_exporting():
         raise _no_trace(gate, "torch.fx")
     decision = remembered(
         gate, lambda: decide(gate, module, lambda: gate.batch.size(args, kwargs), module)
@@ -87,7 +91,7 @@ def begin(gate: Gate, module: nn.Module, number: int) -> Row:
     """
     if _is_exporting():
         raise _no_trace(gate, "torch.export")
-    if nn.Module.__call__ is not _plain_call or torch._C._get_tracing_state() is not None:
+    if is_traced_by_fx() or torch._C._get_tracing_state() is not None:
         raise _no_trace(gate, "a trace (torch.jit.trace or torch.fx)")
     refuse_replica(module, gate.name)
     plan = gate.plan
@@ -178,7 +182,7 @@ def _run(
     gate.factors = factors
     gate.depth += 1
     try:
-        if gate.plan.compiling or is_compiled(module):
+        if gate.plan.graphs or running.compiler is not None or is_compiled(module):
             return run_compiled(gate, module, original, args, kwargs)
         return original(module, *args, **kwargs)
     finally:
@@ -195,7 +199,7 @@ def _run_on_rows(
     dims = gate.batch.of_call(args, kwargs)
     (some, named), rests = take((args, kwargs), dims.takes, rows)
     on_rows = Decision(gate, decision.kept, decision.factors, None, decision.setup)
-    let_rows_vary(module, (some, named), dims.takes)
+    let_rows_vary(gate, module, (some, named), dims.takes)
     library_hooks = hooks.of_library(module)
     run = hooks.around(library_hooks, module, original)
     output = _run(gate, on_rows, module, run, some, named)
@@ -214,7 +218,7 @@ def _run_in_part(
         _warn_of_waste(gate, args, kwargs)
     running.passages.append(Passage(gate, decision))
     try:
-        if not is_compiled(module):
+        if not is_compiled(module) or isinstance(module._compiled_call_impl, Compiled):
             return original(module, *args, **kwargs)
         with eagerly():  # a graph knows of no draw
             return original(module, *args, **kwargs)

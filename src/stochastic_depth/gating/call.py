@@ -6,6 +6,7 @@ that end its branches. They come here, in one piece, for here a microsecond coun
 
 from __future__ import annotations
 
+from sys import modules
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from torch.compiler import is_dynamo_compiling
 from stochastic_depth.distributed.groups import is_running
 from stochastic_depth.gating.block import begin, call_block, check_parts, run_drawn
 from stochastic_depth.gating.branch import call_branch_module, run_multiplied
-from stochastic_depth.gating.compiled import traced_call
 from stochastic_depth.gating.gate import KEY, Gate, Original
-from stochastic_depth.torch_private import backward_task, top_hooks
+from stochastic_depth.gating.traced import call_between_graphs, traced_call
+from stochastic_depth.torch_private import backward_task, begins_no_graph, set_compiler, top_hooks
 
 _impl: Original = nn.Module._call_impl
 _plain_call = nn.Module.__call__  # torch.fx puts another one in its place while it traces
@@ -28,13 +29,18 @@ def gated_call(original: Original) -> Original:  # noqa: C901  (in one piece)
     """The `__call__` of a gated class; `original` is that of the module's own class."""
     run = _impl if original is nn.Module.__call__ else original
 
+    @begins_no_graph
     def call_gated(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: C901
         if is_dynamo_compiling():
             return traced_call(self, original, args, kwargs)
+        if "torch._dynamo" in modules and (compiler := set_compiler(None)) is not None:
+            set_compiler(compiler)
+            return call_between_graphs(self, original, args, kwargs)
         own = self.__dict__
         gate: Gate = own[KEY]
         plan = gate.plan
-        may_be_fast = not plan.forcing and top_hooks(False) is None  # noqa: FBT003
+        is_usual = not plan.forcing and not plan.graphs
+        may_be_fast = is_usual and top_hooks(False) is None  # noqa: FBT003
         if may_be_fast and "_compiled_call_impl" not in own:
             role = gate.fast_role
             if role is not None:

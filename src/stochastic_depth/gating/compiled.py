@@ -1,4 +1,4 @@
-"""`depth.compile()`, and what a gated module does while torch.compile or torch.export looks at it.
+"""Blocks that run as graphs beneath their gates: `depth.compile()`'s, and those of users.
 
 Nothing can be drawn in a graph. A block's gate stays outside, in training, and the block's forward
 beneath it is compiled: the graph only ever sees a block all of whose branches run. What they are
@@ -8,10 +8,12 @@ multiplied by are 0-dim tensors, so that no step of a schedule needs another gra
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache, lru_cache, partial
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from itertools import count
 from types import FunctionType
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,23 +21,39 @@ from torch.compiler import is_dynamo_compiling
 
 from stochastic_depth.errors import OptionError, warn
 from stochastic_depth.gating.gate import Gate, Original, gate_of, running
+from stochastic_depth.gating.recomputation import remembered
 from stochastic_depth.plan import Plan
-from stochastic_depth.rows import change_leaves
 from stochastic_depth.torch_private import (
     is_compiled,
     let_vary,
-    once_in_a_trace,
-    outside_of_graphs,
     set_compiler,
     tree_leaves,
+    without_modes,
 )
 
-_WHY = (
-    "what stochastic depth drops is drawn anew at every call, outside of all graphs: leave "
-    "fullgraph=True out, or call depth.compile(), which compiles block by block"
-)
 _numbers = count()
-_call_outside: Any = None  # `_call`, outside of all graphs; made in a trace: that takes an import
+_functions: WeakKeyDictionary[nn.Module, FunctionType] = WeakKeyDictionary()
+
+
+@dataclass(eq=False, slots=True)
+class Compiled:
+    """The `_compiled_call_impl` of a block: a checkpoint may call it without the block's gate."""
+
+    gate: Gate
+    module: nn.Module
+    graph: Original
+
+    @property
+    def name(self) -> str:
+        return self.gate.name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        eagerly = not is_dynamo_compiling() and remembered(self, self._runs_in_part)
+        call = _call if eagerly else self.graph
+        return call(nn.Module._call_impl, self.module, *args, **kwargs)
+
+    def _runs_in_part(self) -> bool:
+        return any(passage.gate is self.gate for passage in running.passages)
 
 
 def compile_blocks(model: nn.Module, plan: Plan, options: Mapping[str, Any]) -> None:
@@ -46,6 +64,8 @@ def compile_blocks(model: nn.Module, plan: Plan, options: Mapping[str, Any]) -> 
     """
     gated = [(module, gate) for module in model.modules() if (gate := gate_of(module)) is not None]
     blocks = [(module, gate) for module, gate in gated if gate.plan is plan and gate.units]
+    for module, _ in blocks:
+        release(module)
     obstacles = {gate.name: why for module, gate in blocks if (why := _obstacle(module, gate))}
     if obstacles:
         name, why = next(iter(obstacles.items()))
@@ -57,34 +77,15 @@ def compile_blocks(model: nn.Module, plan: Plan, options: Mapping[str, Any]) -> 
                 instead="leave depth.compile() out, and compile other parts of the model",
             )
         warn(f"depth.compile() leaves {some} as they are")
-    plan.compiling = True
-    functions: dict[Any, Any] = {}
-    for module, gate in blocks:
-        if gate.name not in obstacles:
-            kind = _kind(module)
-            if kind not in functions:
-                function = _apart(cast(FunctionType, _run_impl), type(module).__name__)
-                functions[kind] = torch.compile(function, **options)
-            module._compiled_call_impl = partial(functions[kind], module)
+    chosen = [(_kind(module), gate.name) for module, gate in blocks if gate.name not in obstacles]
+    graphs = {kind: torch.compile(_function(kind), **options) for kind in dict(chosen)}
+    plan.graphs = {name: graphs[kind] for kind, name in chosen}
 
 
-def _run_impl(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return module._call_impl(*args, **kwargs)
-
-
-def _run_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return module.__class__.gated_from.__call__(module, *args, **kwargs)  # type: ignore[attr-defined]
-
-
-def _apart(function: FunctionType, kind: str) -> FunctionType:
-    """The same function with a code of its own: by that torch keeps graphs, few of each."""
-    code = function.__code__.replace(co_name=f"run_{kind}_{next(_numbers)}")
-    return FunctionType(code, function.__globals__, code.co_name)
-
-
-@cache
-def _run_of(kind: Any) -> FunctionType:
-    return _apart(cast(FunctionType, _run_call), kind.__name__)
+def release(module: nn.Module) -> None:
+    """Have a block that `depth.compile()` compiled run eagerly."""
+    if isinstance(module._compiled_call_impl, Compiled):
+        del module._compiled_call_impl
 
 
 def _obstacle(module: nn.Module, gate: Gate) -> str | None:
@@ -106,27 +107,48 @@ def _kind(module: nn.Module) -> Any:
     )
 
 
+def _function(kind: Any) -> FunctionType:
+    """A function that calls a block of this kind, with a code object of its own.
+
+    By the code torch keeps its graphs, and few of each.
+    """
+    (_, block), *_ = kind[0]
+    code = cast(FunctionType, _call).__code__.replace(co_name=f"{block.__name__}_{next(_numbers)}")
+    return FunctionType(code, globals(), code.co_name)
+
+
+def _call(run: Original, *args: Any, **kwargs: Any) -> Any:
+    return run(*args, **kwargs)
+
+
+_shared_function = cache(_function)  # for graphs that users make
+
+
 def run_compiled(gate: Gate, module: nn.Module, original: Original, args: Any, kwargs: Any) -> Any:
     """A block all of whose branches run, as a graph."""
-    factors = gate.factors
+    factors, graph, compiler = gate.factors, gate.plan.graphs.get(gate.name), running.compiler
     if factors is None and gate.plan.may_multiply(gate.units, training=module.training):
         factors = (1.0,) * len(gate.units)  # until the schedule begins
     gate.scales = None if factors is None else _scales(factors, args, kwargs)
-    compiler = running.compiler
-    if compiler is None:
+    if graph is not None and module._compiled_call_impl is None:  # also of a copy
+        module._compiled_call_impl = Compiled(gate, module, graph)
+    if compiler is None or is_compiled(module):
         return original(module, *args, **kwargs)
+    if module not in _functions:
+        _functions[module] = _shared_function(_kind(module))
+    function = _functions[module]
     running.compiler = None
     before = set_compiler(compiler)
     try:
-        return _run_of(cast(Any, type(module)))(module, *args, **kwargs)
+        return function(original, module, *args, **kwargs)
     finally:
         set_compiler(before)
         running.compiler = compiler
 
 
-def let_rows_vary(module: nn.Module, arguments: Any, dims: Mapping[int, int]) -> None:
+def let_rows_vary(gate: Gate, module: nn.Module, arguments: Any, dims: Mapping[int, int]) -> None:
     """Have a graph that is made for some rows of the batch hold for any number of them."""
-    if is_compiled(module):
+    if gate.plan.graphs or running.compiler is not None or is_compiled(module):
         leaves = tree_leaves(arguments)
         for number, dim in dims.items():
             if leaves[number] is not None:
@@ -147,54 +169,5 @@ def _scales(factors: tuple[float, ...], args: Any, kwargs: Any) -> tuple[Any, ..
 def _scalar(factor: float, device: torch.device, *, double: bool) -> Tensor:
     """A factor as a graph's input, so that another one needs no other graph."""
     dtype = torch.float64 if double else torch.float32  # as a number counts in eager
-    with torch.inference_mode(False):  # noqa: FBT003
+    with without_modes(), torch.inference_mode(False):  # noqa: FBT003
         return torch.tensor(factor, dtype=dtype, device=device)
-
-
-def traced_call(module: nn.Module, original: Original, args: Any, kwargs: Any) -> Any:
-    """A gated module's call in a trace."""
-    gate: Any = module._stochastic_depth
-    stays_out = gate.units and (module.training or gate.plan.forcing or not gate.simple_ends)
-    if stays_out or not is_dynamo_compiling():  # the latter where torch gave up on this function
-        _make_way()
-        return _call_outside(module, original, args, kwargs)
-    if gate.units:
-        gate.scales = gate.plan.inference_factors(gate.units)
-    output = original(module, *args, **kwargs)
-    role = gate.role
-    if role is not None and role.ends and gate.owners[0].scales is not None:
-        scales = gate.owners[0].scales
-        output = change_leaves(
-            output, role.ends, lambda leaf, n: _times(leaf, scales[role.ends[n]])
-        )
-    return output
-
-
-def _times(value: Tensor, scale: Any) -> Tensor:
-    """The product, with a factor that is not rounded to half a precision before."""
-    if isinstance(scale, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
-        return (value.float() * scale).to(value.dtype)
-    return value * scale
-
-
-def _call(module: nn.Module, original: Original, args: Any, kwargs: Any) -> Any:
-    """A call whose gate no graph holds; what it calls may be compiled."""
-    from stochastic_depth.gating.block import call_block
-    from stochastic_depth.gating.branch import call_branch_module
-
-    gate = gate_of(module)
-    assert gate is not None
-    call = call_branch_module if gate.roles else call_block
-    gate.plan.compiling = True
-    before, running.compiler = running.compiler, set_compiler(None)
-    try:
-        return call(gate, module, original, args, kwargs)
-    finally:
-        set_compiler(running.compiler)
-        running.compiler = before
-
-
-@once_in_a_trace
-def _make_way() -> None:
-    global _call_outside
-    _call_outside = _call_outside or outside_of_graphs(_call, _WHY)

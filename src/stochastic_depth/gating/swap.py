@@ -8,13 +8,14 @@ those, too. Parameters, state-dict keys, `isinstance` and `__name__` stay. As in
 from __future__ import annotations
 
 import copyreg
-from functools import cache, partial
-from typing import Any, cast
+from functools import cache
+from typing import Any
 
 from torch import nn
 
 from stochastic_depth.errors import SetupError
 from stochastic_depth.gating.call import gated_call
+from stochastic_depth.gating.compiled import release
 from stochastic_depth.gating.gate import KEY, Gate
 from stochastic_depth.torch_private import without_fused_path
 
@@ -22,7 +23,8 @@ from stochastic_depth.torch_private import without_fused_path
 def swap_in(module: nn.Module, gate: Gate) -> None:
     """Gate a module."""
     module.__dict__[KEY] = gate
-    module.__class__ = _gated(cast(Any, type(module)))
+    own: Any = type(module)
+    module.__class__ = _gated(own)
 
 
 def swap_out(module: nn.Module) -> None:
@@ -31,8 +33,7 @@ def swap_out(module: nn.Module) -> None:
     if gate.is_residual:  # whose class looks for its gate itself
         module.__dict__[KEY] = None
         return
-    if isinstance(module._compiled_call_impl, partial):  # that `depth.compile()` made
-        module._compiled_call_impl = None
+    release(module)
     own: Any = type(module)
     module.__class__ = _ungated(own)
 
@@ -98,7 +99,7 @@ def _made(original: type[nn.Module], gate: Gate, *args: Any) -> nn.Module:
     return module
 
 
-def _new(original: type[nn.Module], *args: Any) -> nn.Module:
+def _new(original: Any, *args: Any) -> nn.Module:
     """What `copy` and `pickle` call to make an empty gated module."""
-    gated = _gated(cast(Any, original))
+    gated = _gated(original)
     return gated.__new__(gated, *args)

@@ -24,10 +24,11 @@ prefetch, _post_forward_indices
 _orig_mod,                      gating the wrapper of a block; "did   a block that its user
 _compiled_call_impl,            its user compile it?"                 compiled raises when called
 _checkpoint_wrapped_module
-_dynamo_marked_constant         what runs while torch.compile traces  a compiled block is traced at
-                                a call, and not when it is made       every call
-Unsupported, UserError,         blocks that are not one graph run     compiling them raises
-FailOnRecompileLimitHit         eagerly
+set_eval_frame,                 what a user compiles goes on beneath  import fails: no support
+skip_code, _torchdynamo_        a gate, which no graph holds
+disable
+_get_is_fx_tracing              "does torch.fx trace this thread?"    inference raises while
+                                                                      another thread compiles
 maybe_mark_dynamic              one graph for all numbers of rows     the first two have a graph
                                                                       each, the second for others
 activation_relu_or_gelu         calling the parts of torch's own      inference under no_grad
@@ -51,11 +52,12 @@ from stochastic_depth.torch_private.backward import (
     top_hooks,
 )
 from stochastic_depth.torch_private.compiling import (
+    begins_no_graph,
+    ends_a_graph,
     is_compiled,
+    is_traced_by_fx,
     is_wrapper,
     let_vary,
-    once_in_a_trace,
-    outside_of_graphs,
     set_compiler,
 )
 from stochastic_depth.torch_private.operations import (
@@ -93,8 +95,10 @@ __all__ = [
     "TreeSpec",
     "after_backward",
     "backward_task",
+    "begins_no_graph",
     "called_by_a_pipeline",
     "checkpoints",
+    "ends_a_graph",
     "fake_mode",
     "group_of_collective",
     "holds_fsdp1",
@@ -105,11 +109,10 @@ __all__ = [
     "is_in_parts",
     "is_managed_by_fsdp",
     "is_part",
+    "is_traced_by_fx",
     "is_wrapper",
     "let_vary",
     "mesh_of",
-    "once_in_a_trace",
-    "outside_of_graphs",
     "prefetches_explicitly",
     "ranks_of",
     "set_compiler",

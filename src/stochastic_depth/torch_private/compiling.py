@@ -7,8 +7,21 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo import eval_frame
 
+_plain_call = nn.Module.__call__
 Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def is_traced_by_fx() -> bool:
+    """Whether torch.fx traces what this thread calls: while it does it replaces `__call__` for all.
+
+    Older torch does not know of threads; there it may be another one, which compiles.
+    """
+    if nn.Module.__call__ is _plain_call:
+        return False
+    asks = getattr(torch.fx._symbolic_trace, "_get_is_fx_tracing", None)
+    return asks is None or bool(asks())
 
 
 def is_wrapper(module: nn.Module) -> bool:
@@ -31,29 +44,39 @@ def let_vary(tensor: Tensor, dim: int) -> None:
         mark(tensor, dim)
 
 
-def set_compiler(callback: Any) -> Any:
-    """Set what torch.compile does with the frames of functions that are called from here on.
+# No function of our own, which would be compiled itself. In torch 2.6 the one that only asks loses
+# a reference at each call.
+set_compiler: Callable[[Any], Any] = eval_frame.set_eval_frame
+"""Sets what torch.compile does with the frames of functions that are called from here on.
 
-    Returns:
-        What it did before; None: nothing.
+Returns what it did before; None: nothing.
+"""
+
+
+def begins_no_graph(function: Call) -> Call:
+    """Have torch.compile begin no graph with this function.
+
+    It may become a part of one, and what it calls may begin one.
     """
-    from torch._C._dynamo.eval_frame import set_eval_frame
-
-    return set_eval_frame(callback)
-
-
-def outside_of_graphs(function: Call, why: str) -> Call:
-    """A function that torch.compile does not look into; what it calls may be compiled."""
-    try:
-        return torch.compiler.disable(function, recursive=False, reason=why)
-    except TypeError:  # torch 2.6 takes no reason
-        return torch.compiler.disable(function, recursive=False)
-
-
-def once_in_a_trace(function: Call) -> Call:
-    """Have a function run while torch.compile traces a call of it, and its result be a constant.
-
-    As `torch.compiler.assume_constant_result`, which takes a second to import.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    code = function.__code__
+    if hasattr(eval_frame, "skip_code"):  # torch 2.6
+        eval_frame.skip_code(code)
+    else:
+        skip, default = eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
+        eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(skip, default))
     return function
+
+
+def ends_a_graph(why: str) -> Callable[[Call], Call]:
+    """Have no graph hold this function; what it calls may be compiled.
+
+    As `torch.compiler.disable(recursive=False, reason=why)`, which takes a second to import.
+    """
+
+    def mark(function: Call) -> Call:
+        begins_no_graph(function)
+        function._torchdynamo_disable = True  # type: ignore[attr-defined]
+        function._torchdynamo_disable_msg = why  # type: ignore[attr-defined]
+        return function
+
+    return mark
