@@ -81,9 +81,8 @@ def test_an_average_evaluates_its_weights_at_the_rate_in_force() -> None:
             scaled = copy.deepcopy(state.model).eval()
             with torch.no_grad():
                 expected = scaled(state.batch)
-                # A factor in the weights rounds otherwise than one on the output.
-
-        torch.testing.assert_close(folded(scaled)(state.batch), expected, rtol=1e-5, atol=1e-5)
+            # A factor in the weights rounds otherwise than one on the output.
+            torch.testing.assert_close(folded(scaled)(state.batch), expected, rtol=1e-5, atol=1e-5)
 
     model = ComposerClassifier(network(), num_classes=CLASSES)
     options: dict[str, Any] = {"eval_dataloader": loader(1), "eval_interval": "2ba"}
