@@ -270,3 +270,59 @@ def test_backward_twice_through_a_checkpoint() -> None:
     network.zero_grad()
     loss.backward()
     assert same([p.grad for p in network.parameters()], once)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forwards_that_have_no_backward(shape: str) -> None:
+    """Without gradients, or left out (a loss of NaN), beside a reentrant checkpoint."""
+
+    def found(walk: Callable[[Network, Tensor], Tensor]) -> list[Tensor | None]:
+        torch.manual_seed(0)
+        network = Network(walk).train()
+        sd.apply_stochastic_depth(
+            network, 0.5, "uniform", example_inputs=torch.randn(2, 4), draw=sd.Draw(seed=3)
+        )
+        with torch.no_grad():
+            network(vectors(3, 4, seed=1))
+        network(vectors(3, 4, seed=2).requires_grad_())
+        torch.manual_seed(1)
+        network(vectors(3, 4, seed=3).requires_grad_()).square().sum().backward()
+        return [p.grad for p in network.parameters()]
+
+    expected = found(plainly)
+    assert any(grad is None for grad in expected)
+    assert same(found(SHAPES[shape](True)), expected)
+    assert same(found(SHAPES[shape](False)), expected)
+
+
+class Inner(nn.Module):
+    """A branch that holds a residual block."""
+
+    def __init__(self, *, reentrant: bool | None) -> None:
+        super().__init__()
+        self.norm, self.reentrant = nn.LayerNorm(8), reentrant
+        self.branch = nn.Sequential(Layer(), nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        if self.reentrant is None:
+            return x + self.branch(y)
+        return x + checkpoint(self.branch, y, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("unit", ["block", "branch"])
+def test_a_branch_that_holds_a_block(unit: Any, reentrant: bool) -> None:
+    found = []
+    for each in (reentrant, None):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), *(Inner(reentrant=each) for _ in range(6)))
+        depth = sd.apply_stochastic_depth(
+            model, 0.4, "uniform", example_inputs=torch.randn(2, 4), unit=unit, scale="train"
+        )
+        for step in range(3):
+            torch.manual_seed(step)
+            model.train()(vectors(3, 4, seed=step)).square().sum().backward()
+            depth.step()
+        found.append([p.grad for p in model.parameters()])
+    assert same(*found)

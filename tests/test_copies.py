@@ -506,6 +506,31 @@ def test_a_forward_that_bypasses_the_call_raises(
     module(torch.randn(shape))  # and through the call it works
 
 
+def test_a_long_chain_of_copies_goes_on() -> None:
+    """A population, a federated loop: each a copy of the last, with the clock of the first."""
+    model, x, depth = gated("resnet")
+    first, generations = model, []
+    for _ in range(1100):
+        model = copy.deepcopy(model)
+        generations.append(model)
+    depth.step()
+    assert sd.get_stochastic_depth(model).state_dict()["step"] == 1
+    # One in the middle goes its own way, and takes those that were made of it along.
+    middle = sd.get_stochastic_depth(generations[500])
+    middle.step()
+    depth.step()
+    steps = [sd.get_stochastic_depth(generations[n]).state_dict()["step"] for n in (499, 500, 1099)]
+    assert steps == [2, 2, 2]
+    middle.step()
+    depth.step()
+    assert middle.state_dict()["step"] == 3
+    assert sd.get_stochastic_depth(model).state_dict()["step"] == 3
+    model.train()(x)
+    again = pickle.loads(pickle.dumps(model))
+    assert sd.get_stochastic_depth(again).state_dict()["step"] == 3
+    assert first is not model
+
+
 # Several applies, and finding the handle.
 
 

@@ -69,13 +69,17 @@ class Clock:
             clocks += clock._followers
 
     def __getstate__(self) -> dict[str, Any]:
+        leaders: list[Clock] = []
         leader = self.leader
-        while leader is not None and leader._owner() is None:
+        while leader is not None:
+            leaders += [] if leader._owner() is None else [leader]
             leader = leader.leader
-        return {"step": self.step, "leader": leader}
+        # The first of them first, so that none is saved in the middle of another: no recursion.
+        return {"step": self.step, "leaders": leaders[::-1]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        Clock.__init__(self, state["leader"], state["step"])
+        leader = state["leaders"][-1] if state["leaders"] else None
+        Clock.__init__(self, leader, state["step"])
 
 
 @dataclass(eq=False)

@@ -1,0 +1,93 @@
+"""Promise: in mode "sample" rows that are no examples (packed, ragged) are refused."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import stochastic_depth as sd
+from networks import WIDTH, settled
+
+pytestmark = pytest.mark.oldest
+
+
+class Packed(nn.Module):
+    """Attention within segments of packed tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        segment = torch.bucketize(torch.arange(len(x)), ends, right=True)
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        within = (segment[:, None] == segment)[None]
+        mixed = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=within)
+        return x + self.out(mixed[0])
+
+
+class Pointwise(nn.Module):
+    """Tokens that do not see each other: still not the rows of one example each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        return x + self.out(self.norm(x).tanh())
+
+
+class Unpadded(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, WIDTH)
+        self.blocks = nn.ModuleList(kind() for _ in range(6))
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.embed(ids)[mask]
+        for block in self.blocks:
+            x = block(x, mask.sum(1).cumsum(0))
+        return x
+
+
+def example(lengths: list[int]) -> tuple[Tensor, Tensor]:
+    ids = torch.arange(len(lengths) * 5).reshape(-1, 5) % 20
+    return ids, torch.arange(5) < torch.tensor(lengths)[:, None]
+
+
+@pytest.mark.parametrize("lengths", [[5, 5, 5, 5], [2, 5, 4, 5], [5, 5], [3, 3, 3, 3, 3, 3]])
+def test_packed_attention_is_refused(lengths: list[int]) -> None:
+    model = settled(lambda: Unpadded(Packed))
+    with pytest.raises(sd.StochasticDepthError, match=r'mode="sample"|hold the batch'):
+        sd.apply_stochastic_depth(model, 0.5, mode="sample", example_inputs=example(lengths))
+
+
+@pytest.mark.parametrize("lengths", [[2, 5, 4, 5], [1, 1, 1, 1], [5, 5, 5, 4]])
+def test_other_lengths_than_in_the_example_are_refused(lengths: list[int]) -> None:
+    """Or, where they cannot be told from whole examples, exact for what is called a row."""
+    model: Any = settled(lambda: Unpadded(Pointwise))
+    try:
+        sd.apply_stochastic_depth(
+            model, 0.5, "uniform", mode="sample", example_inputs=example([5, 5, 5, 5])
+        )
+    except sd.StochasticDepthError as error:
+        assert 'mode="batch"' in str(error) or "blocks=" in str(error)  # noqa: PT017
+        return
+    with pytest.raises(sd.ChangedModelError, match="no packed or ragged sequences"):
+        model.train()(*example(lengths))
+
+
+def test_mode_batch_takes_them() -> None:
+    model: Any = settled(lambda: Unpadded(Packed))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        depth = sd.apply_stochastic_depth(model, 0.5, example_inputs=example([5, 5, 5, 5]))
+    ids, mask = example([2, 5, 4, 5])
+    with depth.fixed({block.name: False for block in depth.blocks}):
+        assert torch.equal(model.train()(ids, mask), model.embed(ids)[mask])
