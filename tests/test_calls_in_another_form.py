@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -91,3 +92,71 @@ def test_a_mask_that_the_example_had_as_well() -> None:
         assert torch.equal(model(x), x)
         model(x.requires_grad_(), mask).sum().backward()
     assert all(p.grad is None for p in model.parameters())
+
+
+class Decoder(nn.Module):
+    """A second branch where it is given states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.cross = (
+            nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        x = x + self.own(x)
+        return x if memory is None else x + self.cross(x * memory)
+
+
+class Decoders(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Decoder() for _ in range(6))
+
+    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, memory)
+        return x
+
+
+@pytest.mark.parametrize("scale", ["eval", "train", "none"])
+@pytest.mark.parametrize("unit", ["block", "branch"])
+def test_fewer_branches_than_in_the_example_run(unit: Any, scale: Any) -> None:
+    """A decoder without its encoder's states."""
+    torch.manual_seed(0)
+    model, x = Decoders(), torch.randn(4, 8)
+    plain: Any = copy.deepcopy(model)
+    depth = sd.apply_stochastic_depth(
+        model, 0.5, "uniform", example_inputs=(x, x), unit=unit, scale=scale
+    )
+    for training, factor in ((True, {"train": 2.0}), (False, {"eval": 0.5})):
+        times = factor.get(scale, 1.0)
+        hooks = [
+            layer.own.register_forward_hook(lambda *call, times=times: times * call[-1])
+            for layer in plain.layers
+        ]
+        expected = plain(x)
+        for hook in hooks:
+            hook.remove()
+        with depth.fixed({}):
+            torch.testing.assert_close(model.train(training)(x), expected)
+        with depth.fixed({block.name: False for block in depth.blocks}):
+            assert torch.equal(model(x), x)
+    model.train()(x).sum().backward()
+
+
+@pytest.mark.parametrize("unit", ["block", "branch"])
+def test_more_branches_than_in_the_example_are_refused_in_training(unit: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Decoders(), torch.randn(4, 8)
+    depth = sd.apply_stochastic_depth(model, 0.5, example_inputs=x, unit=unit, scale="train")
+    with pytest.raises(
+        sd.ChangedModelError, match=r'"layers\.0" .*"memory", where the example had'
+    ):
+        model.train()(x, x)
+    with (
+        depth.fixed({block.name: False for block in depth.blocks}),
+        pytest.raises(sd.ChangedModelError, match="pass the example that you train with"),
+    ):
+        model.eval()(x, x)
+    assert torch.equal(model.eval()(x, x), copy.deepcopy(depth).remove().eval()(x, x))

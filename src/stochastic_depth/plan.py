@@ -129,7 +129,6 @@ class Plan:
     counts: tuple[Counts, ...] = ()  # of each block: how many rows it may run on
     clock: Clock = field(default_factory=Clock)
     gates: list[Counted] = field(default_factory=list)  # of the blocks, in forward order
-    notes: dict[str, str] = field(default_factory=dict)  # what print(depth) says of a block
     talks: dict[str, str] = field(default_factory=dict)  # gates in which ranks talk to each other
     forcing: int = 0  # how many `fixed` and `disabled` are in force, in any thread
     following: Any = None  # the handle of the hook on the optimizer
@@ -394,9 +393,7 @@ class Plan:
     def __getstate__(self) -> dict[str, Any]:
         # What comes out of a file stands on its own feet: no optimizer, no handle. A copy that is
         # saved beside its original still follows it.
-        names = (
-            "blocks rates unit mode scale schedule draw counts clock gates notes talks one_to_one"
-        )
+        names = "blocks rates unit mode scale schedule draw counts clock gates talks one_to_one"
         return {name: getattr(self, name) for name in (*names.split(), "units", "base_rates")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

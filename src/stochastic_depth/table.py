@@ -60,6 +60,8 @@ def _how(plan: Plan, number: int, rates: list[float], *, is_whole: bool) -> str:
         in_line = sorted({p for branch in block.branches for p in branch.in_line_parameters})
         if in_line:
             notes.append(f"{', '.join(in_line)} may get zero gradients")
+    if block.left_out:
+        notes.append(f"{', '.join(block.left_out)} inside of its branch is left out")
     if plan.scale == "eval" and any(branch.fold.obstacle for branch in block.branches):
         notes.append("cannot be folded")
     return "; ".join([how, *notes])

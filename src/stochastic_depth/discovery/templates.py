@@ -188,18 +188,6 @@ def order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Place, i
     return tuple((place, len(tree_leaves(value))) for place, value in given)
 
 
-def same_tensors(called: Form, watched: Form) -> bool:
-    """Whether a call has no tensor or object in a place where the watched one had another, or none.
-
-    A flag may be added, a mask left out, and a cache be there in inference alone.
-    """
-    known = dict(watched)
-    return all(
-        isinstance(kind, tuple) or known.get(place) == kind  # a tuple: a plain value
-        for place, kind in called
-    )
-
-
 def _kind_of(value: object) -> object:
     if isinstance(value, Tensor):
         return value.ndim
