@@ -33,6 +33,7 @@ lint: $(LINT)
 	.venv/bin/ruff check --quiet $(CODE)
 	.venv/bin/mypy --no-error-summary $(CODE)
 	.venv/bin/lint-imports --no-logo
+	.venv/bin/python .ci/core_lines.py
 
 # All models of timm, torchvision and transformers beside what others say of them: an hour or more.
 coverage: $(TEST)
