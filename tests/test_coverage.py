@@ -40,6 +40,9 @@ SUBJECTS = [
     *(Subject("transformers", kind, kind, TYPES[kind]) for kind in TRANSFORMERS.split()),
 ]
 
+# What reads the batch's size at one place in a layer and cuts it at another: "sample" is refused.
+NO_ROWS = {"albert", "bloom", "xcit_nano_12_p8_224"}
+
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda s: f"{s.library}:{s.name}")
 def test_all_branches_are_found_and_skipped_exactly(subject: Subject) -> None:
@@ -51,7 +54,11 @@ def test_all_branches_are_found_and_skipped_exactly(subject: Subject) -> None:
     for check in ("open_gates", "closed", "nothing_ran"):
         assert row[check] in ("yes", "rounding"), row
     assert row["fold"] == "yes" or row["fold"].startswith("no: "), row
-    assert row["rows"] in ("yes", "rounding"), row
+    if subject.name in NO_ROWS:
+        assert row["rows"].startswith("refused: "), row
+        assert 'mode="sample"' in row["rows"], row
+    else:
+        assert row["rows"] in ("yes", "rounding"), row
 
 
 @pytest.mark.parametrize("name", ["vgg11", "alexnet", "densenet121", "googlenet", "squeezenet1_1"])

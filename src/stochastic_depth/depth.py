@@ -102,7 +102,7 @@ def apply_stochastic_depth(
         [0.4375, 0.5]
         >>> _ = model.train()(torch.randn(2, 4))
         >>> sum(depth.last_gates.values())  # blocks that ran
-        5
+        3
     """
     example = example_inputs, example_kwargs
     rates = spread_over_depth(drop_rate, drop_distribution)

@@ -351,18 +351,19 @@ class Plan:
         self.clock.set(self.clock.step + 1)
         self.changes, self.looked_at = 0, None
 
-    def expect_steps(self, gate: str, module: nn.Module) -> None:
+    def expect_steps(self, gate: str, module: nn.Module) -> bool:
         """Warn, once, where parameters change time and again and nobody tells the clock.
 
-        Called once a forward, by the gate that is called first.
+        Called once a forward, by the gate that is called first, and by the next one where it says
+        that this one has nothing to tell: its parameters are frozen.
         """
         if "steps" in self.warned or not (self.schedule.by_name or self.draw.redraw == "step"):
-            return
+            return True
         if self.looked_at is not None and self.looked_at[0] != gate:
-            return
+            return False
         trained = [p for p in module.parameters() if p.requires_grad and not p.is_inference()]
         if not trained:
-            return
+            return False
         version = sum(p._version for p in trained)
         self.changes += self.looked_at is not None and self.looked_at[1] != version
         self.looked_at = (gate, version)
@@ -373,6 +374,7 @@ class Plan:
                 f"depth stands at step {self.clock.step}: its schedule (or redraw) waits for "
                 "depth.follow(optimizer), or for depth.step() after each optimizer step",
             )
+        return True
 
     def warn_once(self, about: str, message: str) -> None:
         """Warn, the first time that it is about this."""

@@ -102,7 +102,7 @@ class Search:
     def _path(self, root: int, branch: int) -> list[int]:
         """The values of a branch; none where no parameter takes part in it."""
         recording = self.recording
-        if recording.nodes[root].fixed or not recording.reaches(root, branch):
+        if recording.nodes[branch].fixed or not recording.reaches(root, branch):
             return []
         path = recording.between(root, branch)
         return path if any(recording.nodes[index].meets_parameter for index in path) else []
