@@ -8,7 +8,7 @@ import ast
 import pathlib
 import sys
 
-MOST_LINES = 6_438
+MOST_LINES = 6_440
 MOST_FILES = 65
 CORE = pathlib.Path("src/stochastic_depth")
 
