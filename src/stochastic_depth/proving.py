@@ -193,5 +193,6 @@ def _differ(model: nn.Module, plan: Plan, example: Example) -> dict[str, str]:
     names = sorted({block.container for block in plan.blocks if not block.explicit})
     calls = arguments_of(model, names, (args, kwargs))
     for name in names:
-        reasons |= differ_on_rows(Alone(model, name, calls[name], plan), plan, (), {})
+        alone = Alone(model.get_submodule(name), calls[name], plan)
+        reasons |= differ_on_rows(alone, plan, (), {})
     return reasons

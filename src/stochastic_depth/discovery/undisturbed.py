@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 Mode = Literal["train", "train but BatchNorm", "eval"]
 
@@ -25,29 +25,39 @@ def undisturbed(
 ) -> Iterator[None]:
     """In this mode for a while; then modes, buffers and random generators are as before.
 
+    While it lasts the modules have copies of their buffers: training writes to them unseen.
+
     Args:
         model: The model.
         mode: As it trains, as it trains but for BatchNorm, or as in inference.
         drawing: The gated modules that train, too; all others are as in inference, where they are
             open.
     """
-    modules = [(module, module.training) for module in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
-    with restored(model), eagerly(), warnings.catch_warnings():
+    buffers = {id(b): (b, b._version, b.detach().clone()) for b in model.buffers()}
+    copies = {key: saved.clone() for key, (_, _, saved) in buffers.items()}
+    scripted = {m: m.training for m in model.modules() if isinstance(m, torch.jit.ScriptModule)}
+    unseen = {id(buffer) for module in scripted for buffer in module.buffers()}
+    with held(model), _generators_held(model), eagerly(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what there is to warn about comes again in the training
         try:
             torch.backends.mha.set_fastpath_enabled(False)  # it hides the modules' calls
-            for module, _ in modules:
-                is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-                module.training = mode == "train" or (mode != "eval" and not is_norm)
             for name, module in model.named_modules():
-                if name not in drawing and _may_draw(module):
-                    module.training = False
+                is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+                trains = mode == "train" or (mode != "eval" and not is_norm)
+                module.training = trains and (name in drawing or not _may_draw(module))
+                if module not in scripted:
+                    own = {k: b for k, b in module._buffers.items() if b is not None}
+                    module._buffers.update({k: copies[id(b)] for k, b in own.items()})
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
-            for module, training in modules:
+            for module, training in scripted.items():
                 module.training = training
+            with torch.no_grad():
+                for key, (buffer, version, saved) in buffers.items():
+                    if buffer._version != version or key in unseen:
+                        buffer.copy_(saved)
 
 
 def _may_draw(module: nn.Module) -> bool:
@@ -56,22 +66,26 @@ def _may_draw(module: nn.Module) -> bool:
 
 
 @contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
-    """Buffers, attributes and random generators are afterwards as they were.
+def held(model: nn.Module) -> Iterator[None]:
+    """Attributes and buffers are afterwards the same objects, and no others are there.
 
-    While it lasts the modules have copies of their buffers: training writes to them unseen.
+    A scripted module keeps them where Python does not reach.
     """
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    scripted = [m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
-    before = [(module, dict(vars(module)), dict(module._buffers)) for module in modules]
-    known: dict[int, tuple[Tensor, int, Tensor]] = {
-        id(buffer): (buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()
-    }
-    watched = {key: saved.clone() for key, (_, _, saved) in known.items()}
-    for module in modules:
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = watched[id(buffer)]
+    tables: list[dict[str, Any]] = [table for m in modules for table in (vars(m), m._buffers)]
+    before = [dict(table) for table in tables]
+    try:
+        yield
+    finally:
+        for table, were in zip(tables, before, strict=True):
+            for added in table.keys() - were.keys():
+                del table[added]
+            table.update(were)
+
+
+@contextmanager
+def _generators_held(model: nn.Module) -> Iterator[None]:
+    """The random generators of torch, Python and numpy are afterwards as they were."""
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy else None
@@ -80,14 +94,6 @@ def restored(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
-            for module, attributes, buffers in before:
-                vars(module).update(attributes)
-                module._buffers.update(buffers)
-            unseen = {id(buffer) for module in scripted for buffer in module.buffers()}
-            with torch.no_grad():
-                for key, (buffer, version, saved) in known.items():
-                    if buffer._version != version or key in unseen:
-                        buffer.copy_(saved)
             random.setstate(python_state)
             if numpy:
                 numpy.random.set_state(numpy_state)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.discovery.example import Example
-from stochastic_depth.discovery.undisturbed import undisturbed
+from stochastic_depth.discovery.undisturbed import held, undisturbed
 from stochastic_depth.torch_private import fake_mode, tree_map
 
 Arguments = list[tuple[tuple[Any, ...], dict[str, Any]]]  # of each call
@@ -28,47 +28,39 @@ def is_unmaterialised(model: nn.Module) -> bool:
 
 @contextmanager
 def without_values(model: nn.Module, example: Example) -> Iterator[Example]:
-    """Has the model compute with shapes alone, as if on the CPU; gives an example to call it with.
+    """Has a model without weights compute with shapes alone; gives an example to call it with.
 
-    Its weights are as before afterwards.
+    It computes as if on the CPU. Its weights are as before afterwards. With weights nothing is
+    done.
     """
-    mode = fake_mode()
+    if not is_unmaterialised(model):
+        yield example
+        return
     known: dict[int, Any] = {}
 
     def fake(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         if id(value) not in known:
-            empty = torch.empty_strided(
-                value.shape, value.stride(), dtype=value.dtype, device="cpu"
-            )
+            made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
             is_weight = isinstance(value, nn.Parameter)
-            known[id(value)] = (
-                nn.Parameter(empty, requires_grad=value.requires_grad) if is_weight else empty
-            )
+            known[id(value)] = nn.Parameter(made, value.requires_grad) if is_weight else made
         return known[id(value)]
 
-    # A module may keep what it has computed: a fake must not stay.
-    own = [(m, dict(vars(m)), dict(m._parameters), dict(m._buffers)) for m in model.modules()]
-    with mode:
+    weights = [(module._parameters, dict(module._parameters)) for module in model.modules()]
+    with held(model), fake_mode():  # a module may keep what it has computed: no fake must stay
         try:
-            for module, attributes, parameters, buffers in own:
-                module._parameters.update({k: fake(v) for k, v in parameters.items()})
-                module._buffers.update({k: fake(v) for k, v in buffers.items()})
-                tensors = {k: fake(v) for k, v in attributes.items() if isinstance(v, Tensor)}
-                vars(module).update(tensors)
+            for module in model.modules():
+                for table in (module._parameters, module._buffers, vars(module)):
+                    table.update({key: fake(value) for key, value in table.items()})
             yield tree_map(fake, example)
         finally:
-            for module, attributes, parameters, buffers in own:
-                for added in vars(module).keys() - attributes.keys():
-                    del vars(module)[added]
-                vars(module).update(attributes)
-                module._parameters.update(parameters)
-                module._buffers.update(buffers)
+            for table, before in weights:
+                table.update(before)
 
 
 def arguments_of(model: nn.Module, names: Sequence[str], example: Example) -> dict[str, Arguments]:
-    """What these modules are called with, call by call; random numbers where values are missing."""
+    """What these modules are called with, call by call."""
     found: dict[str, Arguments] = {name: [] for name in names}
     with ExitStack() as stack:
         for name in names:
@@ -78,62 +70,47 @@ def arguments_of(model: nn.Module, names: Sequence[str], example: Example) -> di
 
             module = model.get_submodule(name)
             stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
-        given = stack.enter_context(without_values(model, example))
+        args, kwargs = stack.enter_context(without_values(model, example))
         stack.enter_context(undisturbed(model))
         stack.enter_context(torch.no_grad())
-        model(*given[0], **given[1])
+        model(*args, **kwargs)
     return found
 
 
 class Alone(nn.Module):
-    """One block of a model, under its own name, and nothing around it.
+    """One block of a model and nothing around it, with random weights.
 
     Args:
-        model: The model, whose gates the copy keeps, and whose plan it shares.
-        name: The name of the block's module.
-        calls: What to call it with.
-        plan: What the gates share.
+        block: The block's module; the copy keeps its gates.
+        calls: What to call it with: random numbers take the place of all tensors.
+        plan: What the gates share, and the copy shares with them.
     """
 
-    def __init__(self, model: nn.Module, name: str, calls: Arguments, plan: Any) -> None:
+    def __init__(self, block: nn.Module, calls: Arguments, plan: Any) -> None:
         super().__init__()
-        block = copy.deepcopy(model.get_submodule(name), {id(plan): plan})
-        block.to_empty(device="cpu")
+        self.calls = calls
+        self.block = copy.deepcopy(block, {id(plan): plan}).to_empty(device="cpu")
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            for tensor in (*block.parameters(), *block.buffers()):
+            for tensor in (*self.block.parameters(), *self.block.buffers()):
                 if tensor.is_floating_point():  # positive: a variance may be among them
                     tensor.uniform_(0.01, 0.1, generator=generator)
                 else:
                     tensor.zero_()
-        for module in block.modules():  # tensors that are neither parameters nor buffers
-            plain = {k: v for k, v in vars(module).items() if isinstance(v, Tensor)}
-            vars(module).update({k: _some(v.shape, v.dtype) for k, v in plain.items()})
-        self.calls, self.name = calls, name
-        *around, last = name.split(".")
-        holder: nn.Module = self
-        for part in around:
-            holder.add_module(part, nn.Module())
-            holder = holder.get_submodule(part)
-        holder.add_module(last, block)
+        for module in self.block.modules():  # tensors that are neither parameters nor buffers
+            vars(module).update({key: _some(value) for key, value in vars(module).items()})
 
     def forward(self) -> list[Any]:
         """All calls, one after the other."""
-        block = self.get_submodule(self.name)
-        return [block(*args, **kwargs) for args, kwargs in _with_numbers(self.calls)]
+        return [self.block(*args, **kwargs) for args, kwargs in tree_map(_some, self.calls)]
 
 
-def _with_numbers(arguments: Any) -> Any:
-    """Random numbers in the place of all tensors among them."""
-    return tree_map(
-        lambda value: _some(value.shape, value.dtype) if isinstance(value, Tensor) else value,
-        arguments,
-    )
-
-
-def _some(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    if dtype.is_floating_point:  # not below zero: it may come out of a ReLU
+def _some(like: Any) -> Any:
+    """Random numbers of a tensor's shape; what is no tensor stays."""
+    if not isinstance(like, Tensor):
+        return like
+    if like.is_floating_point():  # not below zero: it may come out of a ReLU
         generator = torch.Generator().manual_seed(0)
-        return torch.randn(shape, generator=generator, device="cpu").abs().to(dtype)
+        return torch.randn(like.shape, generator=generator, device="cpu").abs().to(like.dtype)
     # A mask lets everything through; a number may be an index.
-    return torch.full(shape, int(dtype is torch.bool), dtype=dtype, device="cpu")
+    return torch.full(like.shape, int(like.dtype is torch.bool), dtype=like.dtype, device="cpu")

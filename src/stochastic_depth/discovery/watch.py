@@ -32,7 +32,7 @@ from stochastic_depth.discovery.operations import (
 from stochastic_depth.discovery.recording import RECURRENT, Call, Node, Recording
 from stochastic_depth.discovery.templates import describe, form, order, signature
 from stochastic_depth.discovery.undisturbed import Mode, undisturbed
-from stochastic_depth.discovery.unmaterialised import is_unmaterialised, without_values
+from stochastic_depth.discovery.unmaterialised import without_values
 from stochastic_depth.torch_private import (
     TorchDispatchMode,
     group_of_collective,
@@ -84,18 +84,12 @@ def watch_once(model: nn.Module, example: Example) -> Recording:
     As the model trains, where it can run so: BatchNorm, which needs several values, and then
     everything else, are put into inference where it fails.
     """
-    if is_unmaterialised(model):
-        with without_values(model, example) as fake:
-            return _first_that_runs(model, fake)
-    return _first_that_runs(model, example)
-
-
-def _first_that_runs(model: nn.Module, example: Example) -> Recording:
-    with suppress(Exception):  # what fails in inference, too, is raised there
-        return record(model, example, "train")
-    with suppress(Exception):
-        return record(model, example, "train but BatchNorm")
-    return record(model, example, "eval")
+    with without_values(model, example) as given:
+        with suppress(Exception):  # what fails in inference, too, is raised there
+            return record(model, given, "train")
+        with suppress(Exception):
+            return record(model, given, "train but BatchNorm")
+        return record(model, given, "eval")
 
 
 def record_closed(
@@ -105,10 +99,8 @@ def record_closed(
 
     Where the model has no values, there are no zeros either.
     """
-    if not is_unmaterialised(model):
-        return record(model, example, mode, zeros=True, drawing=drawing)
-    with without_values(model, example) as fake:
-        return record(model, fake, mode, drawing=drawing)
+    with without_values(model, example) as given:
+        return record(model, given, mode, zeros=given is example, drawing=drawing)
 
 
 @dataclass(frozen=True, slots=True)
