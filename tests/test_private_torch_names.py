@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolic
 from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
-from stochastic_depth import torch_private
+from stochastic_depth.torch_private import backward, processes, tracing
 
 pytestmark = pytest.mark.oldest
 needs_shards_on_the_cpu = pytest.mark.skipif(
@@ -27,7 +27,7 @@ needs_shards_on_the_cpu = pytest.mark.skipif(
 def test_dispatch_mode_sees_operations_and_their_schemas() -> None:
     seen = []
 
-    class Mode(torch_private.TorchDispatchMode):
+    class Mode(tracing.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             seen.append((func.overloadpacket.__name__, func._schema.is_mutable))
             return func(*args, **(kwargs or {}))
@@ -40,18 +40,18 @@ def test_dispatch_mode_sees_operations_and_their_schemas() -> None:
 def test_backward_is_running_in_a_backward_only() -> None:
     seen = []
     x = torch.ones(2, requires_grad=True)
-    x.register_hook(lambda grad: seen.append(torch_private.backward_task() != -1))
-    assert torch_private.backward_task() == -1
+    x.register_hook(lambda grad: seen.append(backward.backward_task() != -1))
+    assert backward.backward_task() == -1
     x.sum().backward()
     assert seen == [True]
-    assert torch_private.backward_task() == -1
+    assert backward.backward_task() == -1
 
 
 def test_checkpoints() -> None:
     found = []
 
     def inner(x: torch.Tensor) -> torch.Tensor:
-        found.append(torch_private.checkpoints())
+        found.append(backward.checkpoints())
         return x.exp().exp()
 
     def outer(x: torch.Tensor) -> torch.Tensor:
@@ -71,7 +71,7 @@ def test_checkpoints() -> None:
     assert recomputed[0] == []
     assert recomputed[1] is not None
     assert recomputed[1][0] in (forward[0][0], again[0][0])
-    assert torch_private.checkpoints() == ([], None)
+    assert backward.checkpoints() == ([], None)
 
 
 def test_other_saved_tensor_hooks_are_put_back_and_ignored() -> None:
@@ -83,14 +83,14 @@ def test_other_saved_tensor_hooks_are_put_back_and_ignored() -> None:
 
     x = torch.ones(2, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda y: y):
-        assert torch_private.checkpoints() == ([], None)
+        assert backward.checkpoints() == ([], None)
         x.exp()
     assert len(packed) == 1
 
 
 def test_fake_tensors_know_shapes() -> None:
     norm = nn.BatchNorm1d(3).train()
-    with torch_private.without_modes(), torch_private.fake_mode() as mode, torch.no_grad():
+    with tracing.without_modes(), tracing.fake_mode() as mode, torch.no_grad():
         out = norm.forward(mode.from_tensor(torch.ones(4, 3)))
     assert out.shape == (4, 3)
     assert type(norm.running_mean) is torch.Tensor
@@ -98,28 +98,28 @@ def test_fake_tensors_know_shapes() -> None:
 
 
 def test_user_modes_do_not_see_what_is_hidden_from_them() -> None:
-    class Mode(torch_private.TorchDispatchMode):
+    class Mode(tracing.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             raise AssertionError(f"saw {func}")
 
-    with Mode(), torch_private.without_modes():  # type: ignore[no-untyped-call]
+    with Mode(), tracing.without_modes():  # type: ignore[no-untyped-call]
         torch.ones(2)
 
 
 def test_collectives_are_operations_that_tell_their_group() -> None:
     found = []
-    processes: Any = dist
+    untyped: Any = dist
 
-    class Mode(torch_private.TorchDispatchMode):
+    class Mode(tracing.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            group = torch_private.group_of_collective(func, args)
+            group = processes.group_of_collective(func, args)
             if group is not None:
                 found.append((func.overloadpacket.__name__, dist.get_process_group_ranks(group)))
             return func(*args, **(kwargs or {}))
 
-    dist.init_process_group("gloo", store=processes.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=untyped.HashStore(), rank=0, world_size=1)
     try:
-        group = processes.new_group([0])
+        group = untyped.new_group([0])
         with Mode():  # type: ignore[no-untyped-call]
             x = torch.ones(2)
             dist.all_reduce(x)
@@ -141,21 +141,21 @@ def one_process(tmp_path: Path) -> Iterator[None]:
 def test_units_of_fully_shard_are_known(one_process: None) -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2))
     parts = [*model.modules()]
-    assert not any(map(torch_private.is_fully_sharded_unit, parts))
-    assert not any(map(torch_private.is_managed_by_fsdp, parts))
-    assert torch_private.mesh_of(model) == (None, 0)
+    assert not any(map(processes.is_fully_sharded_unit, parts))
+    assert not any(map(processes.is_managed_by_fsdp, parts))
+    assert processes.mesh_of(model) == (None, 0)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
     fully_shard(model[0], mp_policy=policy)
     fully_shard(model)
-    units = [part for part in parts if torch_private.is_fully_sharded_unit(part)]
+    units = [part for part in parts if processes.is_fully_sharded_unit(part)]
     assert units == [model, model[0]]
-    assert all(map(torch_private.is_managed_by_fsdp, parts))
-    assert not any(map(torch_private.inside_fsdp1, parts))
-    assert not torch_private.holds_fsdp1(model)
-    assert torch_private.mesh_of(model) == ((0,), 1)
-    assert torch_private.sharded_dtypes(model[0]) == (torch.bfloat16, torch.float32)
-    assert torch_private.without_sharding(type(model[0])) is nn.Sequential
-    assert torch_private.without_sharding(nn.Linear) is nn.Linear
+    assert all(map(processes.is_managed_by_fsdp, parts))
+    assert not any(map(processes.inside_fsdp1, parts))
+    assert not processes.holds_fsdp1(model)
+    assert processes.mesh_of(model) == ((0,), 1)
+    assert processes.sharded_dtypes(model[0]) == (torch.bfloat16, torch.float32)
+    assert processes.without_sharding(type(model[0])) is nn.Sequential
+    assert processes.without_sharding(nn.Linear) is nn.Linear
 
 
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
@@ -164,13 +164,13 @@ def test_fsdp1_is_known(one_process: None, use_orig_params: bool) -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2))
     seen = []
     model[0].register_forward_pre_hook(
-        lambda module, args: seen.append(torch_private.inside_fsdp1(module))
+        lambda module, args: seen.append(processes.inside_fsdp1(module))
     )
     wrapped = FullyShardedDataParallel(
         model, device_id=torch.device("cpu"), use_orig_params=use_orig_params
     )
-    assert torch_private.holds_fsdp1(wrapped)
-    assert torch_private.holds_fsdp1(wrapped.module)
+    assert processes.holds_fsdp1(wrapped)
+    assert processes.holds_fsdp1(wrapped.module)
     wrapped(torch.ones(1, 2))
     assert seen == [True]
 
@@ -180,17 +180,17 @@ def test_wrappers_and_compiled_modules_are_told() -> None:
     compiled.compile(backend="eager")
     wrapper: Any = torch.compile(plain, backend="eager")
     checkpointed = checkpoint_wrapper(nn.Linear(2, 2))
-    assert [torch_private.is_compiled(m) for m in (plain, compiled, wrapper)] == [False, True, True]
-    wrappers = [torch_private.is_wrapper(m) for m in (plain, compiled, wrapper, checkpointed)]
+    assert [tracing.is_compiled(m) for m in (plain, compiled, wrapper)] == [False, True, True]
+    wrappers = [tracing.is_wrapper(m) for m in (plain, compiled, wrapper, checkpointed)]
     assert wrappers == [False, False, True, True]
 
 
-@torch_private.ends_a_graph("it says why")
+@tracing.ends_a_graph("it says why")
 def between(x: torch.Tensor) -> torch.Tensor:
     return x.sin().cos()
 
 
-@torch_private.begins_no_graph
+@tracing.begins_no_graph
 def inside(x: torch.Tensor) -> torch.Tensor:
     return x.sin().cos()
 
@@ -213,9 +213,9 @@ def test_functions_that_no_graph_holds_or_begins_with() -> None:
 
 
 def test_what_torch_compile_does_with_frames_is_set_and_told() -> None:
-    assert torch_private.set_compiler(False) is None
-    assert torch_private.set_compiler(None) is False
-    assert torch_private.set_compiler(None) is None
+    assert tracing.set_compiler(False) is None
+    assert tracing.set_compiler(None) is False
+    assert tracing.set_compiler(None) is None
 
 
 def test_a_dimension_that_may_vary_needs_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +232,7 @@ def test_a_dimension_that_may_vary_needs_one_graph(monkeypatch: pytest.MonkeyPat
         torch.compiler.reset()
         compiled: Any = torch.compile(double, backend=backend, fullgraph=True)
         first = torch.ones(4, 3)
-        torch_private.let_vary(first, 0)
+        tracing.let_vary(first, 0)
         for given in (first, torch.ones(5, 3), torch.ones(7, 3), torch.ones(2, 3)):
             assert torch.equal(compiled(given), given * 2)
         return seen
@@ -248,11 +248,11 @@ def test_a_torch_that_lacks_a_name_raises(
     """What would hang otherwise, or be silently wrong."""
     monkeypatch.delattr(nn.parallel.DistributedDataParallel, "_active_ddp_module")
     with pytest.raises(sd.SetupError, match="DistributedDataParallel has no _active_ddp_module"):
-        torch_private.inside_ddp()
+        processes.inside_ddp()
     unit: Any = fully_shard(nn.Linear(2, 2))
     del unit._get_fsdp_state()._mp_policy
     with pytest.raises(sd.SetupError, match="FSDPState has no _mp_policy in torch"):
-        torch_private.sharded_dtypes(unit)
+        processes.sharded_dtypes(unit)
     del unit._is_fsdp_managed_module
     with pytest.raises(sd.SetupError, match="FSDPLinear has no _is_fsdp_managed_module"):
-        torch_private.is_managed_by_fsdp(unit)
+        processes.is_managed_by_fsdp(unit)

@@ -21,7 +21,7 @@ from stochastic_depth.plan import Mode, Plan, Scale, Unit
 from stochastic_depth.proving import prove
 from stochastic_depth.schedules import ScheduleFunction, resolve_schedule
 from stochastic_depth.selection import Selector, select
-from stochastic_depth.torch_private import is_wrapper
+from stochastic_depth.torch_private.tracing import is_wrapper
 
 Rates = Callable[[Discovery, Sequence[ResidualBlock]], tuple[float, ...]]
 """From what was found and the blocks to gate, the rate of each of these."""

@@ -26,7 +26,7 @@ from stochastic_depth.gating.attach import attach, detach
 from stochastic_depth.plan import Plan
 from stochastic_depth.row_proof import close, differ_on_rows
 from stochastic_depth.selection import refusal, refuse
-from stochastic_depth.torch_private import tree_leaves
+from stochastic_depth.torch_private.trees import tree_leaves
 
 
 def prove(

@@ -19,7 +19,7 @@ from stochastic_depth.gating.gate import Gate, Original, running
 from stochastic_depth.gating.ranks import ALONE
 from stochastic_depth.plan import Plan
 from stochastic_depth.rows import Rows
-from stochastic_depth.torch_private import tree_leaves, tree_map
+from stochastic_depth.torch_private.trees import tree_leaves, tree_map
 
 
 def differ_on_rows(model: nn.Module, plan: Plan, args: Any, kwargs: Any) -> dict[str, str]:

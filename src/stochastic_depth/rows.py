@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stochastic_depth.torch_private import tree_flatten, tree_unflatten
+from stochastic_depth.torch_private.trees import tree_flatten, tree_unflatten
 
 Dims = dict[int, int]  # the number of a leaf of arguments or an output -> its batch dimension
 Places = dict[int, tuple[int, int]]  # of an output's leaf -> its dimension, the argument it is of

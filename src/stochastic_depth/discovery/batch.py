@@ -22,7 +22,7 @@ from stochastic_depth.discovery.watch import watch_once
 from stochastic_depth.draw import Counts
 from stochastic_depth.errors import ExampleInputsError
 from stochastic_depth.rows import Dims, Held, Places
-from stochastic_depth.torch_private import tree_flatten, tree_unflatten
+from stochastic_depth.torch_private.trees import tree_flatten, tree_unflatten
 
 _MORE = 3  # rows: enough for a window of two that wraps around the end
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.errors import ExampleInputsError
-from stochastic_depth.torch_private import tree_flatten, tree_unflatten
+from stochastic_depth.torch_private.trees import tree_flatten, tree_unflatten
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -14,7 +14,7 @@ from torch import nn
 from stochastic_depth.discovery.additions import Addition
 from stochastic_depth.discovery.branches import member_calls
 from stochastic_depth.discovery.recording import Call, Recording
-from stochastic_depth.torch_private import is_wrapper
+from stochastic_depth.torch_private.tracing import is_wrapper
 
 
 @dataclass(frozen=True, slots=True, eq=False)

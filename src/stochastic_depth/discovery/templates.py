@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stochastic_depth.errors import ChangedModelError
-from stochastic_depth.torch_private import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from stochastic_depth.torch_private.trees import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 Place = int | str  # where an argument stands in a call: its position or its keyword
 Form = tuple[tuple[Place, object], ...]  # of a call: its arguments but for their shapes

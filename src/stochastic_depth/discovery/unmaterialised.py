@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from stochastic_depth.discovery.example import Example
 from stochastic_depth.discovery.undisturbed import held, undisturbed
-from stochastic_depth.torch_private import fake_mode, tree_map
+from stochastic_depth.torch_private.tracing import fake_mode
+from stochastic_depth.torch_private.trees import tree_map
 
 Arguments = list[tuple[tuple[Any, ...], dict[str, Any]]]  # of each call
 

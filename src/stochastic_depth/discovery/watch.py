@@ -33,12 +33,9 @@ from stochastic_depth.discovery.recording import RECURRENT, Call, Node, Recordin
 from stochastic_depth.discovery.templates import describe, form, order, signature
 from stochastic_depth.discovery.undisturbed import Mode, undisturbed
 from stochastic_depth.discovery.unmaterialised import without_values
-from stochastic_depth.torch_private import (
-    TorchDispatchMode,
-    group_of_collective,
-    ranks_of,
-    tree_leaves,
-)
+from stochastic_depth.torch_private.processes import group_of_collective, ranks_of
+from stochastic_depth.torch_private.tracing import TorchDispatchMode
+from stochastic_depth.torch_private.trees import tree_leaves
 
 _OF_SUMS = SPELLINGS | {"stack", "sum", "mean"}
 _SAME_SHAPE = frozenset("alias clone contiguous _to_copy lift_fresh add sum".split())

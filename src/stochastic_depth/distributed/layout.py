@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stochastic_depth.distributed.groups import is_running
 from stochastic_depth.errors import SetupError
-from stochastic_depth.torch_private import (
+from stochastic_depth.torch_private.processes import (
     called_by_a_pipeline,
     holds_fsdp1,
     inside_ddp,
@@ -21,8 +21,8 @@ from stochastic_depth.torch_private import (
     mesh_of,
     prefetches_explicitly,
     sharded_dtypes,
-    tree_map,
 )
+from stochastic_depth.torch_private.trees import tree_map
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stochastic_depth.distributed.groups import on_cpu
-from stochastic_depth.torch_private import after_backward, backward_task, tree_leaves
+from stochastic_depth.torch_private.backward import after_backward, backward_task
+from stochastic_depth.torch_private.trees import tree_leaves
 
 
 class _Anchor(torch.autograd.Function):

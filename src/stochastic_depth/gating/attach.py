@@ -18,7 +18,8 @@ from stochastic_depth.gating.gate import KEY, Gate, Role, gate_of
 from stochastic_depth.gating.swap import swap_in, swap_out
 from stochastic_depth.plan import Plan
 from stochastic_depth.rows import Dims
-from stochastic_depth.torch_private import PLAIN_VALUES, is_wrapper
+from stochastic_depth.torch_private.tracing import is_wrapper
+from stochastic_depth.torch_private.trees import PLAIN_VALUES
 
 _NO_ROWS: tuple[Dims, Dims] = ({}, {})
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.rows import Dims, Held, Place
-from stochastic_depth.torch_private import tree_leaves
+from stochastic_depth.torch_private.trees import tree_leaves
 
 Leaf = tuple[Place, int, int]  # an argument's place, how many leaves it has, and which of them
 

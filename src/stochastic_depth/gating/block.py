@@ -27,12 +27,8 @@ from stochastic_depth.gating.ranks import ALONE, Setup, setup_of
 from stochastic_depth.gating.recomputation import remembered
 from stochastic_depth.plan import Row
 from stochastic_depth.rows import Rows, put_back, take
-from stochastic_depth.torch_private import (
-    PLAIN_VALUES,
-    is_compiled,
-    is_traced_by_fx,
-    tree_map,
-)
+from stochastic_depth.torch_private.tracing import is_compiled, is_traced_by_fx
+from stochastic_depth.torch_private.trees import PLAIN_VALUES, tree_map
 
 # In newer torch `is_compiling` is true in all threads while one compiles; 2.6 has but that one.
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)

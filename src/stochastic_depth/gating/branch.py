@@ -18,7 +18,7 @@ from stochastic_depth.gating.gate import Gate, Original, Role, changed, running
 from stochastic_depth.gating.recomputation import note, recalled
 from stochastic_depth.gating.stand_in import stand_in
 from stochastic_depth.rows import change_leaves, spread, take
-from stochastic_depth.torch_private import tree_leaves
+from stochastic_depth.torch_private.trees import tree_leaves
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _MANY_VALUES = 2**17  # of which it is cheaper to multiply some weights twice

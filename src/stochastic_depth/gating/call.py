@@ -18,7 +18,8 @@ from stochastic_depth.gating.block import begin, call_block, check_parts, run_dr
 from stochastic_depth.gating.branch import call_branch_module, run_multiplied
 from stochastic_depth.gating.gate import KEY, Gate, Original
 from stochastic_depth.gating.traced import call_between_graphs, traced_call
-from stochastic_depth.torch_private import backward_task, begins_no_graph, set_compiler, top_hooks
+from stochastic_depth.torch_private.backward import backward_task, top_hooks
+from stochastic_depth.torch_private.tracing import begins_no_graph, set_compiler
 
 _impl: Original = nn.Module._call_impl
 _plain_call = nn.Module.__call__  # torch.fx puts another one in its place while it traces

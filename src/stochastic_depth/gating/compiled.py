@@ -23,13 +23,13 @@ from stochastic_depth.errors import OptionError, warn
 from stochastic_depth.gating.gate import Gate, Original, gate_of, running
 from stochastic_depth.gating.recomputation import remembered
 from stochastic_depth.plan import Plan
-from stochastic_depth.torch_private import (
+from stochastic_depth.torch_private.tracing import (
     is_compiled,
     let_vary,
     set_compiler,
-    tree_leaves,
     without_modes,
 )
+from stochastic_depth.torch_private.trees import tree_leaves
 
 _numbers = count()
 _functions: WeakKeyDictionary[nn.Module, FunctionType] = WeakKeyDictionary()

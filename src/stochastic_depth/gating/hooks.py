@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from stochastic_depth.gating.gate import Original
-from stochastic_depth.torch_private import without_sharding
+from stochastic_depth.torch_private.processes import without_sharding
 
 _OTHERS = ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

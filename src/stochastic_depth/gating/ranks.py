@@ -28,7 +28,8 @@ from stochastic_depth.distributed.layout import (
 from stochastic_depth.distributed.reduction import Reduction
 from stochastic_depth.errors import SetupError
 from stochastic_depth.plan import Counted, Plan
-from stochastic_depth.torch_private import backward_task, tree_flatten, tree_unflatten
+from stochastic_depth.torch_private.backward import backward_task
+from stochastic_depth.torch_private.trees import tree_flatten, tree_unflatten
 
 _layouts: weakref.WeakKeyDictionary[Any, dict[object, Layout]] = weakref.WeakKeyDictionary()
 

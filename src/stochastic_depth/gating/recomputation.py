@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from stochastic_depth.errors import RecomputationError
-from stochastic_depth.torch_private import checkpoints
+from stochastic_depth.torch_private.backward import checkpoints
 
 T = TypeVar("T")
 

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from stochastic_depth.discovery.templates import Template, describe, signature
 from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.gating.gate import Gate, Role, running
-from stochastic_depth.torch_private import fake_mode, is_part, tree_map, without_modes
+from stochastic_depth.torch_private.processes import is_part
+from stochastic_depth.torch_private.tracing import fake_mode, without_modes
+from stochastic_depth.torch_private.trees import tree_map
 
 _KEPT = 1024  # shapes; beyond that the oldest are forgotten
 

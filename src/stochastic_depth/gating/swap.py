@@ -17,7 +17,7 @@ from stochastic_depth.errors import SetupError
 from stochastic_depth.gating.call import gated_call
 from stochastic_depth.gating.compiled import release
 from stochastic_depth.gating.gate import KEY, Gate
-from stochastic_depth.torch_private import without_fused_path
+from stochastic_depth.torch_private.tracing import without_fused_path
 
 
 def swap_in(module: nn.Module, gate: Gate) -> None:

@@ -15,7 +15,7 @@ from stochastic_depth.gating.block import call_block
 from stochastic_depth.gating.branch import call_branch_module
 from stochastic_depth.gating.gate import KEY, Gate, Original, running
 from stochastic_depth.rows import change_leaves
-from stochastic_depth.torch_private import ends_a_graph, set_compiler
+from stochastic_depth.torch_private.tracing import ends_a_graph, set_compiler
 
 
 def traced_call(module: nn.Module, original: Original, args: Any, kwargs: Any) -> Any:

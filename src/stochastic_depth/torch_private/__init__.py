@@ -5,8 +5,8 @@ name                            what for                              on a torch
 ==============================  ====================================  ============================
 TorchDispatchMode               seeing every operation of a forward   import fails: no support
 pytree                          leaves of nested outputs              import fails: no support
-_disable_current_modes          keeping the shape look-up of a        the look-up is seen by the
-                                dropped module out of user's modes    user's own dispatch modes
+_disable_current_modes          keeping the shape look-up of a        import fails: no support
+                                dropped module out of user's modes
 FakeTensorMode                  shapes of a dropped module's output   a new input shape at a
                                 for inputs of a new shape             closed gate raises
 _current_graph_task_id          "is a backward running?"              import fails: no support
@@ -39,93 +39,3 @@ _resolve_process_group          seen as an operation                  not refuse
 
 `tests/test_private_torch_names.py` fails loudly where one of them changed its meaning.
 """
-
-from __future__ import annotations
-
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from stochastic_depth.torch_private.backward import (
-    after_backward,
-    backward_task,
-    checkpoints,
-    top_hooks,
-)
-from stochastic_depth.torch_private.compiling import (
-    begins_no_graph,
-    ends_a_graph,
-    is_compiled,
-    is_traced_by_fx,
-    is_wrapper,
-    let_vary,
-    set_compiler,
-)
-from stochastic_depth.torch_private.operations import (
-    fake_mode,
-    without_fused_path,
-    without_modes,
-)
-from stochastic_depth.torch_private.processes import (
-    called_by_a_pipeline,
-    group_of_collective,
-    holds_fsdp1,
-    inside_ddp,
-    inside_fsdp1,
-    is_fully_sharded_unit,
-    is_in_parts,
-    is_managed_by_fsdp,
-    is_part,
-    mesh_of,
-    prefetches_explicitly,
-    ranks_of,
-    sharded_dtypes,
-    without_sharding,
-)
-from stochastic_depth.torch_private.trees import (
-    TreeSpec,
-    tree_flatten,
-    tree_leaves,
-    tree_map,
-    tree_unflatten,
-)
-
-__all__ = [
-    "PLAIN_VALUES",
-    "TorchDispatchMode",
-    "TreeSpec",
-    "after_backward",
-    "backward_task",
-    "begins_no_graph",
-    "called_by_a_pipeline",
-    "checkpoints",
-    "ends_a_graph",
-    "fake_mode",
-    "group_of_collective",
-    "holds_fsdp1",
-    "inside_ddp",
-    "inside_fsdp1",
-    "is_compiled",
-    "is_fully_sharded_unit",
-    "is_in_parts",
-    "is_managed_by_fsdp",
-    "is_part",
-    "is_traced_by_fx",
-    "is_wrapper",
-    "let_vary",
-    "mesh_of",
-    "prefetches_explicitly",
-    "ranks_of",
-    "set_compiler",
-    "sharded_dtypes",
-    "top_hooks",
-    "tree_flatten",
-    "tree_leaves",
-    "tree_map",
-    "tree_unflatten",
-    "without_fused_path",
-    "without_modes",
-    "without_sharding",
-]
-
-PLAIN_VALUES = (type(None), bool, int, float, str, torch.dtype, torch.device)
-"""What a flag may be: an argument that is no tensor and no object."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, register_pytree_node, tree_map, tree_unflatten
 from torch.utils._pytree import tree_flatten as _flatten
@@ -59,3 +60,6 @@ register_pytree_node(
     lambda opened: (list(opened.fields.values()), (opened.kind, tuple(opened.fields))),
     _together,
 )
+
+PLAIN_VALUES = (type(None), bool, int, float, str, torch.dtype, torch.device)
+"""What a flag may be: an argument that is no tensor and no object."""

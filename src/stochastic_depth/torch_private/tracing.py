@@ -1,4 +1,4 @@
-"""Modules that users compiled or wrapped, and what torch.compile is told."""
+"""Who looks on while modules run: torch.compile, torch.fx, dispatch modes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+__all__ = ["TorchDispatchMode"]
+
+without_modes: Callable[[], Any] = _disable_current_modes
+"""A context in which no dispatch mode of the user's sees the operations."""
 
 _plain_call = nn.Module.__call__
 Call = TypeVar("Call", bound=Callable[..., Any])
@@ -80,3 +86,21 @@ def ends_a_graph(why: str) -> Callable[[Call], Call]:
         return function
 
     return mark
+
+
+def without_fused_path(kind: type[nn.Module]) -> dict[str, Any]:
+    """What to override in a subclass, so that its modules' parts are called in inference, too.
+
+    torch's encoder layer computes itself in one operation then, which no gate can look into; an
+    encoder asks its first layer whether to prepare for that.
+    """
+    if not issubclass(kind, nn.TransformerEncoderLayer):
+        return {}
+    return {"activation_relu_or_gelu": property(lambda self: 0)}
+
+
+def fake_mode() -> Any:
+    """A context in which tensors have shapes but no values; real tensors may be met."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
