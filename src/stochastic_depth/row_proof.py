@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.discovery.undisturbed import undisturbed
 from stochastic_depth.gating.block import Decision, carry_out
-from stochastic_depth.gating.gate import Gate, Original, running
+from stochastic_depth.gating.gate import Gate, ModuleCall, running
 from stochastic_depth.gating.ranks import ALONE
 from stochastic_depth.plan import Plan
 from stochastic_depth.rows import Rows
@@ -33,15 +33,16 @@ def differ_on_rows(model: nn.Module, plan: Plan, args: Any, kwargs: Any) -> dict
     """
     reasons: dict[str, str] = {}
 
-    def trial(gate: Gate, module: nn.Module, original: Original, args: Any, kwargs: Any) -> Any:
+    def trial(call: ModuleCall) -> Any:
+        gate = call.gate
         for block in gate.blocks if gate.plan is plan else ():
             name = plan.blocks[block].name
             if name not in reasons:
-                why = _tried(gate, block, module, original, args, kwargs)
+                why = _tried(call, block)
                 if why is not None:
                     reasons[name] = f'mode="sample": {why}'
         everything = Decision(gate, (True,) * len(gate.units), None, None, ALONE)
-        return carry_out(gate, everything, module, original, args, kwargs)
+        return carry_out(call, everything)
 
     undo = plan.force({}, disabled=False)  # so that no call goes the fast way
     running.trial = trial
@@ -54,10 +55,9 @@ def differ_on_rows(model: nn.Module, plan: Plan, args: Any, kwargs: Any) -> dict
     return reasons
 
 
-def _tried(
-    gate: Gate, block: int, module: nn.Module, original: Original, args: Any, kwargs: Any
-) -> str | None:
+def _tried(call: ModuleCall, block: int) -> str | None:
     """How one block on some rows differs from what it should come to."""
+    gate = call.gate
     own = [gate.plan.block_of(unit) == block for unit in gate.units]
     trial, running.trial = running.trial, None
 
@@ -70,11 +70,11 @@ def _tried(
             of_branches if rows is not None else None,
             ALONE,
         )
-        given = tree_map(_apart, (args, kwargs))
-        return tree_leaves(carry_out(gate, decision, module, original, *given))
+        args, kwargs = tree_map(_apart, (call.args, call.kwargs))
+        return tree_leaves(carry_out(call._replace(args=args, kwargs=kwargs), decision))
 
     try:
-        size = gate.batch.size(args, kwargs)
+        size = gate.batch.size(call.args, call.kwargs)
         opened, closed = run(None), run(None, kept=False)
         for rows in _windows(size, lone=gate.plan.counts[block].lone):
             found = run(rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
@@ -12,14 +11,15 @@ from stochastic_depth.discovery.blocks import Discovery, ResidualBranch
 from stochastic_depth.discovery.branches import member_calls, unread_outputs
 from stochastic_depth.discovery.recording import Call, Recording
 from stochastic_depth.discovery.templates import Given, Template
-from stochastic_depth.gating.batch import batch_dims, named
-from stochastic_depth.gating.branch import weights_of
-from stochastic_depth.gating.gate import KEY, Gate, Role, gate_of
+from stochastic_depth.gating.batch import batch_dims
+from stochastic_depth.gating.block import Decision
+from stochastic_depth.gating.branch import Passage, weights_of
+from stochastic_depth.gating.gate import KEY, Gate, KnownCalls, Role, gate_of
+from stochastic_depth.gating.ranks import ALONE
 from stochastic_depth.gating.swap import swap_in, swap_out
 from stochastic_depth.plan import Plan
 from stochastic_depth.rows import Dims
 from stochastic_depth.torch_private.tracing import is_wrapper
-from stochastic_depth.torch_private.trees import PLAIN_VALUES
 
 _NO_ROWS: tuple[Dims, Dims] = ({}, {})
 
@@ -54,7 +54,7 @@ def attach(
         if batches is not None:
             calls = found.recording.calls_of[container]
             held = [batches.held(call, gate.whole) for call in calls]
-            gate.batch = batch_dims(container, gate.positional, held)
+            gate.batch = batch_dims(container, gate.known.positional, held)
         for name, roles in _roles(model, found, gate, batches).items():
             member = gates.setdefault(name, Gate(name, plan=plan))
             member.roles[container] = roles
@@ -109,35 +109,9 @@ def _describe_block(
     )
     gate.whole = whole
     gate.returns_copy = any(plan.blocks[number].copies_input for number in numbers)
-    parameters = inspect.signature(module.forward).parameters
-    gate.positional = tuple(parameters)
-    calls = found.recording.calls_of[gate.name]
-    places = {
-        named(place, gate.positional)
-        for call in calls
-        for place, value in call.form
-        if not isinstance(value, tuple)  # which stands for a plain value
-    }
-    gate.places = frozenset(places) | {n for n, p in enumerate(parameters) if p in places}
-    gate.places |= {place for call in calls for place, v in call.form if not isinstance(v, tuple)}
-    gate.defaults = {
-        name: parameter.default
-        for name, parameter in parameters.items()
-        if isinstance(parameter.default, PLAIN_VALUES) and name not in places
-    }
-    given = [
-        {named(p, gate.positional): value[1] for p, value in call.form if isinstance(value, tuple)}
-        for call in calls
-    ]
-    gate.flags = tuple(
-        gate.defaults | {k: v for k, v in flags.items() if k not in places and k in gate.positional}
-        for flags in given
-    )
-    shape = tuple(place for call in calls for place, _ in call.form)
-    one_tensor = set(shape) == {0} and all(isinstance(c.form[0][1], int) for c in calls)
-    gate.is_one_tensor = (
-        one_tensor
-        and whole is not None
+    gate.known = KnownCalls(gate.name, module, found.recording.calls_of[gate.name])
+    gate.returns_first = (
+        whole is not None
         and whole.leaves == (Given(0),)
         and whole.is_leaf
         and not gate.returns_copy
@@ -155,14 +129,18 @@ def _settle(model: nn.Module, gate: Gate, members: Sequence[Gate]) -> None:
         for member in members
         if any(role and role.ends for role in member.roles[gate.name])
     )
-    first = next(iter(gate.positional), None)
+    of_members = [role for member in members for role in member.roles[gate.name]]
+    is_simple = None not in of_members and all(member.owner is gate for member in members)
+    if is_simple and gate.stands_in and gate.simple_ends and gate.whole is None:
+        everything = Decision(gate, (False,) * len(gate.units), None, None, ALONE)
+        gate.closed = Passage(gate, everything, counts=None)
     gate.is_fast = (
         plan.mode == "batch"
         and plan.draw.redraw == "forward"
         and gate.simple_ends
         and not gate.roles
         and not is_wrapper(model.get_submodule(gate.name))
-        and bool(gate.places & {0, first})
+        and not gate.known.tensors.isdisjoint(gate.known.positional[:1])
     )
 
 
@@ -245,4 +223,4 @@ def _describe_calls(recording: Recording, gate: Gate) -> None:
     once = len(roles) == 1 and inside == len(recording.calls_of[block])
     if ends_nothing or once:
         gate.role = next(role for role in roles if role is not None)
-        gate.fast_role = None if gate.units else gate.role
+        gate.owner = None if gate.units else gate.owners[0]

@@ -7,9 +7,8 @@ and the modules of its branches look up what was decided (`branch`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,25 +16,23 @@ from torch import Tensor, nn
 from stochastic_depth.discovery.undisturbed import eagerly
 from stochastic_depth.distributed.groups import is_running
 from stochastic_depth.distributed.layout import refuse_replica
-from stochastic_depth.errors import ChangedModelError, SetupError
+from stochastic_depth.errors import SetupError
 from stochastic_depth.gating import hooks
-from stochastic_depth.gating.batch import named
 from stochastic_depth.gating.branch import Passage
 from stochastic_depth.gating.compiled import Compiled, let_rows_vary, run_compiled
-from stochastic_depth.gating.gate import KEY, Gate, Original, changed, running
+from stochastic_depth.gating.gate import KEY, Gate, ModuleCall, changed, running
 from stochastic_depth.gating.ranks import ALONE, Setup, setup_of
 from stochastic_depth.gating.recomputation import remembered
 from stochastic_depth.plan import Row
 from stochastic_depth.rows import Rows, put_back, take
 from stochastic_depth.torch_private.tracing import is_compiled, is_traced_by_fx
-from stochastic_depth.torch_private.trees import PLAIN_VALUES, tree_map
+from stochastic_depth.torch_private.trees import tree_map
 
 # In newer torch `is_compiling` is true in all threads while one compiles; 2.6 has but that one.
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """What one call of a block does.
 
     Attributes:
@@ -53,30 +50,29 @@ class Decision:
     setup: Setup
 
 
-def call_block(gate: Gate, module: nn.Module, original: Original, args: Any, kwargs: Any) -> Any:
+def call_block(call: ModuleCall) -> Any:
     """Call a block's module: drawn, settled without a draw, or as in the forward recomputed."""
+    gate, module = call.gate, call.module
     if running.open_all or not gate.units:
-        return original(module, *args, **kwargs)
+        return call()
     if running.trial is not None:
-        return running.trial(gate, module, original, args, kwargs)
+        return running.trial(call)
     if is_traced_by_fx() and not _is_exporting():
         raise _no_trace(gate, "torch.fx")
     decision = remembered(
-        gate, lambda: decide(gate, module, lambda: gate.batch.size(args, kwargs), module)
+        gate, lambda: decide(gate, module, lambda: gate.batch.size(call.args, call.kwargs), module)
     )
-    if module.training or not all(decision.kept):
-        _check_arguments(gate, args, kwargs)
-    return carry_out(gate, decision, module, original, args, kwargs)
+    return carry_out(call, decision)
 
 
-def run_drawn(
-    gate: Gate, module: nn.Module, original: Original, args: Any, kwargs: Any, row: Row
-) -> Any:
+def run_drawn(call: ModuleCall, row: Row) -> Any:
     """Call a block's module as this row of mode "batch" says: not under a checkpoint."""
-    setup = setup_of(gate.plan, gate, module) if is_running() else ALONE
-    setup.agree(gate.plan, gate, training=True)
-    decision = _of_row(gate, row, setup, lambda: 0)
-    return carry_out(gate, decision, module, original, args, kwargs)
+    gate = call.gate
+    setup = ALONE
+    if is_running():
+        setup = setup_of(gate.plan, gate, call.module)
+        setup.agree(gate.plan, gate, training=True)
+    return carry_out(call, _of_row(gate, row, setup, lambda: 0))
 
 
 def begin(gate: Gate, module: nn.Module, number: int) -> Row:
@@ -129,12 +125,8 @@ def decide(gate: Gate, module: nn.Module, batch: Callable[[], int], holder: nn.M
             row = begin(gate, module, number)
         return _of_row(gate, row, setup, batch)
     factors = plan.factors_at(step, training=training and not disabled)[gate.index]
-    chosen = [
-        True if disabled else (fixed or {}).get(plan.units[unit], True) for unit in gate.units
-    ]
-    rows = tuple(each if isinstance(each, Rows) else None for each in chosen)
-    kept = tuple(each is not False for each in chosen)
-    return Decision(gate, kept, factors, rows if any(rows) else None, setup)
+    chosen = [disabled or (fixed or {}).get(plan.units[unit], True) for unit in gate.units]
+    return _decision(gate, chosen, factors, setup)
 
 
 def _of_row(gate: Gate, row: Row, setup: Setup, batch: Callable[[], int]) -> Decision:
@@ -146,87 +138,92 @@ def _of_row(gate: Gate, row: Row, setup: Setup, batch: Callable[[], int]) -> Dec
     gate.last_batch = size = batch()
     setup.check_rows(plan, gate, size)
     drawn = {unit: plan.rows_kept(row, unit, size) for unit in dict.fromkeys(gate.units)}
-    some = {unit: each if isinstance(each, Rows) else None for unit, each in drawn.items()}
-    kept = tuple(drawn[unit] != 0 for unit in gate.units)
-    rows = tuple(some[unit] for unit in gate.units)
-    return Decision(gate, kept, factors, rows if any(rows) else None, setup)
+    return _decision(gate, [drawn[unit] for unit in gate.units], factors, setup)
 
 
-def carry_out(
-    gate: Gate, decision: Decision, module: nn.Module, original: Original, args: Any, kwargs: Any
-) -> Any:
+def _decision(
+    gate: Gate, chosen: list[Any], factors: tuple[float, ...] | None, setup: Setup
+) -> Decision:
+    """Of whether each branch runs, on which rows, or on how many: on none or all."""
+    rows = tuple([each if isinstance(each, Rows) else None for each in chosen])
+    return Decision(gate, tuple(map(bool, chosen)), factors, rows if any(rows) else None, setup)
+
+
+def carry_out(call: ModuleCall, decision: Decision) -> Any:
     """What a call comes to under a decision."""
-    rows, setup = decision.rows, decision.setup
-    if rows is None and all(decision.kept):
-        output = _run(gate, decision, module, original, args, kwargs)
-    elif not any(decision.kept) and gate.whole is not None and _flags_are_known(gate, args, kwargs):
-        output = _skip_value(gate, setup, module, args, kwargs)
-    elif rows is not None and gate.whole is not None and all(each is rows[0] for each in rows):
-        output = _run_on_rows(gate, decision, module, original, args, kwargs)
+    gate, kept, _, rows, setup = decision
+    runs_whole = rows is None and all(kept)
+    is_known = runs_whole and not call.module.training  # then nothing depends on it
+    is_known = is_known or gate.known.include(call.args, call.kwargs)
+    if runs_whole:
+        output = _run(call, decision)
+    elif gate.whole is not None and not any(kept) and is_known:
+        output = _skip_value(call, setup)
+    elif gate.whole is not None and rows is not None and all(each is rows[0] for each in rows):
+        output = _run_on_rows(call, decision)
     else:
-        output = _run_in_part(gate, decision, module, original, args, kwargs)
-    return setup.ran(output, (args, kwargs))
+        output = _run_in_part(call, decision)
+    return setup.ran(output, (call.args, call.kwargs))
 
 
-def _run(
-    gate: Gate, decision: Decision, module: nn.Module, original: Original, args: Any, kwargs: Any
-) -> Any:
+def _run(call: ModuleCall, decision: Decision) -> Any:
     """All branches, on all that is given."""
-    factors = decision.factors
+    gate, factors = call.gate, decision.factors
     if factors is not None and not gate.simple_ends:
-        return _run_in_part(gate, decision, module, original, args, kwargs)
-    check_parts(gate, module)
-    gate.factors = factors
-    gate.depth += 1
+        return _run_in_part(call, decision)
+    check_parts(gate, call.module)
+    running.blocks.append((gate, factors, None))
     try:
-        if gate.plan.graphs or running.compiler is not None or is_compiled(module):
-            return run_compiled(gate, module, original, args, kwargs)
-        return original(module, *args, **kwargs)
+        if gate.plan.graphs or running.compiler is not None or is_compiled(call.module):
+            return run_compiled(call, factors)
+        return call()
     finally:
-        gate.depth -= 1
+        running.blocks.pop()
 
 
-def _run_on_rows(
-    gate: Gate, decision: Decision, module: nn.Module, original: Original, args: Any, kwargs: Any
-) -> Any:
+def _run_on_rows(call: ModuleCall, decision: Decision) -> Any:
     """All branches on the same rows of the batch; a dropped row comes to what it is given."""
+    gate, module, run, args, kwargs = call
     assert decision.rows is not None
     rows = decision.rows[0]
     assert rows is not None
     dims = gate.batch.of_call(args, kwargs)
     (some, named), rests = take((args, kwargs), dims.takes, rows)
-    on_rows = Decision(gate, decision.kept, decision.factors, None, decision.setup)
     let_rows_vary(gate, module, (some, named), dims.takes)
     library_hooks = hooks.of_library(module)
-    run = hooks.around(library_hooks, module, original)
-    output = _run(gate, on_rows, module, run, some, named)
+    run = hooks.around(library_hooks, module, run)
+    output = _run(ModuleCall(gate, module, run, some, named), decision._replace(rows=None))
     output = put_back(output, dims.handed_on, rests, rows)
     hooks.show(library_hooks, module, args, kwargs, output)
     return output
 
 
-def _run_in_part(
-    gate: Gate, decision: Decision, module: nn.Module, original: Original, args: Any, kwargs: Any
-) -> Any:
+def _run_in_part(call: ModuleCall, decision: Decision) -> Any:
     """Some of the branches, or on some rows: their modules look up what was decided."""
+    gate, module, _, args, kwargs = call
     check_parts(gate, module)
-    closed = not all(decision.kept)
-    if closed and not gate.stands_in:
-        _warn_of_waste(gate, args, kwargs)
-    running.passages.append(Passage(gate, decision))
+    if not gate.stands_in and not all(decision.kept):
+        gate.plan.warn_once(
+            gate.name,
+            f'block "{gate.name}" is called with {gate.known.flags(args, kwargs)}, unlike in the '
+            "example: where it is dropped its branches are computed all the same, and thrown away. "
+            "Pass the example that you train with, as example_inputs and example_kwargs",
+        )
+    running.blocks.append((gate, None, Passage(gate, decision)))
     try:
         if not is_compiled(module) or isinstance(module._compiled_call_impl, Compiled):
-            return original(module, *args, **kwargs)
+            return call()
         with eagerly():  # a graph knows of no draw
-            return original(module, *args, **kwargs)
+            return call()
     finally:
-        running.passages.pop()
+        running.blocks.pop()
 
 
-def _skip_value(gate: Gate, setup: Setup, module: nn.Module, args: Any, kwargs: Any) -> Any:
+def _skip_value(call: ModuleCall, setup: Setup) -> Any:
     """What a block without its branches comes to; its forward does not run."""
+    gate, module, _, args, kwargs = call
     assert gate.whole is not None
-    value = gate.whole.build(args, kwargs, positional=gate.positional)
+    value = gate.whole.build(args, kwargs, positional=gate.known.positional)
     if gate.returns_copy:
         value = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
     value = setup.skipped(value, module)
@@ -246,50 +243,3 @@ def check_parts(gate: Gate, module: nn.Module) -> None:
             found = None
         if found is None:
             raise changed(gate, f'its "{".".join(path)}" was replaced')
-
-
-def _check_arguments(gate: Gate, args: Any, kwargs: Any) -> None:
-    """Raises where a call has a tensor, or an object, where the example had none.
-
-    The forward may then run a branch that nobody has seen. Fewer are fine: a branch that does not
-    run needs nothing.
-    """
-    for place, value in [*enumerate(args), *kwargs.items()] if kwargs else enumerate(args):
-        if place not in gate.places and not isinstance(value, PLAIN_VALUES):
-            raise ChangedModelError(
-                f'block "{gate.name}" is called with a {type(value).__name__} as '
-                f'"{named(place, gate.positional)}", where the example had none',
-                expected="the arguments that it was watched with",
-                instead="pass the example that you train with, as example_inputs and "
-                "example_kwargs (with the mask, say)",
-            )
-
-
-def _flags_are_known(gate: Gate, args: Any, kwargs: Any) -> bool:
-    """Whether the plain values among the arguments are those of a watched call.
-
-    With others the forward may do more than hand its input on.
-    """
-    if len(args) == 1 and not kwargs and gate.is_one_tensor:
-        return True
-    given = {**gate.defaults, **_flags(gate, args, kwargs)}
-    return any(given == flags for flags in gate.flags)
-
-
-def _flags(gate: Gate, args: Any, kwargs: Any) -> Mapping[int | str, Any]:
-    given = {named(place, gate.positional): value for place, value in enumerate(args)} | kwargs
-    return {
-        name: value
-        for name, value in given.items()
-        # What the forward takes as **kwargs is handed on to its modules.
-        if name not in gate.places and name in gate.positional and isinstance(value, PLAIN_VALUES)
-    }
-
-
-def _warn_of_waste(gate: Gate, args: Any, kwargs: Any) -> None:
-    gate.plan.warn_once(
-        gate.name,
-        f'block "{gate.name}" is called with {dict(_flags(gate, args, kwargs))}, unlike in the '
-        "example: where it is dropped its branches are computed all the same, and thrown away. "
-        "Pass the example that you train with, as example_inputs and example_kwargs",
-    )

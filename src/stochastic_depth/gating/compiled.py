@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from stochastic_depth.errors import OptionError, warn
-from stochastic_depth.gating.gate import Gate, Original, gate_of, running
+from stochastic_depth.gating.gate import Gate, ModuleCall, Original, gate_of, running
 from stochastic_depth.gating.recomputation import remembered
 from stochastic_depth.plan import Plan
 from stochastic_depth.torch_private.tracing import (
@@ -53,7 +53,7 @@ class Compiled:
         return call(nn.Module._call_impl, self.module, *args, **kwargs)
 
     def _runs_in_part(self) -> bool:
-        return any(passage.gate is self.gate for passage in running.passages)
+        return any(gate is self.gate and passage is not None for gate, _, passage in running.blocks)
 
 
 def compile_blocks(model: nn.Module, plan: Plan, options: Mapping[str, Any]) -> None:
@@ -124,9 +124,10 @@ def _call(run: Original, *args: Any, **kwargs: Any) -> Any:
 _shared_function = cache(_function)  # for graphs that users make
 
 
-def run_compiled(gate: Gate, module: nn.Module, original: Original, args: Any, kwargs: Any) -> Any:
+def run_compiled(call: ModuleCall, factors: tuple[float, ...] | None) -> Any:
     """A block all of whose branches run, as a graph."""
-    factors, graph, compiler = gate.factors, gate.plan.graphs.get(gate.name), running.compiler
+    gate, module, original, args, kwargs = call
+    graph, compiler = gate.plan.graphs.get(gate.name), running.compiler
     if factors is None and gate.plan.may_multiply(gate.units, training=module.training):
         factors = (1.0,) * len(gate.units)  # until the schedule begins
     gate.scales = None if factors is None else _scales(factors, args, kwargs)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
+from stochastic_depth.discovery.recording import Call
 from stochastic_depth.discovery.templates import Template
 from stochastic_depth.errors import ChangedModelError
+from stochastic_depth.gating.batch import named
 from stochastic_depth.plan import Counted, Plan
 from stochastic_depth.rows import Dims
+from stochastic_depth.torch_private.trees import PLAIN_VALUES
 
 KEY = "_stochastic_depth"  # where a gated module keeps its gate
+_MANY_FORMS = 256  # of calls of one block that are remembered
 
 Original = Callable[..., Any]
 
@@ -37,36 +42,119 @@ class Gate(Counted):
 
     plan: Plan = field(kw_only=True)
     index: int = -1  # a block's: in `plan.gates`
-    is_fast: bool = False  # a block's: whether a call with one tensor may go the fast way
+    is_fast: bool = False  # a block's: whether its calls may go the fast way
     is_residual: bool = False  # a block's: it is an `sd.Residual`
-    is_one_tensor: bool = False  # a block's: when dropped, returns the one tensor that it is given
+    returns_first: bool = False  # a block's: when dropped, returns its first argument itself
     returns_copy: bool = False  # a block's: somebody outside of the model may hold its input
     whole: Template | None = None  # a block's: what it returns when dropped; None: it has to run
-    places: frozenset[int | str] = frozenset()  # a block's: of its arguments that are no flags
-    flags: tuple[dict[int | str, Any], ...] = ()  # a block's: its other arguments, as watched
-    defaults: dict[int | str, Any] = field(default_factory=dict)  # of these
-    positional: tuple[str, ...] = ()  # a block's: the names of its forward's parameters
+    known: Any = None  # a block's: the `KnownCalls` that it was watched with
     batch: Any = None  # a block's in mode "sample": which dimensions of its values hold the batch
     parts: tuple[tuple[str, ...], ...] = ()  # a block's: the paths of its gated branch modules
     stands_in: bool = False  # a block's: all its branch modules are gated, not just the ends
     simple_ends: bool = True  # a block's: each end is called once in it and nowhere else
-    factors: tuple[float, ...] | None = None  # a block's: what its ends multiply by just now
-    scales: tuple[Any, ...] | None = None  # a block's: the same for a graph, as 0-dim tensors
-    depth: int = 0  # a block's: how many calls of it are under way, with all that it is given
+    closed: Any = None  # a block's: the passage of a call that drops all of its branches
+    scales: tuple[Any, ...] | None = None  # a block's: factors for a graph, as 0-dim tensors
     roles: dict[str, tuple[Role | None, ...]] = field(default_factory=dict)
     """A branch module's: for each block, what its first, second, ... call in it is."""
     owners: tuple[Gate, ...] = ()  # a branch module's: the gates of these blocks
     role: Role | None = None  # a branch module's: what it is at every call, where it has one owner
-    fast_role: Role | None = None  # the same, where it is no block itself
+    owner: Gate | None = None  # a branch module's: this one, where it is no block itself
     templates: dict[tuple[object, ...], Template] = field(default_factory=dict)
     used_elsewhere: bool = False  # a branch module's: is called outside of its blocks, too
+
+
+class ModuleCall(NamedTuple):
+    """One call of a gated module; `run` is the `__call__` of the module's own class."""
+
+    gate: Gate
+    module: nn.Module
+    run: Original
+    args: Any
+    kwargs: Any
+
+    def __call__(self) -> Any:
+        return self.run(self.module, *self.args, **self.kwargs)
+
+
+class KnownCalls:
+    """The arguments that a block was watched with.
+
+    Args:
+        name: The block's.
+        module: The block.
+        calls: Its calls in the watch.
+    """
+
+    def __init__(self, name: str, module: nn.Module, calls: Sequence[Call]) -> None:
+        parameters = inspect.signature(module.forward).parameters
+        self.name, self.positional = name, tuple(parameters)
+        forms: list[dict[Any, Any]] = [
+            {named(p, self.positional): v for p, v in call.form} for call in calls
+        ]
+        # A tuple stands for a plain value, whose second part it is.
+        self.tensors = {p for form in forms for p, v in form.items() if not isinstance(v, tuple)}
+        self._defaults = {
+            p: parameter.default
+            for p, parameter in parameters.items()
+            if isinstance(parameter.default, PLAIN_VALUES) and p not in self.tensors
+        }
+        self._flags = [
+            self._defaults | {p: v[1] for p, v in form.items() if self._is_flag(p)}
+            for form in forms
+        ]
+        self._known: dict[object, bool] = {}
+
+    def include(self, args: Any, kwargs: Any) -> bool:
+        """Whether the plain values among the arguments are those of a watched call.
+
+        With others the forward may do more than hand its input on.
+
+        Raises:
+            ChangedModelError: There is a tensor, or an object, where the example had none: the
+                forward may then run a branch that nobody has seen. Fewer are fine: a branch that
+                does not run needs nothing.
+        """
+        form: list[object] = [v if isinstance(v, PLAIN_VALUES) else type(v) for v in args]
+        for place, value in kwargs.items():
+            form += place, value if isinstance(value, PLAIN_VALUES) else type(value)
+        key = len(args), *form
+        known = self._known.get(key)
+        if known is None:
+            self._refuse_unseen(args, kwargs)
+            known = self._defaults | self.flags(args, kwargs) in self._flags
+            if len(self._known) < _MANY_FORMS:
+                self._known[key] = known
+        return known
+
+    def flags(self, args: Any, kwargs: Any) -> dict[int | str, Any]:
+        """The plain values among the arguments."""
+        given = {named(n, self.positional): value for n, value in enumerate(args)} | kwargs
+        return {p: v for p, v in given.items() if self._is_flag(p) and isinstance(v, PLAIN_VALUES)}
+
+    def _is_flag(self, place: int | str) -> bool:
+        # What the forward takes as **kwargs is handed on to its modules.
+        return place not in self.tensors and place in self.positional
+
+    def _refuse_unseen(self, args: Any, kwargs: Any) -> None:
+        for place, value in [*enumerate(args), *kwargs.items()]:
+            name = named(place, self.positional)
+            if name not in self.tensors and not isinstance(value, PLAIN_VALUES):
+                raise ChangedModelError(
+                    f'block "{self.name}" is called with a {type(value).__name__} as "{name}", '
+                    "where the example had none",
+                    expected="the arguments that it was watched with",
+                    instead="pass the example that you train with, as example_inputs and "
+                    "example_kwargs (with the mask, say)",
+                )
 
 
 class Running(threading.local):
     """What is under way in this thread."""
 
     def __init__(self) -> None:
-        self.passages: list[Any] = []  # calls of blocks that run in part, outermost first
+        # Calls of blocks, outermost first: its gate, what its branches are multiplied by where all
+        # run, and the passage where not all do, or on some rows.
+        self.blocks: list[tuple[Gate, Any, Any]] = []
         self.open_all = False  # while the shapes of an output are looked up
         self.compiler: Any = None  # what torch.compile does with frames, while a gate decides
         self.trial: Any = None  # what is tried at each call of a block, before apply returns

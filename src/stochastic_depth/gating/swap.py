@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from stochastic_depth.errors import SetupError
-from stochastic_depth.gating.call import gated_call
+from stochastic_depth.gating.call import block_call, part_call
 from stochastic_depth.gating.compiled import release
 from stochastic_depth.gating.gate import KEY, Gate
 from stochastic_depth.torch_private.tracing import without_fused_path
@@ -24,7 +24,7 @@ def swap_in(module: nn.Module, gate: Gate) -> None:
     """Gate a module."""
     module.__dict__[KEY] = gate
     own: Any = type(module)
-    module.__class__ = _gated(own)
+    module.__class__ = _gated(own, is_part=not gate.units)
 
 
 def swap_out(module: nn.Module) -> None:
@@ -52,15 +52,16 @@ def _ungated(own: Any) -> type[nn.Module]:
 
 
 @cache
-def _gated(original: Any) -> type[nn.Module]:
-    """The gated subclass of a class, one for each."""
+def _gated(original: Any, *, is_part: bool) -> type[nn.Module]:
+    """The gated subclass of a class, one for blocks and one for modules that are but parts."""
+    gated_call = part_call if is_part else block_call
 
     def reduce_gated(self: nn.Module, protocol: Any) -> Any:
         # No module holds the gated class under its name, so a copy is built from the original.
         reduced: Any = original.__reduce_ex__(self, protocol)
         make, given, *rest = reduced
         if make is copyreg.__newobj__ and given[0] is gated:  # type: ignore[attr-defined]
-            make, given = _new, (original, *given[1:])
+            make, given = _new, (original, is_part, *given[1:])
         elif make is gated:  # as what torch.compile makes around a module
             make, given = _made, (original, self.__dict__[KEY], *given)
         return (make, given, *rest)
@@ -99,7 +100,7 @@ def _made(original: type[nn.Module], gate: Gate, *args: Any) -> nn.Module:
     return module
 
 
-def _new(original: Any, *args: Any) -> nn.Module:
+def _new(original: Any, is_part: bool, *args: Any) -> nn.Module:  # noqa: FBT001  (pickled)
     """What `copy` and `pickle` call to make an empty gated module."""
-    gated = _gated(original)
+    gated = _gated(original, is_part=is_part)
     return gated.__new__(gated, *args)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.gating.block import call_block
 from stochastic_depth.gating.branch import call_branch_module
-from stochastic_depth.gating.gate import KEY, Gate, Original, running
+from stochastic_depth.gating.gate import KEY, Gate, ModuleCall, Original, running
 from stochastic_depth.rows import change_leaves
 from stochastic_depth.torch_private.tracing import ends_a_graph, set_compiler
 
@@ -60,7 +60,7 @@ def call_between_graphs(module: nn.Module, original: Original, args: Any, kwargs
     call = call_branch_module if gate.roles else call_block
     before, running.compiler = running.compiler, set_compiler(None)
     try:
-        return call(gate, module, original, args, kwargs)
+        return call(ModuleCall(gate, module, original, args, kwargs))
     finally:
         set_compiler(running.compiler)
         running.compiler = before
