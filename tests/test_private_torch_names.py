@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolic
 from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
+from networks import WIDTH, Residual
 from stochastic_depth.torch_private import backward, processes, tracing
 
 pytestmark = pytest.mark.oldest
@@ -112,9 +113,9 @@ def test_collectives_are_operations_that_tell_their_group() -> None:
 
     class Mode(tracing.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            group = processes.group_of_collective(func, args)
-            if group is not None:
-                found.append((func.overloadpacket.__name__, dist.get_process_group_ranks(group)))
+            ranks = processes.ranks_that_talk(func, args)
+            if ranks is not None:
+                found.append((func.overloadpacket.__name__, ranks))
             return func(*args, **(kwargs or {}))
 
     dist.init_process_group("gloo", store=untyped.HashStore(), rank=0, world_size=1)
@@ -127,7 +128,7 @@ def test_collectives_are_operations_that_tell_their_group() -> None:
             functional.all_reduce(x, "sum", group) + 1
     finally:
         dist.destroy_process_group()
-    assert found == [("allreduce_", [0]), ("alltoall_base_", [0]), ("all_reduce", [0])]
+    assert found == [("allreduce_", (0,)), ("alltoall_base_", (0,)), ("all_reduce", (0,))]
 
 
 @pytest.fixture
@@ -150,8 +151,8 @@ def test_units_of_fully_shard_are_known(one_process: None) -> None:
     units = [part for part in parts if processes.is_fully_sharded_unit(part)]
     assert units == [model, model[0]]
     assert all(map(processes.is_managed_by_fsdp, parts))
-    assert not any(map(processes.inside_fsdp1, parts))
-    assert not processes.holds_fsdp1(model)
+    assert not any(map(processes.is_in_fsdp1, parts))
+    assert not processes.is_in_fsdp1(model)
     assert processes.mesh_of(model) == ((0,), 1)
     assert processes.sharded_dtypes(model[0]) == (torch.bfloat16, torch.float32)
     assert processes.without_sharding(type(model[0])) is nn.Sequential
@@ -164,13 +165,13 @@ def test_fsdp1_is_known(one_process: None, use_orig_params: bool) -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2))
     seen = []
     model[0].register_forward_pre_hook(
-        lambda module, args: seen.append(processes.inside_fsdp1(module))
+        lambda module, args: seen.append(processes.is_in_fsdp1(module))
     )
     wrapped = FullyShardedDataParallel(
         model, device_id=torch.device("cpu"), use_orig_params=use_orig_params
     )
-    assert processes.holds_fsdp1(wrapped)
-    assert processes.holds_fsdp1(wrapped.module)
+    assert processes.is_in_fsdp1(wrapped)
+    assert processes.is_in_fsdp1(wrapped.module)
     wrapped(torch.ones(1, 2))
     assert seen == [True]
 
@@ -246,6 +247,13 @@ def test_a_torch_that_lacks_a_name_raises(
     monkeypatch: pytest.MonkeyPatch, one_process: None
 ) -> None:
     """What would hang otherwise, or be silently wrong."""
+    model, x = nn.Sequential(Residual(), Residual()), torch.ones(2, WIDTH)
+    sd.apply_stochastic_depth(model, 0.2, example_inputs=x)
+    wrapped = nn.parallel.DistributedDataParallel(model).train()
+    with monkeypatch.context() as without:
+        without.delattr(nn.parallel.DistributedDataParallel, "_post_forward")
+        with pytest.raises(sd.SetupError, match="DistributedDataParallel has no _post_forward"):
+            wrapped(x)
     monkeypatch.delattr(nn.parallel.DistributedDataParallel, "_active_ddp_module")
     with pytest.raises(sd.SetupError, match="DistributedDataParallel has no _active_ddp_module"):
         processes.inside_ddp()

@@ -10,12 +10,12 @@ from torch import nn
 from stochastic_depth.discovery import Discovery, ResidualBlock, plain_model, watch
 from stochastic_depth.discovery.batch import allowed_counts, watch_more_rows
 from stochastic_depth.discovery.own_drops import refuse_own_drops
-from stochastic_depth.distributed.groups import ranks_in
-from stochastic_depth.distributed.layout import refuse_wrappers
+from stochastic_depth.distributed import ranks_in
 from stochastic_depth.distributions import Distribution, DropRate, resolve_rates
 from stochastic_depth.draw import Draw, check_choice
 from stochastic_depth.errors import OptionError, warn
 from stochastic_depth.gating.attach import attach, gated_modules
+from stochastic_depth.gating.ranks import refuse, refuse_parts
 from stochastic_depth.handle import StochasticDepth
 from stochastic_depth.plan import Mode, Plan, Scale, Unit
 from stochastic_depth.proving import prove
@@ -143,7 +143,8 @@ def apply(
             instead='leave sampling out, or pass mode="batch"',
         )
     given, model = model, plain_model(model)
-    refuse_wrappers(model)
+    refuse(model)
+    refuse_parts(model)
     refuse_own_drops(model)
     found, shown = watch(model, *example)
     chosen = select(model, found, blocks)
@@ -229,7 +230,7 @@ def _warn(model: nn.Module, plan: Plan) -> None:
 def _talks(model: nn.Module, found: Discovery, plan: Plan) -> dict[str, str]:
     """For each block in whose branches ranks wait for each other: in what."""
     talks: dict[str, str] = {}
-    recording, apart = found.recording, ranks_in(plan.draw.process_group)
+    recording, apart = found.recording, frozenset(ranks_in(plan.draw.process_group))
     for block in [block for block, rate in zip(plan.blocks, plan.rates, strict=True) if rate]:
         for name in dict.fromkeys(name for branch in block.branches for name in branch.modules):
             owner = name if block.explicit else block.container

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from stochastic_depth.discovery.blocks import ResidualBlock
-from stochastic_depth.distributed.groups import place
+from stochastic_depth.distributed import place
 from stochastic_depth.draw import (
     Counts,
     Draw,
@@ -160,9 +160,9 @@ class Plan:
         self._names = Names(self.units)
         self._forced = threading.local()
         self.forcing, self.following, self.handle = 0, None, None
-        self.reduction: Any = None  # of the DistributedDataParallel around the gates
+        self.setups: dict[str, Any] = {}  # by gate: how several processes train its block
+        self.ranks_differed = False  # whether ranks may have skipped other blocks than each other
         self.agreed: set[str] = set()  # gates called since ranks last compared their draws
-        self.refused_prefetch = -1  # the forward in which lists of units were last looked for
         self.looked_at: tuple[str, int] | None = None  # a gate, and its parameters' version
         self.changes, self.warned = 0, set[str]()
         self.gates_before: dict[str, bool | tuple[int, ...]] = {}  # the counts were set

@@ -139,12 +139,11 @@ def _call(
     decision = remembered(gate, lambda: decide(gate, residual, lambda: len(skip), holder))
     factor = 1.0 if decision.factors is None else decision.factors[0]
     if not decision.kept[0]:  # a copy: what follows may change it in place
-        out = decision.setup.hang(skip.clone(), holder.parameters())
-    elif decision.rows is None:
-        out = _sum(gate.name, skip, branch(*args), factor)
-    else:
-        out = _on_rows(gate.name, decision.rows[0], branch, skip, args, factor)
-    return decision.setup.ran(out, (skip, args))
+        decision.setup.skip(holder)
+        return skip.clone()
+    if decision.rows is None:
+        return _sum(gate.name, skip, branch(*args), factor)
+    return _on_rows(gate.name, decision.rows[0], branch, skip, args, factor)
 
 
 def _holder(name: str, branch: Any) -> nn.Module:

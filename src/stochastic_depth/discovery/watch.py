@@ -33,7 +33,7 @@ from stochastic_depth.discovery.recording import RECURRENT, Call, Node, Recordin
 from stochastic_depth.discovery.templates import describe, form, order, signature
 from stochastic_depth.discovery.undisturbed import Mode, undisturbed
 from stochastic_depth.discovery.unmaterialised import without_values
-from stochastic_depth.torch_private.processes import group_of_collective, ranks_of
+from stochastic_depth.torch_private.processes import ranks_that_talk
 from stochastic_depth.torch_private.tracing import TorchDispatchMode
 from stochastic_depth.torch_private.trees import tree_leaves
 
@@ -189,10 +189,10 @@ class Watcher(TorchDispatchMode):
 
     def _note_collective(self, func: Any, args: tuple[Any, ...]) -> None:
         """Write down that ranks talk to each other, where they do."""
-        group = group_of_collective(func, args)
-        if group is not None:
+        ranks = ranks_that_talk(func, args)
+        if ranks is not None:
             place = len(self.recording.nodes), func.overloadpacket.__name__
-            self.recording.collectives.append((*place, ranks_of(group)))
+            self.recording.collectives.append((*place, ranks))
 
     def __torch_dispatch__(
         self,

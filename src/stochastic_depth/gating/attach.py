@@ -41,7 +41,7 @@ def attach(
         batches: For mode "sample": where each value holds the batch.
     """
     gates: dict[str, Gate] = {}
-    plan.gates = []
+    plan.gates, plan.setups = [], {}
     blocks_of: dict[str, list[int]] = {}
     for number, block in enumerate(plan.blocks):
         if not block.explicit:

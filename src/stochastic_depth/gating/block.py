@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.discovery.undisturbed import eagerly
-from stochastic_depth.distributed.groups import is_running
-from stochastic_depth.distributed.layout import refuse_replica
+from stochastic_depth.distributed import is_running
 from stochastic_depth.errors import SetupError
 from stochastic_depth.gating import hooks
 from stochastic_depth.gating.branch import Passage
 from stochastic_depth.gating.compiled import Compiled, let_rows_vary, run_compiled
 from stochastic_depth.gating.gate import KEY, Gate, ModuleCall, changed, running
-from stochastic_depth.gating.ranks import ALONE, Setup, setup_of
+from stochastic_depth.gating.ranks import ALONE, Setup, refuse, refuse_talk, setup_of
 from stochastic_depth.gating.recomputation import remembered
 from stochastic_depth.plan import Row
 from stochastic_depth.rows import Rows, put_back, take
@@ -85,7 +84,8 @@ def begin(gate: Gate, module: nn.Module, number: int) -> Row:
         raise _no_trace(gate, "torch.export")
     if is_traced_by_fx() or torch._C._get_tracing_state() is not None:
         raise _no_trace(gate, "a trace (torch.jit.trace or torch.fx)")
-    refuse_replica(module, gate.name)
+    if "_is_replica" in module.__dict__:
+        refuse(module, f'block "{gate.name}"')
     plan = gate.plan
     row = plan.row_for(number)
     if not plan.expect_steps(gate.name, module):
@@ -132,7 +132,7 @@ def decide(gate: Gate, module: nn.Module, batch: Callable[[], int], holder: nn.M
 def _of_row(gate: Gate, row: Row, setup: Setup, batch: Callable[[], int]) -> Decision:
     """What a drawn row says about a gate."""
     plan, factors = gate.plan, row.factors[gate.index]
-    setup.may_draw(plan, gate)
+    refuse_talk(plan, gate)
     if plan.mode == "batch":
         return Decision(gate, tuple([row.kept[unit] for unit in gate.units]), factors, None, setup)
     gate.last_batch = size = batch()
@@ -156,14 +156,12 @@ def carry_out(call: ModuleCall, decision: Decision) -> Any:
     is_known = runs_whole and not call.module.training  # then nothing depends on it
     is_known = is_known or gate.known.include(call.args, call.kwargs)
     if runs_whole:
-        output = _run(call, decision)
-    elif gate.whole is not None and not any(kept) and is_known:
-        output = _skip_value(call, setup)
-    elif gate.whole is not None and rows is not None and all(each is rows[0] for each in rows):
-        output = _run_on_rows(call, decision)
-    else:
-        output = _run_in_part(call, decision)
-    return setup.ran(output, (call.args, call.kwargs))
+        return _run(call, decision)
+    if gate.whole is not None and not any(kept) and is_known:
+        return _skip_value(call, setup)
+    if gate.whole is not None and rows is not None and all(each is rows[0] for each in rows):
+        return _run_on_rows(call, decision)
+    return _run_in_part(call, decision)
 
 
 def _run(call: ModuleCall, decision: Decision) -> Any:

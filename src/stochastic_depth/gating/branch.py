@@ -87,8 +87,8 @@ def _call_as(call: ModuleCall, role: Role, passage: Passage) -> Any:
     decision = passage.decision
     if not decision.kept[role.branch]:
         if passage.gate.stands_in:
-            out = stand_in(call.gate, call.module, call.args, call.kwargs, role)
-            return decision.setup.stand_in(out, role.ends, call.module)
+            decision.setup.skip(call.module)
+            return stand_in(call.gate, call.module, call.args, call.kwargs, role)
         return change_leaves(_call(call), role.ends, lambda leaf, number: torch.zeros_like(leaf))
     rows = None if decision.rows is None else decision.rows[role.branch]
     if rows is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
-from stochastic_depth.distributed.groups import is_running
+from stochastic_depth.distributed import is_running
 from stochastic_depth.gating.block import begin, call_block, check_parts, run_drawn
 from stochastic_depth.gating.branch import call_branch_module, run_multiplied
 from stochastic_depth.gating.gate import KEY, Gate, ModuleCall, Original, running

@@ -1,55 +1,51 @@
 """How several processes train a block, and what that asks of its gate.
 
-Under `fully_shard` a skipped block is not gathered: all ranks have to skip the same. In mode
-"sample" each rank has draws of its own and runs every block, on one row of its batch at least.
+Under `fully_shard` a block that is skipped is not gathered. Were it skipped on one rank alone, the
+others would wait for it; were another block of the same shapes skipped there, gradients of one
+would silently be added to those of the other. So all ranks have to skip the same. In mode "sample"
+each rank has draws of its own and runs every block, on one row of its batch at least.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable
-from dataclasses import dataclass
+import hashlib
+import reprlib
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from stochastic_depth.distributed.agreement import check_agreement
-from stochastic_depth.distributed.groups import place
-from stochastic_depth.distributed.layout import (
-    WHOLE,
-    Layout,
-    as_unit_would,
-    layout_of,
-    refuse_explicit_prefetch,
-    wrapper_of,
-)
-from stochastic_depth.distributed.reduction import Reduction
+from stochastic_depth.distributed import Forward, on_cpu, place
 from stochastic_depth.errors import SetupError
 from stochastic_depth.plan import Counted, Plan
-from stochastic_depth.torch_private.backward import backward_task
-from stochastic_depth.torch_private.trees import tree_flatten, tree_unflatten
-
-_layouts: weakref.WeakKeyDictionary[Any, dict[object, Layout]] = weakref.WeakKeyDictionary()
+from stochastic_depth.torch_private import processes
+from stochastic_depth.torch_private.trees import tree_map
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Setup:
-    """How a block is trained.
+    """How a block is trained: settled at its first call, and when that has changed.
 
     Attributes:
-        layout: How its parameters lie over the processes.
-        reduction: What the DistributedDataParallel around it needs of a skipped block.
-        differs: Whether other ranks may run what this one skips.
+        key: What it was settled for.
+        sharded: Whether its parameters belong to a unit of `fully_shard`: the module itself, one in
+            it or around it.
+        in_parts: Whether ranks have to run the same blocks, as each needs the others' parts.
+        ranks: Who holds a part of it; None: all.
     """
 
-    layout: Layout = WHOLE
-    reduction: Reduction | None = None
-    differs: bool = False
+    key: object = None
+    sharded: bool = False
+    in_parts: bool = False
+    ranks: tuple[int, ...] | None = None
+    _parameters: dict[nn.Module, dict[Tensor, None]] = field(default_factory=dict)
 
     def agree(self, plan: Plan, gate: Counted, *, training: bool) -> None:
         """Have all ranks compare what they draw from, at the first call of each forward.
+
+        One collective of 16 bytes, on the CPU.
 
         Args:
             plan: What they draw from.
@@ -59,31 +55,36 @@ class Setup:
         Raises:
             SetupError: On all ranks, where they differ.
         """
-        if self.layout.in_parts and not plan.ranks_differ:
-            begins = not plan.agreed or gate.name in plan.agreed
-            plan.agreed = {gate.name} if begins else plan.agreed | {gate.name}
-            if begins:
-                state = {"training": training, **plan.drawn_from()}
-                check_agreement(gate.name, self.layout.ranks, state)
-
-    def may_draw(self, plan: Plan, gate: Counted) -> None:
-        """Raises where ranks may drop a block differently in which they wait for each other."""
-        talk = plan.talks.get(gate.name)
-        alike = plan.mode == "batch" and not plan.ranks_differ
-        if talk is not None and not alike and place(plan.draw.process_group)[1] > 1:
+        if not self.in_parts or plan.ranks_differ:
+            return
+        if plan.agreed and gate.name not in plan.agreed:
+            plan.agreed.add(gate.name)
+            return
+        plan.agreed = {gate.name}
+        ranks = self.ranks or tuple(range(dist.get_world_size()))
+        if len(ranks) == 1:
+            return
+        own = {"training": training, **plan.drawn_from()}
+        digest = hashlib.blake2b(repr(own).encode(), digest_size=7).digest()
+        number = int.from_bytes(digest, "big")
+        most = torch.tensor([number, -number], dtype=torch.int64, device="cpu")
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=on_cpu(ranks))
+        if most.tolist() != [number, -number]:
+            everybodys: list[Any] = [None] * len(ranks)
+            dist.all_gather_object(everybodys, own, group=on_cpu(ranks))
+            first, other = everybodys[0], next(o for o in everybodys if o != everybodys[0])
+            key = next(key for key in first if first[key] != other[key])
             raise SetupError(
-                f'block "{gate.name}" holds {talk}, and ranks may drop it differently: one that '
-                "runs it would wait forever for one that does not",
-                expected="the same draws on every rank where they talk to each other inside of a "
-                "branch",
-                instead='pass mode="batch" with Draw(across_ranks="same"); or, where only ranks '
-                "that train on the same data talk there, Draw(process_group=...), the group of "
-                "those that do not; or leave the block out with blocks=",
+                f'ranks do not draw the same in the forward that begins with "{gate.name}": {key} '
+                f"is {reprlib.repr(first[key])} on one, {reprlib.repr(other[key])} on another",
+                expected="the same seed, rates, steps and calls on all ranks, as their parameters "
+                "are sharded over all of them",
+                instead="step, force (fixed, disabled) and load the same on all ranks",
             )
 
     def check_rows(self, plan: Plan, gate: Counted, batch: int) -> None:
         """Raises where a rank may keep no row of the batch, and others wait for its gradients."""
-        for block in gate.blocks if self.layout.sharded else ():
+        for block in gate.blocks if self.sharded else ():
             rate = plan.rates[block]
             if rate and plan.counts[block].around(batch * (1.0 - rate), batch)[0] == 0:
                 raise SetupError(
@@ -94,46 +95,35 @@ class Setup:
                     instead='use a larger batch or a lower rate, or mode="batch"',
                 )
 
-    def ran(self, value: Any, inputs: Any) -> Any:
-        """The output of a block, which was called with these inputs."""
-        if self.reduction is not None and backward_task() == -1:
-            self.reduction.task = -1  # also where the last backward raised
-            # Where a reentrant checkpoint runs the forward without gradients, only the inputs have.
-            if self.differs or not torch.is_grad_enabled():
-                self.reduction.expect((value, inputs))
-        return value
+    def skip(self, module: nn.Module) -> None:
+        """Have the DistributedDataParallel whose forward this is not wait for these parameters."""
+        wrapper = processes.inside_ddp() if self is not ALONE else None
+        if wrapper is not None and isinstance(forward := _taken_by(wrapper), Forward):
+            own = self._parameters.get(module)
+            if own is None:
+                own = self._parameters[module] = dict.fromkeys(module.parameters())
+            forward.skipped.update(own)
 
     def skipped(self, value: Any, module: nn.Module) -> Any:
-        """What a block returns that did not run."""
-        if self.layout.sharded:
-            value = as_unit_would(module, value)
-        if self.reduction is None:
+        """What a block hands on that is not called.
+
+        A unit of `fully_shard` casts its inputs and outputs. Where the unit lies around the block,
+        its hooks want no view of its own input for an output.
+        """
+        self.skip(module)
+        if not self.sharded:
             return value
-        leaves, spec = tree_flatten(value)
-        for number, leaf in enumerate(leaves):
-            if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                leaves[number] = self.hang(leaf, module.parameters())
-                break
-        return tree_unflatten(leaves, spec)
+        is_unit = processes.is_fully_sharded_unit(module)
+        dtypes = [dtype for dtype in processes.sharded_dtypes(module) if dtype] if is_unit else []
 
-    def hang(self, value: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
-        """The same for one tensor, in which these parameters have no part."""
-        if self.reduction is not None:
-            value = self.reduction.hang(value, parameters, fresh=False)
-        return value
+        def as_unit_would(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            for dtype in dtypes if leaf.is_floating_point() else ():
+                leaf = leaf.to(dtype)
+            return leaf if is_unit or not leaf._is_view() else leaf.clone()
 
-    def stand_in(self, output: Any, ends: Iterable[int], module: nn.Module) -> Any:
-        """What stands in for the output of a dropped module; a branch's end carries all of them."""
-        if self.reduction is None:
-            return output
-        self.reduction.waiting += module.parameters()
-        if not ends:
-            return output
-        leaves, spec = tree_flatten(output)
-        end, waiting = min(ends), self.reduction.waiting
-        leaves[end] = self.reduction.hang(leaves[end], waiting, fresh=True)
-        self.reduction.waiting = []
-        return tree_unflatten(leaves, spec)
+        return tree_map(as_unit_would, value)
 
 
 ALONE = Setup()
@@ -145,40 +135,38 @@ def setup_of(plan: Plan, gate: Counted, module: nn.Module) -> Setup:
     Raises:
         SetupError: In a way that cannot be served exactly.
     """
-    known = _layouts.setdefault(gate, {})
     # A unit around the module leaves its class alone, but marks it.
     key = (type(module), module.__dict__.get("_is_fsdp_managed_module"))
-    layout = known.get(key)
-    if layout is None:
-        layout = known[key] = layout_of(module, gate.name)
-        _refuse(plan, gate, layout)
-    if layout.sharded and plan.refused_prefetch != plan.row.number:
-        plan.refused_prefetch = plan.row.number  # once a forward
-        refuse_explicit_prefetch(module, gate.name)
-    wrapper = wrapper_of(gate.name) if module.training else None
-    if wrapper is None and layout == ALONE.layout:
-        return ALONE
-    differs = plan.ranks_differ or bool(plan.forcing)
-    return Setup(layout, _reduction_of(plan, wrapper, differs=differs), differs)
+    setup: Setup | None = plan.setups.get(gate.name)
+    if setup is None or setup.key != key:
+        setup = plan.setups[gate.name] = _settled(plan, gate, module, key)
+    wrapper = processes.inside_ddp() if module.training else None
+    if wrapper is not None:
+        forward = _taken_by(wrapper)
+        if not isinstance(forward, Forward):
+            if wrapper.static_graph:
+                raise _static_graph(gate)
+            forward = Forward(wrapper)
+        # For good, as gradients may be left that one rank has and another has not.
+        plan.ranks_differed |= plan.ranks_differ or plan.forcing > 0
+        forward.ranks_differ |= plan.ranks_differed
+    return setup
 
 
-def _reduction_of(
-    plan: Plan, wrapper: DistributedDataParallel | None, *, differs: bool
-) -> Reduction | None:
-    if wrapper is None:
-        return None
-    reduction: Reduction | None = plan.reduction
-    if reduction is None or reduction.wrapper is not wrapper:
-        reduction = plan.reduction = Reduction(wrapper)
-    reduction.ranks_differ |= differs
-    return reduction
-
-
-def _refuse(plan: Plan, gate: Counted, layout: Layout) -> None:
-    """Raises where ranks cannot skip blocks of their own."""
-    if not plan.ranks_differ:
-        return
-    if layout.sharded and plan.mode == "batch":
+def _settled(plan: Plan, gate: Counted, module: nn.Module, key: object) -> Setup:
+    refuse(module, f'block "{gate.name}"')
+    sharded = processes.is_managed_by_fsdp(module)
+    if processes.is_fully_sharded_unit(module) and processes.prefetches_explicitly(module):
+        # A skipped block would be gathered all the same, and what was gathered would lie there
+        # until its next call, with weights that may have changed meanwhile.
+        raise SetupError(
+            f'block "{gate.name}" is sharded with explicit lists of units to prefetch',
+            expected="the implicit prefetching of fully_shard, which skipped blocks do not disturb",
+            instead="leave set_modules_to_forward_prefetch and set_modules_to_backward_prefetch "
+            "out; implicit prefetching works",
+        )
+    ranks, dims = processes.mesh_of(module)
+    if sharded and plan.ranks_differ and plan.mode == "batch":
         raise SetupError(
             f'block "{gate.name}" is trained under fully_shard, with draws that differ from rank '
             "to rank",
@@ -186,7 +174,8 @@ def _refuse(plan: Plan, gate: Counted, layout: Layout) -> None:
             instead='leave across_ranks="different" out; or pass mode="sample", where each rank '
             "keeps rows of its own and runs every block",
         )
-    if layout.tensor_parallel and plan.draw.process_group is None:
+    is_tensor_parallel = dims > sharded
+    if is_tensor_parallel and plan.ranks_differ and plan.draw.process_group is None:
         raise SetupError(
             f'block "{gate.name}" is trained under tensor parallel, with draws that differ from '
             "rank to rank",
@@ -194,3 +183,70 @@ def _refuse(plan: Plan, gate: Counted, layout: Layout) -> None:
             instead="pass sd.Draw(process_group=...), the group of the data-parallel dimension: "
             'mesh["dp"].get_group(); or sd.Draw(across_ranks="same")',
         )
+    return Setup(key, sharded, sharded or is_tensor_parallel, ranks)
+
+
+def refuse(module: nn.Module, what: str = "the model") -> None:
+    """Raises where a module is trained in a way in which nothing can be skipped exactly."""
+    shard = "shard with torch.distributed.fsdp.fully_shard, or use DistributedDataParallel"
+    for is_so, kind, instead in (
+        (
+            isinstance(module, nn.DataParallel) or "_is_replica" in module.__dict__,
+            "torch.nn.DataParallel",
+            "use DistributedDataParallel, on one device, too: torchrun --nproc-per-node N",
+        ),
+        (any(hasattr(p, "ds_id") for p in module.parameters()), "DeepSpeed's ZeRO-3", shard),
+        (processes.is_in_fsdp1(module), "FullyShardedDataParallel (FSDP1)", shard),
+        (
+            processes.is_called_by_a_pipeline(),
+            "a pipeline of torch.distributed.pipelining",
+            "train each stage's blocks under DistributedDataParallel or fully_shard, without "
+            "stages",
+        ),
+    ):
+        if is_so:
+            raise SetupError(
+                f"{what} is trained under {kind}, where blocks cannot be skipped exactly",
+                expected="one process, DistributedDataParallel, fully_shard or tensor parallel",
+                instead=instead,
+            )
+
+
+def refuse_parts(model: nn.Module) -> None:
+    """Raises where this process holds a part of its weights alone."""
+    if processes.is_in_parts(model):
+        raise SetupError(
+            f"the weights of {type(model).__name__} lie in parts on several processes "
+            "(fully_shard, or tensor parallel)",
+            expected="the model before it is taken apart; it may be on the meta device",
+            instead="apply stochastic depth first, then fully_shard or parallelize_module",
+        )
+
+
+def refuse_talk(plan: Plan, gate: Counted) -> None:
+    """Raises where ranks may drop a block differently in which they wait for each other."""
+    alike = plan.mode == "batch" and not plan.ranks_differ
+    if gate.name in plan.talks and not alike and place(plan.draw.process_group)[1] > 1:
+        raise SetupError(
+            f'block "{gate.name}" holds {plan.talks[gate.name]}, and ranks may drop it '
+            "differently: one that runs it would wait forever for one that does not",
+            expected="the same draws on every rank where they talk to each other inside of a "
+            "branch",
+            instead='pass mode="batch" with Draw(across_ranks="same"); or, where only ranks '
+            "that train on the same data talk there, Draw(process_group=...), the group of "
+            "those that do not; or leave the block out with blocks=",
+        )
+
+
+def _taken_by(wrapper: nn.Module) -> object:
+    """Who takes the output of a forward, in the place of the wrapper itself."""
+    return wrapper.__dict__.get(processes.TAKES_THE_OUTPUT)
+
+
+def _static_graph(gate: Counted) -> SetupError:
+    return SetupError(
+        f'block "{gate.name}" is trained under DistributedDataParallel(static_graph=True)',
+        expected="a wrapper that does not take the first step's graph for that of every step: "
+        "stochastic depth changes it, and the gradients would silently be wrong",
+        instead="leave static_graph=True out; find_unused_parameters is not needed either",
+    )

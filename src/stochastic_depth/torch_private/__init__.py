@@ -15,7 +15,8 @@ tensors_default_hooks,          and of its recomputation              Python sta
 _CheckpointFrame
 queue_callback                  None instead of zeros for what no     import fails: no support
                                 rank ran, after the reduction
-_active_ddp_module              "is this DistributedDataParallel?"    training on processes raises
+_active_ddp_module,             "is this DistributedDataParallel?";   training on processes raises
+_post_forward                   hanging parameters on its output
 _is_fsdp_managed_module,        telling who holds a module's          training in shards raises
 _fsdp_flattened                 parameters
 _get_fsdp_state, _state_ctx,    what fully_shard casts, and what it   training in shards raises

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from types import FrameType
 from typing import Any
 
 import torch
@@ -12,30 +11,32 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stochastic_depth.errors import SetupError
 
+TAKES_THE_OUTPUT = "_post_forward"
+"""The method by which a DistributedDataParallel takes the output of its module's forward."""
+
+_MANAGED = "_is_fsdp_managed_module"
+
 
 def inside_ddp() -> DistributedDataParallel | None:
     """The DistributedDataParallel whose forward runs just now."""
-    wrapper: DistributedDataParallel | None = _known(DistributedDataParallel, "_active_ddp_module")
+    wrapper: DistributedDataParallel | None = known(DistributedDataParallel, "_active_ddp_module")
     return wrapper
 
 
-def group_of_collective(operation: Any, args: tuple[Any, ...]) -> Any:
-    """The process group that an operation talks to; None where it talks to nobody."""
+def ranks_that_talk(operation: Any, args: tuple[Any, ...]) -> tuple[int, ...] | None:
+    """The ranks among which an operation is a collective; None where it is none."""
     if operation.namespace not in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
         return None
     processes: Any = torch.distributed.distributed_c10d
     for argument, given in zip(operation._schema.arguments, args, strict=False):
         if argument.name == "group_name":
-            return processes._resolve_process_group(given)
-        if argument.name == "process_group":
-            kind = processes.ProcessGroup
-            return given if isinstance(given, kind) else kind.unbox(given)
+            given = processes._resolve_process_group(given)
+        elif argument.name != "process_group":
+            continue
+        elif not isinstance(given, processes.ProcessGroup):
+            given = processes.ProcessGroup.unbox(given)
+        return tuple(processes.get_process_group_ranks(given))
     return None
-
-
-def ranks_of(group: Any) -> tuple[int, ...]:
-    """The ranks of a process group."""
-    return tuple(torch.distributed.get_process_group_ranks(group))
 
 
 def is_fully_sharded_unit(module: nn.Module) -> bool:
@@ -45,26 +46,21 @@ def is_fully_sharded_unit(module: nn.Module) -> bool:
 
 
 def is_managed_by_fsdp(module: nn.Module) -> bool:
-    """Whether its parameters belong to a unit of `fully_shard`, or of FSDP1."""
-    if is_fully_sharded_unit(module):
-        return bool(_known(module, "_is_fsdp_managed_module"))
-    return any(bool(m.__dict__.get("_is_fsdp_managed_module")) for m in module.modules())
+    """Whether parameters of it belong to a unit of `fully_shard`, or of FSDP1."""
+    return any(
+        known(part, _MANAGED) if is_fully_sharded_unit(part) else part.__dict__.get(_MANAGED)
+        for part in module.modules()
+    )
 
 
-def inside_fsdp1(module: nn.Module) -> bool:
-    """Whether a FullyShardedDataParallel around it or in it holds its parameters."""
+def is_in_fsdp1(module: nn.Module) -> bool:
+    """Whether it is a FullyShardedDataParallel, holds one, or lies in one."""
     parameters = list(module.parameters())
-    if any(getattr(parameter, "_fsdp_flattened", False) for parameter in parameters):
+    if any(hasattr(parameter, "_fsdp_flattened") for parameter in parameters):
         return True
     # While its forward runs they are plain tensors, or not even listed.
     listed = bool(parameters) and all(isinstance(p, nn.Parameter) for p in parameters)
     return is_managed_by_fsdp(module) and not listed
-
-
-def holds_fsdp1(model: nn.Module) -> bool:
-    """Whether it is, holds or lies in a FullyShardedDataParallel, told while no forward runs."""
-    named = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
-    return named or (is_managed_by_fsdp(model) and not is_in_parts(model))
 
 
 def is_part(tensor: Any) -> bool:
@@ -92,36 +88,28 @@ def mesh_of(module: nn.Module) -> tuple[tuple[int, ...] | None, int]:
     return ranks, dims
 
 
-def called_by_a_pipeline() -> bool:
+def is_called_by_a_pipeline() -> bool:
     """Whether it is a stage of a pipeline that runs just now."""
-    known = "torch.distributed.pipelining.stage" in sys.modules
-    return known and _is_called_from("pipelining")
-
-
-def _is_called_from(folder: str) -> bool:
-    """Whether code in this folder of torch.distributed is under way."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if folder in frame.f_code.co_filename and "distributed" in frame.f_code.co_filename:
-            return True
+    frame: Any = None
+    if "torch.distributed.pipelining.stage" in sys.modules:
+        frame = sys._getframe(1)
+    while frame is not None and "distributed/pipelining" not in frame.f_code.co_filename:
         frame = frame.f_back
-    return False
+    return frame is not None
 
 
 def sharded_dtypes(module: nn.Module) -> tuple[torch.dtype | None, torch.dtype | None]:
     """What a unit of `fully_shard` casts the inputs of its module to, and its outputs."""
-    policy = _known(_sharding_state(module), "_mp_policy")
+    policy = known(known(module, "_get_fsdp_state")(), "_mp_policy")
     inputs = policy.param_dtype if policy.cast_forward_inputs else None
     return inputs, policy.output_dtype
 
 
 def prefetches_explicitly(unit: nn.Module) -> bool:
     """Whether any unit of the model around this one lists others to prefetch."""
-    return any(
-        _known(state, "_states_to_forward_prefetch")
-        or _known(state, "_states_to_backward_prefetch")
-        for state in _known(_known(_sharding_state(unit), "_state_ctx"), "all_states")
-    )
+    states = known(known(known(unit, "_get_fsdp_state")(), "_state_ctx"), "all_states")
+    ways = ("_states_to_forward_prefetch", "_states_to_backward_prefetch")
+    return any(known(state, way) for state in states for way in ways)
 
 
 def without_sharding(kind: type[nn.Module]) -> type[nn.Module]:
@@ -133,11 +121,7 @@ def without_sharding(kind: type[nn.Module]) -> type[nn.Module]:
     return kind.__mro__[place + 1]
 
 
-def _sharding_state(module: nn.Module) -> Any:
-    return _known(module, "_get_fsdp_state")()
-
-
-def _known(owner: Any, name: str) -> Any:
+def known(owner: Any, name: str) -> Any:
     """An attribute that some torch may not have.
 
     Raises:

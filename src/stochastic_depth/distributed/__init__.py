@@ -1,1 +1,0 @@
-"""What training on several processes needs of a skipped block."""
