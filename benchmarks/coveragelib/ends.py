@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import stochastic_depth as sd
 from stochastic_depth.discovery import Discovery
-from stochastic_depth.discovery.branches import member_calls
 
 
 @dataclass(frozen=True)
@@ -27,14 +26,14 @@ class End:
 
 def ends_of(found: Discovery, block: sd.ResidualBlock) -> Iterator[End]:
     """Where the branches of a block end, as they were found."""
-    recording, group = found.recording, found.groups[block.name][0]
+    recording, site = found.recording, found.sites[block.name][0]
     inside = [
         call
         for call in recording.calls
-        if group.container.start <= call.start and call.end <= group.container.end
+        if site.call.start <= call.start and call.end <= site.call.end
     ]
-    for addition, branch in zip(group.additions, block.branches, strict=True):
-        calls = member_calls(recording, addition, group.container)
+    for addition, branch in zip(site.additions, block.branches, strict=True):
+        calls = addition.members
         for place, leaves in branch.scaled:
             alike = [call for call in inside if call.module == calls[place].module]
             position = alike.index(calls[place])

@@ -11,8 +11,7 @@ from coveragelib.drop_path_calls import drop_path_calls
 from coveragelib.source_additions import source_additions
 from coveragelib.subjects import Subject
 from stochastic_depth.discovery import Discovery
-from stochastic_depth.discovery.additions import Search, residual_additions
-from stochastic_depth.discovery.branches import member_calls
+from stochastic_depth.discovery.additions import Search
 from stochastic_depth.discovery.recording import Call
 
 
@@ -34,7 +33,7 @@ def places(subject: Subject, model: nn.Module, example: Any, found: Discovery) -
     expected = sum(source_additions(model, run).values())
     count = {
         affine: sum(
-            len(block.branches) * len(found.groups[block.name])
+            len(block.branches) * len(found.sites[block.name])
             for block in found.blocks
             if block.affine is affine
         )
@@ -56,17 +55,16 @@ def _beside_drop_paths(model: nn.Module, example: Tensor, found: Discovery) -> P
     recorded = [call for call in recording.calls if call.module in names]
 
     def drop_path_in(addition: Any) -> int | None:
-        members = member_calls(recording, addition, addition.container)
         inside = [
             number
             for number, call in enumerate(recorded)
-            if any(m.start <= call.start and call.end <= m.end for m in members)
+            if any(m.start <= call.start and call.end <= m.end for m in addition.members)
         ]
         return inside[-1] if inside else None
 
-    affine = {drop_path_in(a) for a in residual_additions(recording) if a.affine}
+    affine = {drop_path_in(a) for a in Search(recording).additions if a.affine}
     affine |= {n for n, call in enumerate(recorded) if _is_affine_up_to(found, call)}
-    additions = [a for b in found.blocks if not b.affine for a in found.groups[b.name][0].additions]
+    additions = [a for b in found.blocks if not b.affine for a in found.sites[b.name][0].additions]
     ours = [drop_path_in(a) for a in sorted(additions, key=lambda a: a.node)]
     theirs = [n for n, (_, added) in enumerate(calls) if added and n not in affine]
     no_addition = sum(not added for _, added in calls)

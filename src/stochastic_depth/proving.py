@@ -51,7 +51,7 @@ def prove(
         if (why := refusal(block, unit=plan.unit, scale=plan.scale))
     }
     whole: dict[str, Template] = {
-        block.name: found.whole[block.name] for block in watched if block.name in found.whole
+        block.name: block.whole for block in watched if block.whole is not None
     }
     # Where scale="none" is the advice, it has to work.
     unscaled = [block for block in watched if not refusal(block, unit=plan.unit, scale="none")]
@@ -124,7 +124,7 @@ def _not_zero(
     finally:
         undo()
     stuck = {
-        block.name: branch_not_known(found, block)
+        block.name: branch_not_known(block)
         if is_unmaterialised(model)
         else branch_not_closed(found, block, closed)
         for block in blocks

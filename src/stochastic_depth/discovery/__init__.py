@@ -14,17 +14,13 @@ from stochastic_depth.discovery.blocks import (
     ResidualBlock,
     ResidualBranch,
     discover,
+    explicit_residuals,
 )
 from stochastic_depth.discovery.example import Example, example_for
-from stochastic_depth.discovery.explicit import (
-    explicit_blocks,
-    explicit_residuals,
-    with_explicit_blocks,
-)
 from stochastic_depth.discovery.own_drops import own_drops
 from stochastic_depth.discovery.recording import Recording
 from stochastic_depth.discovery.watch import watch_once
-from stochastic_depth.errors import ExampleInputsError, NoResidualBlocksError, OptionError, warn
+from stochastic_depth.errors import ExampleInputsError, NoResidualBlocksError, OptionError
 
 __all__ = [
     "Discovery",
@@ -108,7 +104,7 @@ def watch(
     A model with `Residual`s need not be watched: without an example those are all its blocks.
     """
     if example_inputs is None and not example_kwargs and explicit_residuals(model):
-        return Discovery(Recording(), tuple(explicit_blocks(model, {})), {}), ((), {})
+        return discover(Recording(), model), ((), {})
     _refuse_lazy(model)
     example = example_for(model, example_inputs, example_kwargs)
     own = " (the example that it carries)" if example_inputs is None else ""
@@ -123,14 +119,7 @@ def watch(
             instead="pass example_inputs=... (a tensor, a tuple or a dict) as for training, on the "
             "model's device",
         ) from error
-    inside = frozenset(explicit_residuals(model))
-    found = discover(recording, model, leave_out=inside)
-    for name, seen in found.unclear.items():
-        warn(
-            f'block "{name}" is left out: {seen} may add a branch that cannot be followed; write '
-            "it as a sum, x + branch, or with sd.Residual"
-        )
-    return (found if not inside else with_explicit_blocks(found, model, inside)), example
+    return discover(recording, model), example
 
 
 @contextmanager

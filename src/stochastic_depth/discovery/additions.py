@@ -9,44 +9,66 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import product
 
 from stochastic_depth.discovery.operations import AFFINE, NORMS, SUMS, Kind
 from stochastic_depth.discovery.recording import Call, Node, Recording
-from stochastic_depth.discovery.ways import Ways
+from stochastic_depth.discovery.ways import Ways, reached
 
 _SKIPS = (AFFINE | NORMS | {Kind.MAX_POOL}) - {Kind.PART}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Addition:
     """A residual addition in a recording."""
 
     node: int  # the sum
-    operand: int  # position of the branch among the sum's operands
-    skip: int  # the other operand
-    branch: int  # the branch's last value
+    skip: int  # the operand that is not the branch
     root: int  # x, the value that skip and branch start from
-    path: tuple[int, ...]  # the values of the branch, in order, root left out
-    container: Call  # the innermost call that holds all of the branch and the sum
-    affine: bool  # the branch as a whole is affine in x
+    path: list[int]  # the values of the branch, in order, root left out
+    container: Call  # the call that decides about it; first the innermost that holds all of it
+    affine: bool = False  # the branch as a whole is affine in x
+    members: list[Call] = field(default_factory=list)
+    """The outermost calls inside of the container that belong to the branch, in order."""
+    left_out: list[str] = field(default_factory=list)
+    """The modules of branches inside of this one, which are no branches of their own."""
+
+    @property
+    def branch(self) -> int:
+        """The branch's last value."""
+        return self.path[-1]
 
     def contains(self, other: Addition) -> bool:
         """Whether the other sum is a value of this branch."""
         position = bisect_left(self.path, other.node)
         return position < len(self.path) and self.path[position] == other.node
 
+    def put_in(self, container: Call, recording: Recording) -> None:
+        """Make it an addition of this call.
 
-def residual_additions(recording: Recording) -> list[Addition]:
-    """All residual additions, in forward order."""
-    return Search(recording).additions
+        A call inside of it that holds the sum, or that also made the root, is looked into: its
+        parts are members, not it.
+        """
+        path = set(self.path)
+
+        def members(call: Call) -> Iterator[Call]:
+            for child in recording.children_within(call, self.path[0], self.node):
+                if not child.holds_any(self.path) and path.isdisjoint(child.outputs):
+                    continue
+                if child.holds(self.node) or child.holds(self.root):
+                    yield from members(child)
+                else:
+                    yield child
+
+        self.container, self.members = container, list(members(container))
 
 
 class Search:
     """Goes through a recording once, value by value.
 
     Attributes:
-        additions: What was found.
+        additions: The residual additions, in forward order.
         affine: For each value, through which others it is an affine function of all its data.
     """
 
@@ -61,6 +83,7 @@ class Search:
             data = self._data(node)
             self.affine.add(data if node.kind in AFFINE else ())
             if found is not None:
+                found.put_in(found.container, recording)
                 self.additions.append(found)
                 self._through[node.index] = found.skip
                 data = [found.skip]
@@ -68,7 +91,7 @@ class Search:
 
     def _data(self, node: Node) -> list[int]:
         """What an operation's data is made of; none where it is a product of several."""
-        data = [index for index in node.inputs if not self.recording.nodes[index].fixed]
+        data = self.recording.data_of(node)
         return data if node.kind in SUMS or len(data) == 1 else []
 
     def _residual(self, node: Node) -> Addition | None:
@@ -77,18 +100,13 @@ class Search:
             return None
         if any(nodes[index].shape != node.shape for index in node.inputs):
             return None
-        one, other = node.inputs
-        for projection in (False, True):
-            for operand, skip, branch in ((1, one, other), (0, other, one)):
-                back = self._skips.from_value(skip) if projection else self._moved(skip)
-                for root in back:
-                    path = self._path(root, branch)
-                    if not path:
-                        continue
-                    found = self._checked(node, operand, skip, root, path, projection=projection)
-                    if found is not None:
-                        return found
-                    break
+        for projection, (skip, branch) in product((False, True), (node.inputs, node.inputs[::-1])):
+            back = self._skips.from_value(skip) if projection else self._moved(skip)
+            paths = ((root, self._path(root, branch)) for root in back)
+            root, path = next((pair for pair in paths if pair[1]), (-1, []))
+            found = self._checked(node, skip, root, path, projection=projection) if path else None
+            if found is not None:
+                return found
         return None
 
     def _moved(self, value: int) -> Iterator[int]:
@@ -108,33 +126,32 @@ class Search:
         return path if any(recording.nodes[index].meets_parameter for index in path) else []
 
     def _checked(
-        self, node: Node, operand: int, skip: int, root: int, path: list[int], *, projection: bool
+        self, node: Node, skip: int, root: int, path: list[int], *, projection: bool
     ) -> Addition | None:
         recording, branch = self.recording, path[-1]
         if recording.reaches(branch, skip):
             return None  # the branch has been added already
-        if not self._ways(skip, root, projection=projection).isdisjoint(path):
+
+        def onwards(value: int) -> list[int]:
+            through = self._through.get(value) if projection else None
+            data = self._data(recording.nodes[value]) if through is None else [through]
+            return [index for index in data if index > root]
+
+        if not {root, *reached([skip], onwards)}.isdisjoint(path):
             return None  # skip and branch part only behind the root: a piece of an attention
         container = recording.innermost(path[0], node.index)
         affine = self.affine.leads_through(branch, root)
         if projection:
             if affine or not self._is_own(node, container):
                 return None
-            if container.parent is None and not self._is_used(node.index):
+            if container.parent is None and not any(
+                recording.nodes[user].meets_parameter
+                for user in reached(
+                    recording.consumers[node.index], recording.consumers.__getitem__
+                )
+            ):
                 return None  # two heads of the model, whose results are added
-        return Addition(node.index, operand, skip, branch, root, tuple(path), container, affine)
-
-    def _ways(self, skip: int, root: int, *, projection: bool) -> set[int]:
-        """All values on the ways back from the skip connection to the root."""
-        found, waiting = {skip, root}, [skip]
-        while waiting:
-            node = self.recording.nodes[waiting.pop()]
-            through = self._through.get(node.index) if projection else None
-            for index in self._data(node) if through is None else [through]:
-                if index > root and index not in found:
-                    found.add(index)
-                    waiting.append(index)
-        return found
+        return Addition(node.index, skip, root, path, container, affine)
 
     def _is_own(self, node: Node, container: Call) -> bool:
         """Whether the sum is taken in the container's own forward, or by a module made for it."""
@@ -144,15 +161,3 @@ class Search:
         return call.parent == container.index and not any(
             inside.meets_parameter for inside in self.recording.nodes[call.start : call.end]
         )
-
-    def _is_used(self, value: int) -> bool:
-        """Whether something with parameters computes with it."""
-        seen, waiting = {value}, [value]
-        while waiting:
-            for user in self.recording.consumers[waiting.pop()]:
-                if self.recording.nodes[user].meets_parameter:
-                    return True
-                if user not in seen:
-                    seen.add(user)
-                    waiting.append(user)
-        return False

@@ -140,24 +140,23 @@ def allowed_counts(model: nn.Module, found: Discovery, block: ResidualBlock) -> 
     if block.explicit:
         images = any(isinstance(part, nn.modules.conv._ConvNd) for part in parts)
     else:
-        stream = found.recording.nodes[found.groups[block.name][0].additions[0].node]
+        stream = found.recording.nodes[found.sites[block.name][0].additions[0].node]
         images = len(stream.shape) >= _IMAGE_DIMS
     fewest = _FEWEST_IMAGES if images else _FEWEST_ROWS
     return Counts(lone=not batch_norm, fewest_dropped=fewest)
 
 
 def rows_of_members(
-    batches: Batches, addition: Addition, members: Sequence[Call], ends: dict[int, frozenset[int]]
+    batches: Batches, addition: Addition, ends: dict[int, frozenset[int]]
 ) -> list[tuple[Dims, Dims]]:
     """For each module of a branch, where it takes the kept rows and where it puts them back.
 
     Args:
         batches: The two watches.
         addition: The branch's sum.
-        members: Its modules' calls, in order.
         ends: Which leaves of which member (by position) make up the branch's value.
     """
-    recording = batches.few
+    recording, members = batches.few, addition.members
     kept_rows: set[int] = set()  # values that hold the kept rows alone
     found = []
     position = addition.root

@@ -1,30 +1,22 @@
-"""Residual blocks and their branches, as the user sees them, made from groups of additions."""
+"""Residual blocks and their branches, as the user sees them, made from a watched forward."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from torch import nn
 
-from stochastic_depth.discovery.additions import Addition, residual_additions
-from stochastic_depth.discovery.branches import member_calls, side_effects
-from stochastic_depth.discovery.grouping import Group, Grouping
+from stochastic_depth.discovery.additions import Addition, Search
+from stochastic_depth.discovery.grouping import Grouping, Site
+from stochastic_depth.discovery.operations import Kind
 from stochastic_depth.discovery.recording import Call, Recording
-from stochastic_depth.discovery.scaling import (
-    Fold,
-    ends_of,
-    exclusive,
-    fold,
-    parameter_uses,
-    parameters_at,
-    sharers_not_called,
-)
-from stochastic_depth.discovery.skips import skip_of
-from stochastic_depth.discovery.states import keep_states, keeps_branch, unknown_sum
+from stochastic_depth.discovery.scaling import Fold, Folding, ends_of, parameters_at
+from stochastic_depth.discovery.skips import Skip
+from stochastic_depth.discovery.states import keep_states, keeps_branch, side_effects, unknown_sum
 from stochastic_depth.discovery.templates import Template
+from stochastic_depth.errors import warn
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +30,12 @@ class ResidualBranch:
 
     name: str
     modules: tuple[str, ...]
-    scaled: tuple[tuple[int, frozenset[int]], ...] = field(repr=False)
+    scaled: tuple[tuple[int, frozenset[int]], ...] = field(default=(), repr=False)
     """Which of the modules make up the branch's value, and in which leaves of their outputs."""
-    unscalable: str | None = field(repr=False)
-    in_line_parameters: tuple[str, ...] = field(repr=False)
-    fold: Fold = field(repr=False, compare=False)
+    unscalable: str | None = field(default=None, repr=False)
+    in_line_parameters: tuple[str, ...] = field(default=(), repr=False)
+    vanishes: bool = field(default=True, repr=False)  # is zero where its modules are
+    fold: Fold = field(default=Fold(), repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +51,18 @@ class ResidualBlock:
     branches: tuple[ResidualBranch, ...]
     kind: str = field(repr=False)  # the name of its module's class
     container: str = field(repr=False)  # the module whose call decides about it
-    nesting: int = field(repr=False, compare=False)  # how many blocks it lies inside of
-    leaks_to: str | None = field(repr=False, compare=False)  # who else computes with its values
-    branches_leak: bool = field(repr=False, compare=False)  # one branch feeds another
-    affine: bool = field(repr=False)  # left out unless it is asked for by name
+    nesting: int = field(default=0, repr=False, compare=False)  # how many blocks it lies inside of
+    leaks_to: str | None = field(default=None, repr=False, compare=False)
+    """Who else computes with its values."""
+    branches_leak: bool = field(default=False, repr=False, compare=False)
+    """One branch feeds another."""
+    affine: bool = field(default=False, repr=False)  # left out unless it is asked for by name
     irregular: bool = field(default=False, repr=False)  # its calls differ in structure
     explicit: bool = field(default=False, repr=False)  # made of `Residual`s
+    whole: Template | None = field(default=None, repr=False, compare=False)
+    """What it returns where all of it is dropped and its forward need not run then."""
     copies_input: bool = field(default=False, repr=False, compare=False)
-    """Dropped as a whole, it returns a copy: its input is held by others, or changed later."""
+    """Then it has to be a copy: its input is held by others, or changed later."""
     left_out: tuple[str, ...] = field(default=(), repr=False, compare=False)
     """The modules of branches inside of its own branches: those are not gated."""
     lost_state: str | None = field(default=None, repr=False, compare=False)
@@ -85,131 +82,143 @@ class Discovery:
 
     recording: Recording
     blocks: tuple[ResidualBlock, ...]
-    groups: dict[str, list[Group]]  # for each block, one for each call of its container
-    whole: dict[str, Template] = field(default_factory=dict)
-    """What a dropped block returns, of those whose forward need not run then."""
-    unclear: dict[str, str] = field(default_factory=dict)
-    """Blocks that are left out, and an operation that may add one more branch to them."""
+    sites: dict[str, list[Site]]  # for each watched block, the calls of its module
 
 
-def discover(
-    recording: Recording, model: nn.Module, *, leave_out: frozenset[str] = frozenset()
-) -> Discovery:
-    """All residual blocks of a recording, in forward order.
+def explicit_residuals(model: nn.Module) -> tuple[str, ...]:
+    """The names of all modules that are a residual connection (`sd.Residual`), and nothing else."""
+    return tuple(name for name, module in model.named_modules() if _is_residual(type(module)))
+
+
+def _is_residual(kind: type) -> bool:
+    return bool(getattr(kind, "_is_stochastic_depth_residual", False))
+
+
+def discover(recording: Recording, model: nn.Module) -> Discovery:
+    """All residual blocks of a model, in forward order.
 
     Args:
-        recording: The watched forward.
+        recording: The watched forward; an empty one shows the explicit residual connections.
         model: The model that was watched.
-        leave_out: Names of modules whose own additions do not count.
     """
+    explicit = explicit_residuals(model)
     additions = [
         addition
-        for addition in residual_additions(recording)
-        if recording.calls[recording.nodes[addition.node].call].module not in leave_out
+        for addition in Search(recording).additions
+        if recording.calls[recording.nodes[addition.node].call].module not in explicit
     ]
     sums = {addition.node for addition in additions}
     nesting = Counter(node for a in additions for node in a.path if node in sums)
-    groups: dict[str, list[Group]] = {}
-    blocks: dict[str, ResidualBlock] = {}
-    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+    sites: dict[str, list[Site]] = {}
     for affine in (False, True):
         kept = [addition for addition in additions if addition.affine is affine]
-        grouping = Grouping(recording, model, kept)
-        for found in grouping.groups():
-            if affine and found.name in groups and not blocks[found.name].affine:
-                continue
-            block = _block(recording, kinds, found, nesting[found.additions[0].node])
-            inner = [m for a in found.additions for m in grouping.left_out.get(a.node, ())]
-            block = replace(block, left_out=tuple(inner))
-            known = blocks.setdefault(found.name, block)
-            if known != block:
-                blocks[found.name] = replace(known, irregular=True)
-            groups.setdefault(found.name, []).append(found)
-    uses, idle = parameter_uses(recording), sharers_not_called(recording, model)
-    whole: dict[str, Template] = {}
-    unclear: dict[str, str] = {}
-    for name, block in blocks.items():
-        folds = [one for found in groups[name] for one in _folds(recording, found)]
-        branches = tuple(
-            replace(branch, fold=exclusive(recording, branch.fold, folds, uses, idle))
-            for branch in block.branches
+        for site in Grouping(recording, model, kept).sites:
+            own = sites.setdefault(site.name, [])
+            if not own or own[0].additions[0].affine is affine:
+                own.append(site)
+    folding = Folding(recording, model)
+    found: list[tuple[int, ResidualBlock]] = []  # with the place in the forward
+    for name, calls in sites.items():
+        unknown = next(filter(None, map(unknown_sum, calls)), None)
+        if unknown is None:
+            first = calls[0].additions[0].node
+            found.append((first, _block(model, calls, nesting[first], folding)))
+            continue
+        warn(
+            f'block "{name}" is left out: {unknown} may add a branch that cannot be followed; '
+            "write it as a sum, x + branch, or with sd.Residual"
         )
-        members = [[c for own in _members(recording, g) for c in own] for g in groups[name]]
-        skip = skip_of(recording, groups[name], members)
-        states, keeps, unknown = (
-            _first(check, recording, groups[name], members)
-            for check in (keep_states, keeps_branch, unknown_sum)
-        )
-        if unknown is not None:
-            unclear[name] = unknown
-        blocks[name] = replace(
-            block,
-            branches=branches,
-            copies_input=bool(skip and skip.copies),
-            lost_state=states,
-            keeps=keeps,
-        )
-        if skip is not None:
-            whole[name] = skip.template
-    order = sorted(blocks.values(), key=lambda block: groups[block.name][0].additions[0].node)
-    clear = tuple(block for block in order if block.name not in unclear)
-    return Discovery(recording, clear, groups, whole, unclear)
+    found += _explicit_blocks(recording, model, explicit, folding)
+    found.sort(key=lambda placed: placed[0])
+    return Discovery(recording, tuple(block for _, block in found), sites)
 
 
-def _first(check: Any, recording: Recording, groups: list[Group], members: Any) -> str | None:
-    """What the first call of a block shows where this is looked for."""
-    found = [
-        check(recording, group.container, own, group.additions)
-        for group, own in zip(groups, members, strict=True)
-    ]
-    return next((text for text in found if text is not None), None)
-
-
-def _members(recording: Recording, found: Group) -> list[list[Call]]:
-    return [member_calls(recording, a, found.container) for a in found.additions]
-
-
-def _folds(recording: Recording, found: Group) -> list[Fold]:
-    sums = {addition.node for addition in found.additions}
-    return [fold(recording, addition, sums) for addition in found.additions]
-
-
-def _block(
-    recording: Recording, kinds: dict[str, str], found: Group, nesting: int
-) -> ResidualBlock:
-    members = _members(recording, found)
-    everything = [call for calls in members for call in calls]
-    leaks_to = side_effects(recording, found.additions, everything, found.container)
-    branches_leak = leaks_to is None and any(
-        side_effects(recording, [addition], calls, found.container)
-        for addition, calls in zip(found.additions, members, strict=True)
+def _block(model: nn.Module, calls: list[Site], nesting: int, folding: Folding) -> ResidualBlock:
+    first, count = calls[0], max(len(site.additions) for site in calls)
+    folds = folding.folds(
+        [[(a, s.sums) for s in calls for a in s.additions[n : n + 1]] for n in range(count)]
     )
-    sums = {addition.node for addition in found.additions}
+    shown = [(site.call.module, _branches(site, folds)) for site in calls]
+    skips = [Skip(site) for site in calls]
+    whole = skips[0].template if all(s.template == skips[0].template for s in skips) else None
+    leaks_to = _first(side_effects(site, site.additions) for site in calls)
+    lone = ((site, [addition]) for site in calls for addition in site.additions)
     return ResidualBlock(
-        name=found.name,
-        branches=tuple(
-            _branch(recording, f"{found.name}:{number}", addition, calls, sums)
-            for number, (addition, calls) in enumerate(zip(found.additions, members, strict=True))
-        ),
-        kind=kinds.get(found.name, kinds[found.container.module]),
-        container=found.container.module,
+        name=first.name,
+        branches=shown[0][1],
+        kind=type(model.get_submodule(first.name)).__name__,
+        container=first.call.module,
         nesting=nesting,
         leaks_to=leaks_to,
-        branches_leak=branches_leak,
-        affine=found.additions[0].affine,
+        branches_leak=leaks_to is None and any(side_effects(*branch) for branch in lone),
+        affine=first.additions[0].affine,
+        irregular=any(other != shown[0] for other in shown),
+        whole=whole,
+        copies_input=whole is not None and any(skip.copies for skip in skips),
+        left_out=tuple(module for a in first.additions for module in a.left_out),
+        lost_state=_first([keep_states(site) for site in calls]),  # all of them
+        keeps=_first(map(keeps_branch, calls)),
     )
 
 
-def _branch(
-    recording: Recording, name: str, addition: Addition, calls: Sequence[Call], sums: set[int]
-) -> ResidualBranch:
-    in_line = recording.not_held(addition.path, calls)
-    ends, unscalable = ends_of(recording, addition, calls, sums)
-    return ResidualBranch(
-        name=name,
-        modules=tuple(call.module for call in calls),
-        scaled=tuple(sorted(ends.items())),
-        unscalable=unscalable,
-        in_line_parameters=tuple(sorted(parameters_at(recording, in_line))),
-        fold=fold(recording, addition, sums),
-    )
+def _first(found: Iterable[str | None]) -> str | None:
+    return next(filter(None, found), None)
+
+
+def _branches(site: Site, folds: Sequence[Fold]) -> tuple[ResidualBranch, ...]:
+    recording, branches = site.recording, []
+    for number, (addition, fold) in enumerate(zip(site.additions, folds, strict=False)):
+        in_line = recording.not_held(addition.path, addition.members)
+        scaled, unscalable, vanishes = ends_of(site, addition)
+        branches.append(
+            ResidualBranch(
+                name=f"{site.name}:{number}",
+                modules=tuple(call.module for call in addition.members),
+                scaled=scaled,
+                unscalable=unscalable,
+                in_line_parameters=tuple(sorted(parameters_at(recording, in_line))),
+                vanishes=vanishes,
+                fold=fold,
+            )
+        )
+    return tuple(branches)
+
+
+def _explicit_blocks(
+    recording: Recording, model: nn.Module, names: Sequence[str], folding: Folding
+) -> Iterator[tuple[int, ResidualBlock]]:
+    """The blocks that say so themselves, and where they were called first.
+
+    Residual connections of one layer are its branches: a class that the model uses more than once.
+    """
+    uses = Counter(type(module) for module in model.modules())
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        around = name.rpartition(".")[0]
+        holder = type(model.get_submodule(around))
+        is_list = issubclass(holder, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+        is_layer = uses[holder] > 1 and not is_list and not _is_residual(holder)
+        layers.setdefault(around if is_layer else name, []).append(name)
+    for layer, own in layers.items():
+        calls = [recording.calls_of.get(name, []) for name in own]
+        sums = [[(a, {a.node}) for call in c if (a := _sum(recording, call))] for c in calls]
+        branches = tuple(
+            ResidualBranch(f"{layer}:{number}", (name,), fold=fold)
+            for number, (name, fold) in enumerate(zip(own, folding.folds(sums), strict=True))
+        )
+        kind = type(model.get_submodule(layer)).__name__
+        place = calls[0][0].start if calls[0] else len(recording.nodes)
+        yield place, ResidualBlock(layer, branches, kind, container=own[0], explicit=True)
+
+
+def _sum(recording: Recording, call: Call) -> Addition | None:
+    """The addition of a residual connection's own forward: the branch is its second operand."""
+    own = [
+        node
+        for node in recording.nodes[call.start : call.end]
+        if node.kind is Kind.SUM and node.call == call.index
+    ]
+    if not own or not call.arguments:
+        return None
+    (skip, branch), root = own[-1].inputs, next(iter(call.arguments.values()))
+    return Addition(own[-1].index, skip, root, recording.between(root, branch), call)

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 from stochastic_depth.discovery.blocks import Discovery, ResidualBlock
-from stochastic_depth.discovery.branches import member_calls
 from stochastic_depth.discovery.recording import Recording
-from stochastic_depth.discovery.scaling import stays_zero
 
 
 def branch_not_closed(found: Discovery, block: ResidualBlock, closed: Recording) -> str | None:
     """The name of a branch that is not zero at its sum although it was dropped, or None."""
-    for group in found.groups[block.name]:
-        for branch, addition in zip(block.branches, group.additions, strict=True):
+    for site in found.sites[block.name]:
+        for branch, addition in zip(block.branches, site.additions, strict=True):
             node = _same_sum(found.recording, addition.node, closed)
-            if node is None or addition.operand not in closed.nodes[node].zero:
+            inputs = found.recording.nodes[addition.node].inputs
+            if node is None or inputs.index(addition.branch) not in closed.nodes[node].zero:
                 return branch.name
     return None
 
 
-def branch_not_known(found: Discovery, block: ResidualBlock) -> str | None:
+def branch_not_known(block: ResidualBlock) -> str | None:
     """The name of a branch that is not known to be zero when it is dropped, without any values."""
-    for group in found.groups[block.name]:
-        for branch, addition in zip(block.branches, group.additions, strict=True):
-            members = member_calls(found.recording, addition, group.container)
-            if not stays_zero(found.recording, addition, members):
-                return branch.name
-    return None
+    return next((branch.name for branch in block.branches if not branch.vanishes), None)
 
 
 def _same_sum(recording: Recording, node: int, other: Recording) -> int | None:

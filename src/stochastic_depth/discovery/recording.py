@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from stochastic_depth.discovery.operations import Kind
 from stochastic_depth.discovery.templates import Form, Given, Place, Template
 from stochastic_depth.discovery.undisturbed import Mode
+from stochastic_depth.discovery.ways import reached
 
 RECURRENT = (nn.RNNBase, nn.modules.rnn.RNNCellBase)
 """Modules whose steps count as one operation."""
@@ -141,13 +142,12 @@ class Recording:
 
     def behind(self, ends: Sequence[int], first: int) -> set[int]:
         """The values that these ends were computed from, and the ends, from number `first` on."""
-        found, waiting = set(ends), list(ends)
-        while waiting:
-            for source in self.nodes[waiting.pop()].inputs:
-                if source >= first and source not in found:
-                    found.add(source)
-                    waiting.append(source)
-        return found
+        nodes = self.nodes
+        return set(reached(ends, lambda value: [i for i in nodes[value].inputs if i >= first]))
+
+    def data_of(self, node: Node) -> list[int]:
+        """The inputs of an operation that are not made of weights and constants alone."""
+        return [index for index in node.inputs if not self.nodes[index].fixed]
 
     def between(self, root: int, end: int) -> list[int]:
         """The nodes on the ways from `root` (left out) to `end` (included)."""

@@ -8,71 +8,39 @@ run, and returns that input. A ReLU may lie on the way where the input is the ou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from stochastic_depth.discovery.effects import effects_of, within
-from stochastic_depth.discovery.grouping import Group
+from stochastic_depth.discovery.grouping import Site
 from stochastic_depth.discovery.operations import Kind
-from stochastic_depth.discovery.recording import Call, Node, Recording
+from stochastic_depth.discovery.recording import Node
 from stochastic_depth.discovery.templates import Constant, Given, Template
 
 
-@dataclass(frozen=True, slots=True)
 class Skip:
-    """What a dropped block returns.
+    """What a block returns when it is dropped, by one of its calls.
 
     Attributes:
-        template: It is built from the arguments of the call.
+        template: It is built from the arguments of the call. None: the forward has to run.
         copies: Whether a copy has to be returned, because somebody changes the output in place
             later, or holds the input.
     """
 
-    template: Template
-    copies: bool
-
-
-def skip_of(
-    recording: Recording, groups: Sequence[Group], members: Sequence[Sequence[Call]]
-) -> Skip | None:
-    """What a block returns when it is dropped; None where its forward has to run.
-
-    Args:
-        recording: The watched forward; one in inference shows too little.
-        groups: The block's calls.
-        members: The modules of its branches, for each of its calls.
-    """
-    if recording.mode == "eval":
-        return None
-    found = [_Walk(recording, g, own).skip() for g, own in zip(groups, members, strict=True)]
-    first = found[0]
-    if first is None or any(skip is None or skip.template != first.template for skip in found):
-        return None
-    return Skip(first.template, any(skip is not None and skip.copies for skip in found))
-
-
-class _Walk:
-    """The ways back from the outputs of one call of a block."""
-
-    def __init__(self, recording: Recording, group: Group, members: Sequence[Call]) -> None:
-        self.recording = recording
-        self.call = group.container
-        self.members = members
-        self.skips = {addition.node: addition.skip for addition in group.additions}
+    def __init__(self, site: Site) -> None:
+        self.recording, self.call, self.members = site.recording, site.call, site.members
+        self.skips = {addition.node: addition.skip for addition in site.additions}
         self.walked: set[int] = set()
-
-    def skip(self) -> Skip | None:
-        """What the call returns when it is dropped."""
-        template = self._template()
-        if template is None or self._leaves_otherwise() or self._acts():
-            return None
-        return Skip(template, self._must_copy())
+        self.template = None
+        if self.recording.mode != "eval":  # which shows too little
+            found = self._template()
+            is_all = found is not None and not self._leaves_otherwise() and not self._acts()
+            self.template = found if is_all else None
+        self.copies = self.template is not None and self._must_copy()
 
     def _template(self) -> Template | None:
         watched = self.call.template
-        if watched is None:
-            return None
+        assert watched is not None
         leaves: list[Given | Constant] = []
         for node, leaf in zip(self.call.outputs, watched.leaves, strict=True):
             # An argument may be handed out that was changed in place.

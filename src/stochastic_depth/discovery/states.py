@@ -1,59 +1,112 @@
-"""What a block hands out or keeps beside its sum, and what becomes of that when it is dropped."""
+"""What a block makes beside its sum, who computes with it, and what becomes of it when dropped."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import permutations
 
 from stochastic_depth.discovery.additions import Addition
-from stochastic_depth.discovery.effects import effects_of
+from stochastic_depth.discovery.effects import effects_of, within
+from stochastic_depth.discovery.grouping import Site
 from stochastic_depth.discovery.operations import HOMOGENEOUS, MERGES, PRODUCTS, SUMS, Kind
 from stochastic_depth.discovery.recording import RECURRENT, Call, Recording
 from stochastic_depth.discovery.templates import Made
+from stochastic_depth.discovery.ways import reached
 
 
-def is_loss_term(recording: Recording, value: int) -> bool:
+def unread_outputs(recording: Recording, call: Call, members: list[Call]) -> frozenset[int]:
+    """The outputs of a member whose values only other members compute with."""
+    handed_out = {node for outer in recording.enclosing(call.parent) for node in outer.outputs}
+
+    def unread(node: int) -> bool:
+        users = recording.consumers[node]
+        return (
+            bool(users)
+            and node not in handed_out
+            and all(
+                recording.nodes[user].kind is Kind.MOVE and unread(user)
+                for user in recording.not_held(users, members)
+            )
+        )
+
+    return frozenset(
+        number for number, node in enumerate(call.outputs) if node is not None and unread(node)
+    )
+
+
+def side_effects(site: Site, additions: Sequence[Addition]) -> str | None:
+    """Who else, outside of these branches, computes with a value made in their modules.
+
+    Returns:
+        The name of a module that does, or None. Values that only leave as outputs (attention
+        weights, caches) count for nothing: nobody computes with them. What the model makes of
+        them and hands out does.
+    """
+    recording, nodes, container = site.recording, site.recording.nodes, site.call
+    members = [call for addition in additions for call in addition.members]
+    sums = {addition.node for addition in additions}
+    made = {
+        index
+        for call in members
+        for index in range(call.start, call.end)
+        if nodes[index].op  # not the parameters, buffers and inputs met on the way
+    }
+    outputs = {index for call in members for index in call.outputs if index is not None}
+    terms = {index for index in outputs if _is_loss_term(recording, index)}
+    own = made | recording.behind([a.branch for a in additions], container.start)
+    for index in sorted({index for addition in additions for index in addition.path}):
+        if not made.isdisjoint(nodes[index].inputs):  # what is computed in line from that
+            made.add(index)
+    users = {
+        user
+        for index in made
+        if index not in terms and not recording.is_state(index)
+        for user in recording.consumers[index]
+        if user not in own and user not in sums
+    }
+    ends = sums | set(recording.calls[0].outputs)
+    for index in reached(sorted(users), recording.consumers.__getitem__):
+        if index >= container.end or index in ends or nodes[index].op == "":
+            return recording.module_at(index)
+    return None
+
+
+def _is_loss_term(recording: Recording, value: int) -> bool:
     """Whether a value is one number that is only ever added to others: zero, when dropped."""
-    waiting, seen = [value], {value}
-    while waiting:
-        node = recording.nodes[waiting.pop()]
+    for index in reached([value], recording.consumers.__getitem__):
+        node = recording.nodes[index]
         if node.shape.numel() != 1 and node.kind is not Kind.JOIN:
             return False
-        for user in recording.consumers[node.index]:
+        for user in recording.consumers[index]:
             later = recording.nodes[user]
-            data = [index for index in later.inputs if not recording.nodes[index].fixed]
-            adds = later.kind in SUMS or (later.kind in HOMOGENEOUS | PRODUCTS and len(data) == 1)
-            if not adds or later.meets_parameter:
+            is_scaled = later.kind in HOMOGENEOUS | PRODUCTS and len(recording.data_of(later)) == 1
+            if later.meets_parameter or not (later.kind in SUMS or is_scaled):
                 return False
-            if user not in seen:
-                seen.add(user)
-                waiting.append(user)
     return True
 
 
-def keep_states(
-    recording: Recording, call: Call, members: Iterable[Call], additions: Iterable[Addition]
-) -> str | None:
+def keep_states(site: Site) -> str | None:
     """Have a dropped block hand a state on as it was given.
 
     A state is computed from an argument of its own form, which takes its place in the template of
     the module. The name of a recurrent module is returned that was given none.
     """
-    stream = {index for a in additions for index in (a.root, *a.path)}
-    for member in members:
+    stream = {*site.path, *(addition.root for addition in site.additions)}
+    for member in site.members:
         if member.template is None:
             continue
         leaves, taken = list(member.template.leaves), set(stream)
         for number, node in enumerate(member.outputs):
-            if node is None or node not in call.outputs or node in stream:
+            if node is None or node not in site.call.outputs or node in stream:
                 continue
             if not isinstance(leaves[number], Made):
                 continue
-            before = _state_before(recording, member, node, taken)
+            before = _state_before(site.recording, member, node, taken)
             if before is not None:
                 taken.add(before)  # of several of one form each has its own
                 leaves[number] = member.place_of(before) or leaves[number]
-            elif _is_recurrent(recording, member, node):
+            elif _is_recurrent(site.recording, member, node):
                 return member.module
         member.template = replace(member.template, leaves=tuple(leaves))
     return None
@@ -72,50 +125,38 @@ def _state_before(recording: Recording, member: Call, node: int, taken: set[int]
 
 
 def _is_recurrent(recording: Recording, member: Call, node: int) -> bool:
-    inside = [member]
-    while inside:
-        call = inside.pop()
-        if issubclass(call.kind, RECURRENT) and node in call.outputs:
-            return True
-        inside += recording.children.get(call.index, ())
-    return False
+    """Whether a recurrent module in this call, or the called one, hands the value out."""
+    return any(
+        issubclass(recording.calls[index].kind, RECURRENT)
+        and node in recording.calls[index].outputs
+        for index in within(recording, [member])
+    )
 
 
-def keeps_branch(
-    recording: Recording, call: Call, members: Sequence[Call], additions: Sequence[Addition]
-) -> str | None:
+def keeps_branch(site: Site) -> str | None:
     """Where a block keeps a value of its branch beside the sum (a running mean), or None."""
-    path = {index for addition in additions for index in addition.path}
-    sums = {addition.node for addition in additions}
-    for text, kept in effects_of(recording, call, members):
-        waiting, seen = [kept], {kept}
-        while waiting:
-            index = waiting.pop()
-            if index in path:
-                return text
-            for source in recording.nodes[index].inputs if index >= 0 else ():
-                if source >= call.start and source not in seen and source not in sums:
-                    seen.add(source)
-                    waiting.append(source)
+    nodes = site.recording.nodes
+
+    def onwards(value: int) -> list[int]:
+        return [i for i in nodes[value].inputs if i >= site.call.start and i not in site.sums]
+
+    for text, kept in effects_of(site.recording, site.call, site.members):
+        if kept >= 0 and not set(site.path).isdisjoint(reached([kept], onwards)):
+            return text
     return None
 
 
-def unknown_sum(
-    recording: Recording, call: Call, members: Sequence[Call], additions: Sequence[Addition]
-) -> str | None:
+def unknown_sum(site: Site) -> str | None:
     """An operation that may add one more branch, in a way that is not understood; or None.
 
     It joins a value of the stream with what modules outside of the known branches made of it.
     """
-    sums = {addition.node for addition in additions}
-    own = [i for i in range(call.start, call.end) if recording.nodes[i].op in MERGES]
-    for index in recording.not_held(own, members):
-        data = [i for i in recording.nodes[index].inputs if not recording.nodes[i].fixed]
-        for one in data:
-            for other in data:
-                if index in sums or not recording.reaches(one, other):
-                    continue
-                between = recording.not_held(recording.between(one, other), members)
-                if any(recording.nodes[i].meets_parameter for i in between):
-                    return f"{recording.nodes[index].op} in {recording.module_at(index)}"
+    recording, nodes = site.recording, site.recording.nodes
+    merges = [i for i in range(site.call.start, site.call.end) if nodes[i].op in MERGES]
+    for index in recording.not_held(merges, site.members):
+        data = recording.data_of(nodes[index])
+        for one, other in permutations(data, 2) if index not in site.sums else ():
+            between = recording.between(one, other) if recording.reaches(one, other) else []
+            if any(nodes[i].meets_parameter for i in recording.not_held(between, site.members)):
+                return f"{nodes[index].op} in {recording.module_at(index)}"
     return None

@@ -1,13 +1,31 @@
-"""Which values every way back from a value leads through: dominators, kept as a forest.
+"""Ways through a recording: what they reach, and which values every way back leads through.
 
-A value's parent is the youngest value that all of its data comes through; a value that is made by
-an operation which the way may not pass has none. The forest grows with the recording, and both
-questions about it take logarithmic time, by pointers that jump over many parents at once.
+The latter are dominators, kept as a forest. A value's parent is the youngest value that all of its
+data comes through; a value that is made by an operation which the way may not pass has none. The
+forest grows with the recording, and both questions about it take logarithmic time, by pointers that
+jump over many parents at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+
+def reached(starts: Iterable[int], onwards: Callable[[int], Iterable[int]]) -> Iterator[int]:
+    """These values, and those that the ways from them lead to, each once.
+
+    Args:
+        starts: Where the ways begin.
+        onwards: Where they lead to from a value.
+    """
+    waiting = list(starts)
+    seen = set(waiting)
+    while waiting:
+        yield (value := waiting.pop())
+        for other in onwards(value):
+            if other not in seen:
+                seen.add(other)
+                waiting.append(other)
 
 
 class Ways:

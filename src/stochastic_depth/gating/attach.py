@@ -8,8 +8,8 @@ from torch import nn
 
 from stochastic_depth.discovery.batch import Batches, rows_of_members
 from stochastic_depth.discovery.blocks import Discovery, ResidualBranch
-from stochastic_depth.discovery.branches import member_calls, unread_outputs
 from stochastic_depth.discovery.recording import Call, Recording
+from stochastic_depth.discovery.states import unread_outputs
 from stochastic_depth.discovery.templates import Given, Template
 from stochastic_depth.gating.batch import batch_dims
 from stochastic_depth.gating.block import Decision
@@ -152,19 +152,18 @@ def _roles(
     Calls inside of a gated module do not count: where it is dropped they do not happen.
     """
     recording, blocks = found.recording, [gate.plan.blocks[number] for number in gate.blocks]
-    groups = [found.groups[block.name][0] for block in blocks]
-    container = groups[0].container
-    additions = [addition for group in groups for addition in group.additions]
+    sites = [found.sites[block.name][0] for block in blocks]
+    additions = [addition for site in sites for addition in site.additions]
     branches = [branch for block in blocks for branch in block.branches]
     as_one = len(set(gate.units)) == 1 and gate.whole is not None
     gate.stands_in = not as_one or any(branch.unscalable for branch in branches)
     wanted: dict[int, Role] = {}
     for number, (addition, branch) in enumerate(zip(additions, branches, strict=True)):
         scaled = dict(branch.scaled)
-        calls = member_calls(recording, addition, container)
+        calls = addition.members
         rows: Sequence[tuple[Dims, Dims]] = [_NO_ROWS] * len(calls)
         if batches is not None and not as_one:
-            rows = rows_of_members(batches, addition, calls, scaled)
+            rows = rows_of_members(batches, addition, scaled)
         for place, call in enumerate(calls):
             ends = scaled.get(place, frozenset())
             if not gate.stands_in and not ends:
@@ -185,7 +184,7 @@ def _roles(
             if child.index not in wanted:
                 visit(child)
 
-    visit(container)
+    visit(sites[0].call)
     return {name: tuple(of_calls) for name, of_calls in roles.items()}
 
 
