@@ -25,7 +25,9 @@ def unread_outputs(recording: Recording, call: Call, members: list[Call]) -> fro
             bool(users)
             and node not in handed_out
             and all(
-                recording.nodes[user].kind is Kind.MOVE and unread(user)
+                recording.nodes[user].kind is Kind.MOVE
+                and not recording.nodes[user].overwrites
+                and unread(user)
                 for user in recording.not_held(users, members)
             )
         )

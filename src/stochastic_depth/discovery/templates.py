@@ -85,6 +85,14 @@ class Template:
     def __deepcopy__(self, memo: dict[int, Any]) -> Template:
         return self  # nothing in it changes; and torch 2.11 warns where a TreeSpec is copied
 
+    def is_like(self, tensor: Tensor) -> bool:
+        """Whether it is of a single tensor of the form of this one, the first argument."""
+        leaf = self.leaves[0]
+        if isinstance(leaf, Made):
+            form = (tensor.shape, tensor.dtype, tensor.device)
+            return (leaf.shape, leaf.dtype, leaf.device) == form and self.spec.is_leaf()
+        return leaf == Given(0) and self.spec.is_leaf()
+
     def handing_on(self, other: Template) -> Template:
         """The same, with states handed on as they are in the template for other shapes."""
         if len(other.leaves) != len(self.leaves):
@@ -129,7 +137,7 @@ class Template:
                     expected="tensors, plain values and arguments that are handed through",
                     instead="leave the block out with blocks=",
                 )
-        return tree_unflatten(leaves, self.spec)
+        return leaves[0] if self.is_leaf else tree_unflatten(leaves, self.spec)
 
 
 def describe(output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Template:
