@@ -150,9 +150,21 @@ def test_a_dataclass_is_looked_into(form: str) -> None:
     sd.get_stochastic_depth(model).fold()
 
 
+def test_an_object_that_nothing_stands_in_for_is_not_missed_where_no_module_runs() -> None:
+    x = torch.randn(4, 8)
+    assert torch.equal(closed(nn.Sequential(*(Block("opaque") for _ in range(6))), x), x)
+
+
+class Normed(Block):
+    """Its forward runs where it is dropped."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(super().forward(x), (8,))
+
+
 def test_the_block_that_fails_is_the_one_that_is_named() -> None:
     forms = ["tensor"] * 5 + ["opaque", "tensor"]
-    model = nn.Sequential(*map(Block, forms))
+    model = nn.Sequential(*map(Normed, forms))
     with pytest.raises(sd.RefusedBlockError, match='block "5"') as caught:
         closed(model, torch.randn(4, 8))
     assert "['!5']" in str(caught.value)

@@ -14,13 +14,13 @@ from stochastic_depth.distributed import ranks_in
 from stochastic_depth.distributions import Distribution, DropRate, resolve_rates
 from stochastic_depth.draw import Draw, check_choice
 from stochastic_depth.errors import OptionError, warn
-from stochastic_depth.gating.attach import attach, gated_modules
+from stochastic_depth.gating.attach import attach, detach, gated_modules
 from stochastic_depth.gating.ranks import refuse, refuse_parts
 from stochastic_depth.handle import StochasticDepth
 from stochastic_depth.plan import Mode, Plan, Scale, Unit
 from stochastic_depth.proving import prove
 from stochastic_depth.schedules import ScheduleFunction, resolve_schedule
-from stochastic_depth.selection import Selector, select
+from stochastic_depth.selection import Selector, refuse_inexact, select
 from stochastic_depth.torch_private.tracing import is_wrapper
 
 Rates = Callable[[Discovery, Sequence[ResidualBlock]], tuple[float, ...]]
@@ -162,12 +162,18 @@ def apply(
     plan.schedule = resolve_schedule(schedule, plan.units)
     plan.talks = _talks(model, found, plan)
     plan.counts = tuple(allowed_counts(model, found, block) for block in chosen)
+    refuse_inexact(found, plan)
     by_watching = not all(block.explicit for block in chosen)
     by_rows = by_watching and mode == "sample"
     batches = watch_more_rows(model, found.recording, shown) if by_rows else None
-    whole = prove(model, found, plan, shown, batches) if by_watching else {}
-    _warn(model, plan)  # before anything is changed: a warning may be an error
-    attach(model, found, plan, whole, batches)
+    attach(model, found, plan, batches)
+    try:
+        if by_watching:
+            prove(model, found, plan, shown)
+        _warn(model, plan)
+    except BaseException:  # also where a warning is an error
+        detach(model, plan)
+        raise
     return StochasticDepth(model, plan)
 
 
@@ -199,6 +205,13 @@ def _refuse_compiled(given: nn.Module, chosen: Sequence[ResidualBlock]) -> None:
 
 def _warn(model: nn.Module, plan: Plan) -> None:
     """Say at once what would only be felt after the training."""
+    keeping = [block for block in plan.blocks if block.keeps is not None]
+    if keeping:
+        others = f", as do {len(keeping) - 1} others" if len(keeping) > 1 else ""
+        warn(
+            f'block "{keeping[0].name}" keeps a value of its branch: {keeping[0].keeps}{others}. '
+            "Where the branch is dropped that is zero"
+        )
     few, rate = len(plan.blocks) < _FEW_BLOCKS, max(plan.rates)
     if few and rate > _HIGH_RATE:
         blocks = "1 block" if len(plan.blocks) == 1 else f"{len(plan.blocks)} blocks"

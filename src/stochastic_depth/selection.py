@@ -10,7 +10,7 @@ from torch import nn
 from stochastic_depth.arguments import matching
 from stochastic_depth.discovery import Discovery, ResidualBlock, none_found
 from stochastic_depth.errors import OptionError, RefusedBlockError, SelectionError
-from stochastic_depth.plan import Scale, Unit
+from stochastic_depth.plan import Plan, Scale, Unit
 
 Selector = str | type | ResidualBlock | Callable[[ResidualBlock], bool]
 
@@ -90,8 +90,17 @@ def _chosen(
     return chosen
 
 
-def refusal(block: ResidualBlock, *, unit: Unit, scale: Scale) -> str | None:
-    """Why a block cannot be gated exactly with these options, from the first watch alone."""
+def refuse_inexact(found: Discovery, plan: Plan) -> None:
+    """Raises where the watch shows that a block cannot be skipped exactly with these options."""
+    reasons = {
+        block.name: _refusal(block, unit=plan.unit, scale=plan.scale) for block in plan.blocks
+    }
+    told = {name: why for name, why in reasons.items() if why is not None}
+    if told:
+        raise refuse(told, plan.blocks, found=found)
+
+
+def _refusal(block: ResidualBlock, *, unit: Unit, scale: Scale) -> str | None:
     if block.leaks_to is not None:
         return f'"{block.leaks_to}" computes with a value made inside of it'
     if block.irregular:
@@ -104,6 +113,8 @@ def refusal(block: ResidualBlock, *, unit: Unit, scale: Scale) -> str | None:
     if unit == "branch" and block.branches_leak:
         return 'one of its branches computes with a value of another (try unit="block")'
     for branch in block.branches:
+        if not branch.vanishes:
+            return f"{branch.name} is not zero when its modules are dropped"
         if branch.unscalable and scale != "none":
             return f'{branch.name} cannot be scaled: {branch.unscalable} (scale="none" works)'
     return None

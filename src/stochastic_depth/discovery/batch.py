@@ -24,7 +24,7 @@ from stochastic_depth.errors import ExampleInputsError
 from stochastic_depth.rows import Dims, Held, Places
 from stochastic_depth.torch_private.trees import tree_flatten, tree_unflatten
 
-_MORE = 3  # rows: enough for a window of two that wraps around the end
+MORE = 3  # rows: enough for a window of two that wraps around the end; the first comes again
 
 # The least part of a batch to drop, where any: what is dropped has to pay for moving the others.
 # That costs the more the less a branch computes for each value, and convolutions compute little.
@@ -123,11 +123,11 @@ def with_more_rows(example: Example) -> tuple[Example, tuple[int, int]]:
         if not isinstance(leaf, Tensor) or not leaf.ndim or len(leaf) != few:
             return leaf
         # Rows unlike the first, so that a mix-up of rows shows.
-        new = [leaf[:1].roll(step, -1) if leaf.ndim > 1 else leaf[:1] for step in range(_MORE)]
+        new = [leaf[:1].roll(step, -1) if leaf.ndim > 1 else leaf[:1] for step in range(MORE)]
         return made.setdefault(id(leaf), torch.cat([leaf, *new]))
 
     args, kwargs = tree_unflatten([longer(leaf) for leaf in leaves], spec)
-    return (args, kwargs), (few, few + _MORE)
+    return (args, kwargs), (few, few + MORE)
 
 
 def allowed_counts(model: nn.Module, found: Discovery, block: ResidualBlock) -> Counts:

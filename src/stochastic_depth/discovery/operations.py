@@ -79,9 +79,9 @@ FILLED = frozenset(
 """
 ZERO_AT_ZERO = frozenset(
     "tanh gelu silu sin asin sinh tan atan erf elu selu celu mish hardswish hardtanh softsign sqrt "
-    "square sign expm1 log1p".split()
+    "square sign expm1 log1p div _to_copy".split()
 )
-"""Of kind OTHER, and yet f(0) = 0."""
+"""Of kind OTHER, some where they round, and yet f(0) = 0."""
 SPELLINGS = frozenset("add sub rsub addcmul addcdiv lerp addmm baddbmm".split())
 """Operations that may be a sum of two terms."""
 MERGES = frozenset(

@@ -45,7 +45,6 @@ class Node:
     is_view: bool = False  # shares memory with its first input
     overwrites: tuple[int, ...] = ()  # values whose memory the operation changed in place
     replay: Callable[[Tensor], Tensor] | None = None  # of a move: the same on another tensor
-    zero: frozenset[int] = frozenset()  # positions of inputs that are all zeros, where looked for
 
 
 @dataclass(slots=True, eq=False)
@@ -215,20 +214,6 @@ class Recording:
         table: dict[str, list[Call]] = {}
         for call in self.calls:
             table.setdefault(call.module, []).append(call)
-        return table
-
-    @cached_property
-    def number_of(self) -> dict[int, int]:
-        """For each call, how many calls of the same module came before it."""
-        return {c.index: n for calls in self.calls_of.values() for n, c in enumerate(calls)}
-
-    @cached_property
-    def sums_of(self) -> dict[int, list[int]]:
-        """For each call, the sums that were taken in its own forward, in order."""
-        table: dict[int, list[int]] = {}
-        for node in self.nodes:
-            if node.kind is Kind.SUM:
-                table.setdefault(node.call, []).append(node.index)
         return table
 
     @cached_property

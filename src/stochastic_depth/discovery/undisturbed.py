@@ -6,7 +6,7 @@ import random
 import sys
 import threading
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -20,18 +20,15 @@ _lock = threading.Lock()
 
 
 @contextmanager
-def undisturbed(
-    model: nn.Module, mode: Mode = "eval", *, drawing: Collection[str] = ()
-) -> Iterator[None]:
+def undisturbed(model: nn.Module, mode: Mode = "eval") -> Iterator[None]:
     """In this mode for a while; then modes, buffers and random generators are as before.
 
     While it lasts the modules have copies of their buffers: training writes to them unseen.
 
     Args:
         model: The model.
-        mode: As it trains, as it trains but for BatchNorm, or as in inference.
-        drawing: The gated modules that train, too; all others are as in inference, where they are
-            open.
+        mode: As it trains, as it trains but for BatchNorm, or as in inference. Gated modules are
+            as in inference, where they are open.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     buffers = {id(b): (b, b._version, b.detach().clone()) for b in model.buffers()}
@@ -42,10 +39,10 @@ def undisturbed(
         warnings.simplefilter("ignore")  # what there is to warn about comes again in the training
         try:
             torch.backends.mha.set_fastpath_enabled(False)  # it hides the modules' calls
-            for name, module in model.named_modules():
+            for module in model.modules():
                 is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
                 trains = mode == "train" or (mode != "eval" and not is_norm)
-                module.training = trains and (name in drawing or not _may_draw(module))
+                module.training = trains and not _may_draw(module)
                 if module not in scripted:
                     own = {k: b for k, b in module._buffers.items() if b is not None}
                     module._buffers.update({k: copies[id(b)] for k, b in own.items()})

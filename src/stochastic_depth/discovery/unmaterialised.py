@@ -7,15 +7,15 @@ was in the watch, with random numbers.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stochastic_depth.discovery.example import Example
-from stochastic_depth.discovery.undisturbed import held, undisturbed
+from stochastic_depth.discovery.undisturbed import held
 from stochastic_depth.torch_private.tracing import fake_mode
 from stochastic_depth.torch_private.trees import tree_map
 
@@ -58,24 +58,6 @@ def without_values(model: nn.Module, example: Example) -> Iterator[Example]:
         finally:
             for table, before in weights:
                 table.update(before)
-
-
-def arguments_of(model: nn.Module, names: Sequence[str], example: Example) -> dict[str, Arguments]:
-    """What these modules are called with, call by call."""
-    found: dict[str, Arguments] = {name: [] for name in names}
-    with ExitStack() as stack:
-        for name in names:
-
-            def note(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                found[name].append((args, kwargs))
-
-            module = model.get_submodule(name)
-            stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
-        args, kwargs = stack.enter_context(without_values(model, example))
-        stack.enter_context(undisturbed(model))
-        stack.enter_context(torch.no_grad())
-        model(*args, **kwargs)
-    return found
 
 
 class Alone(nn.Module):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -22,7 +22,6 @@ from stochastic_depth.discovery.effects import Before, memory_of
 from stochastic_depth.discovery.example import Example
 from stochastic_depth.discovery.operations import (
     FILLED,
-    SPELLINGS,
     Kind,
     Term,
     kind_of,
@@ -37,32 +36,22 @@ from stochastic_depth.torch_private.processes import ranks_that_talk
 from stochastic_depth.torch_private.tracing import TorchDispatchMode
 from stochastic_depth.torch_private.trees import tree_leaves
 
-_OF_SUMS = SPELLINGS | {"stack", "sum", "mean"}
 _SAME_SHAPE = frozenset("alias clone contiguous _to_copy lift_fresh add sum".split())
 
 
-def record(
-    model: nn.Module,
-    example: Example,
-    mode: Mode,
-    *,
-    zeros: bool = False,
-    drawing: Collection[str] = (),
-) -> Recording:
+def record(model: nn.Module, example: Example, mode: Mode) -> Recording:
     """Call the model once, without gradients, and write down what happened.
 
     Args:
         model: It is left as it was.
         example: Its positional and keyword arguments.
         mode: As it trains, as it trains but for BatchNorm, or as in inference.
-        zeros: Whether to look which operands of sums are all zeros.
-        drawing: The gated modules that draw; all others are open.
     """
-    watcher = Watcher(model, zeros=zeros)
+    watcher = Watcher(model)
     watcher.recording.mode = mode
     args, kwargs = example
     with ExitStack() as stack:
-        stack.enter_context(undisturbed(model, mode, drawing=drawing))
+        stack.enter_context(undisturbed(model, mode))
         watcher.know(model)
         for name, module in model.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):  # its operations show all the same
@@ -89,17 +78,6 @@ def watch_once(model: nn.Module, example: Example) -> Recording:
         return record(model, given, "eval")
 
 
-def record_closed(
-    model: nn.Module, example: Example, mode: Mode, *, drawing: Collection[str]
-) -> Recording:
-    """The recording of one more forward, with the operands of sums that are all zeros.
-
-    Where the model has no values, there are no zeros either.
-    """
-    with without_values(model, example) as given:
-        return record(model, given, mode, zeros=given is example, drawing=drawing)
-
-
 @dataclass(frozen=True, slots=True)
 class _Schema:
     """What an operation's schema says, looked up once."""
@@ -117,10 +95,9 @@ class Watcher(TorchDispatchMode):
     memory: a tensor's value is the newer of its own and the last that was written there.
     """
 
-    def __init__(self, model: nn.Module, *, zeros: bool) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.recording = Recording()
-        self._zeros = zeros
         self._thread = threading.get_ident()
         self._open: list[tuple[Call, Before]] = []
         self._call = 0  # the number of the innermost one
@@ -130,8 +107,7 @@ class Watcher(TorchDispatchMode):
         self._values: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._writes: dict[int, int] = {}
         self._schemas: dict[Any, _Schema] = {}
-        # What `stack` made: along which dimension, and which parts were all zeros.
-        self._stacked: dict[int, tuple[int, frozenset[int]]] = {}
+        self._stacked: dict[int, int] = {}  # what `stack` made: along which dimension
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -204,7 +180,7 @@ class Watcher(TorchDispatchMode):
         kwargs = kwargs or {}
         schema = self._schemas.get(func) or self._schemas.setdefault(func, _read(func))
         name, nodes = schema.name, self.recording.nodes
-        if self._recurrent is not None or (self._zeros and name not in _OF_SUMS):
+        if self._recurrent is not None:
             return func(*args, **kwargs)
         tensors = _tensors([*args, *kwargs.values()])
         inputs = tuple([self.value(tensor) for tensor in tensors])
@@ -213,7 +189,6 @@ class Watcher(TorchDispatchMode):
         written = _written(schema, args, kwargs) if schema.written else []
         overwrites = tuple([self.value(tensor) for tensor in written]) if written else ()
         terms = terms_of(name, args, kwargs)
-        zero = self._zero(terms or ())
         self._note_collective(func, args)
         out = func(*args, **kwargs)
         made = _tensors([out])
@@ -230,32 +205,20 @@ class Watcher(TorchDispatchMode):
         results = {id(tensor): tensor for tensor in (*made, *written)} if written else {}
         for tensor in results.values() or made:
             node = self._add(tensor, name, kind, inputs)
-            node.operation, node.overwrites, node.zero = first, overwrites, zero
+            node.operation, node.overwrites = first, overwrites
             node.is_view, node.replay = schema.is_view, replay
         for tensor in written:
             self._writes[memory_of(tensor)] = self._values[id(tensor)][1]
         if not written:
             self._note_made(made)
         if name == "stack":
-            self._note_stack(first, tensors, args[1] if len(args) > 1 else kwargs.get("dim", 0))
+            dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+            self._stacked[first] = dim % made[0].ndim
         return out
 
     def _note_made(self, made: Sequence[Tensor]) -> None:
         if self._open:
             self._open[-1][1].made += [self._values[id(tensor)][0] for tensor in made]
-
-    def _note_stack(self, node: int, parts: Sequence[Tensor], dim: int) -> None:
-        zeros = self._zero([Term((part,)) for part in parts])
-        self._stacked[node] = (dim % (parts[0].ndim + 1), zeros)
-
-    def _zero(self, terms: Sequence[Term]) -> frozenset[int]:
-        """Which of the terms are all zeros, where that is looked for."""
-        return frozenset(
-            number
-            for number, term in enumerate(terms if self._zeros else ())
-            for tensors in [term.tensors[:1] if term.op == "div" else term.tensors]
-            if not all(bool(tensor.any()) for tensor in tensors)
-        )
 
     def _is_sum(self, terms: Sequence[Term], out: Tensor) -> bool:
         """Not a product with a bias."""
@@ -279,19 +242,14 @@ class Watcher(TorchDispatchMode):
         Returns:
             The node of the sum; None where it goes along another dimension.
         """
-        parts, (dim, zeros) = self.recording.nodes[stack].inputs, self._stacked[stack]
+        stacked, dim = self.recording.nodes[stack], self._stacked[stack]
         along = args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ()
-        if [d % (out.ndim + 1) for d in along] != [dim] or out.ndim + 1 != self._ndim(stack):
+        if [d % (out.ndim + 1) for d in along] != [dim] or out.ndim + 1 != len(stacked.shape):
             return None
-        total, zero = parts[0], 0 in zeros
-        for number, part in enumerate(parts[1:], start=1):
-            node = self._node(out, "add", Kind.SUM, (total, part), None)
-            node.zero = frozenset([0] * zero + [1] * (number in zeros))
-            total, zero = node.index, zero and number in zeros
+        total, *parts = stacked.inputs
+        for part in parts:
+            total = self._node(out, "add", Kind.SUM, (total, part), None).index
         return total
-
-    def _ndim(self, node: int) -> int:
-        return len(self.recording.nodes[node].shape)
 
     @contextmanager
     def noting_functions(self) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -10,7 +10,7 @@ from stochastic_depth.discovery.batch import Batches, rows_of_members
 from stochastic_depth.discovery.blocks import Discovery, ResidualBranch
 from stochastic_depth.discovery.recording import Call, Recording
 from stochastic_depth.discovery.states import unread_outputs
-from stochastic_depth.discovery.templates import Given, Template
+from stochastic_depth.discovery.templates import Given
 from stochastic_depth.gating.batch import batch_dims
 from stochastic_depth.gating.block import Decision
 from stochastic_depth.gating.branch import Passage, weights_of
@@ -24,20 +24,13 @@ from stochastic_depth.torch_private.tracing import is_wrapper
 _NO_ROWS: tuple[Dims, Dims] = ({}, {})
 
 
-def attach(
-    model: nn.Module,
-    found: Discovery,
-    plan: Plan,
-    whole: Mapping[str, Template],
-    batches: Batches | None = None,
-) -> None:
+def attach(model: nn.Module, found: Discovery, plan: Plan, batches: Batches | None = None) -> None:
     """Gate the plan's blocks.
 
     Args:
         model: The model that was watched.
         found: What was found in it.
         plan: The blocks to gate.
-        whole: What the blocks return whose forward need not run when they are dropped, by name.
         batches: For mode "sample": where each value holds the batch.
     """
     gates: dict[str, Gate] = {}
@@ -50,7 +43,7 @@ def attach(
             _gate_residual(model, plan, number, position, branch)
     for container, numbers in blocks_of.items():
         gate = gates.setdefault(container, Gate(container, plan=plan))
-        _describe_block(model, found, gate, numbers, whole.get(plan.blocks[numbers[0]].name))
+        _describe_block(model, found, gate, numbers)
         if batches is not None:
             calls = found.recording.calls_of[container]
             held = [batches.held(call, gate.whole) for call in calls]
@@ -94,9 +87,7 @@ def _gate_residual(
     model.get_submodule(name).__dict__[KEY] = gate
 
 
-def _describe_block(
-    model: nn.Module, found: Discovery, gate: Gate, numbers: list[int], whole: Template | None
-) -> None:
+def _describe_block(model: nn.Module, found: Discovery, gate: Gate, numbers: list[int]) -> None:
     """What is known about a block from the calls of its module."""
     plan, module = gate.plan, model.get_submodule(gate.name)
     gate.blocks, gate.index = tuple(numbers), len(plan.gates)
@@ -107,7 +98,7 @@ def _describe_block(
         for units in [plan.units_of(number)]
         for position in range(len(plan.blocks[number].branches))
     )
-    gate.whole = whole
+    gate.whole = whole = plan.blocks[numbers[0]].whole
     gate.returns_copy = any(plan.blocks[number].copies_input for number in numbers)
     gate.known = KnownCalls(gate.name, module, found.recording.calls_of[gate.name])
     gate.returns_first = (

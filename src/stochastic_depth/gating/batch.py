@@ -43,7 +43,7 @@ class BatchDims:
     def size(self, args: Any, kwargs: Any) -> int:
         """The number of examples in the batch of a call."""
         sizes = set()
-        for where, leaf in self._leaves(args, kwargs):
+        for where, leaf in self.leaves(args, kwargs):
             if where in self.inputs and isinstance(leaf, Tensor):
                 dim, each = self.inputs[where]
                 examples, rest = divmod(leaf.shape[dim], each)
@@ -74,13 +74,13 @@ class BatchDims:
 
     def of_call(self, args: Any, kwargs: Any) -> CallDims:
         """Which leaves of a call hold the batch."""
-        numbers = {where: n for n, (where, _) in enumerate(self._leaves(args, kwargs))}
+        numbers = {where: n for n, (where, _) in enumerate(self.leaves(args, kwargs))}
         return CallDims(
             {numbers[w]: dim for w, (dim, _) in self.inputs.items() if w in numbers},
             {n: (dim, numbers[w]) for n, (dim, w) in self.handed_on.items() if w in numbers},
         )
 
-    def _leaves(self, args: Any, kwargs: Any) -> Iterator[tuple[Leaf, Any]]:
+    def leaves(self, args: Any, kwargs: Any) -> Iterator[tuple[Leaf, Any]]:
         for place, value in [*enumerate(args), *kwargs.items()]:
             leaves = [value] if isinstance(value, Tensor) else tree_leaves(value)
             name = named(place, self.positional)

@@ -161,14 +161,14 @@ def carry_out(call: ModuleCall, decision: Decision) -> Any:
         return _skip_value(call, setup)
     if gate.whole is not None and rows is not None and all(each is rows[0] for each in rows):
         return _run_on_rows(call, decision)
-    return _run_in_part(call, decision)
+    return run_in_part(call, decision)
 
 
 def _run(call: ModuleCall, decision: Decision) -> Any:
     """All branches, on all that is given."""
     gate, factors = call.gate, decision.factors
     if factors is not None and not gate.simple_ends:
-        return _run_in_part(call, decision)
+        return run_in_part(call, decision)
     check_parts(gate, call.module)
     running.blocks.append((gate, factors, None))
     try:
@@ -196,7 +196,7 @@ def _run_on_rows(call: ModuleCall, decision: Decision) -> Any:
     return output
 
 
-def _run_in_part(call: ModuleCall, decision: Decision) -> Any:
+def run_in_part(call: ModuleCall, decision: Decision) -> Any:
     """Some of the branches, or on some rows: their modules look up what was decided."""
     gate, module, _, args, kwargs = call
     check_parts(gate, module)
