@@ -49,7 +49,7 @@ def test_backward_is_running_in_a_backward_only() -> None:
 
 
 def test_checkpoints() -> None:
-    found = []
+    found: list[Any] = []
 
     def inner(x: torch.Tensor) -> torch.Tensor:
         found.append(backward.checkpoints())
@@ -69,10 +69,10 @@ def test_checkpoints() -> None:
     assert again[1] is not None
     assert again[1][0] is forward[0][1]  # one log
     # The inner recomputation.
-    assert recomputed[0] == []
+    assert recomputed[0] == ()
     assert recomputed[1] is not None
     assert recomputed[1][0] in (forward[0][0], again[0][0])
-    assert backward.checkpoints() == ([], None)
+    assert backward.checkpoints() == ((), None)
 
 
 def test_other_saved_tensor_hooks_are_put_back_and_ignored() -> None:
@@ -84,7 +84,7 @@ def test_other_saved_tensor_hooks_are_put_back_and_ignored() -> None:
 
     x = torch.ones(2, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda y: y):
-        assert backward.checkpoints() == ([], None)
+        assert backward.checkpoints() == ((), None)
         x.exp()
     assert len(packed) == 1
 
