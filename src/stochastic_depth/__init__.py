@@ -20,14 +20,14 @@ from stochastic_depth.errors import (
     StochasticDepthError,
     StochasticDepthWarning,
 )
-from stochastic_depth.handle import GatedBlock, GatedBranch, StochasticDepth
+from stochastic_depth.handle import StochasticDepth, get_stochastic_depth
 from stochastic_depth.presets import (
     apply_drop_path,
     apply_layer_drop,
     apply_progressive_layer_dropping,
 )
+from stochastic_depth.report import GatedBlock, GatedBranch
 from stochastic_depth.residual import Residual
-from stochastic_depth.retrieval import get_stochastic_depth
 from stochastic_depth.schedules import constant, linear_decay, linear_warmup, piecewise_linear
 
 __version__ = "0.1.0"

@@ -111,8 +111,7 @@ def uniforms(
         >>> round(first, 4), round(second, 4)
         (0.1341, 0.1237)
     """
-    numbers = integers(seed, step, call, Names(names), rank)
-    return tuple((number >> 11) * 2.0**-53 for number in numbers)  # the 53 bits of a float
+    return tuple(map(uniform, integers(seed, step, call, Names(names), rank)))
 
 
 class Names:
@@ -129,6 +128,11 @@ def integers(
     """The same as integers of 64 bits."""
     key = f"{seed},{step},{call},{rank}".encode() + names.digest
     return struct.unpack(names.format, shake_128(key).digest(names.bytes))
+
+
+def uniform(number: int) -> float:
+    """One of these integers as a number in [0, 1)."""
+    return (number >> 11) * 2.0**-53  # the 53 bits of a float
 
 
 def limit(rate: float) -> int:

@@ -1,60 +1,28 @@
-"""The handle of a gated model: what `apply_stochastic_depth` returns."""
+"""The handle of a gated model: what `apply_stochastic_depth` returns, and how to find it again."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from stochastic_depth import folding, state
-from stochastic_depth.errors import (
-    ChangedModelError,
-    OptionError,
-    SelectionError,
-    nearest,
-    warn,
-)
+from stochastic_depth import checkpoint
+from stochastic_depth.discovery import ResidualBlock, plain_model
+from stochastic_depth.errors import ChangedModelError, OptionError, SelectionError, nearest, warn
 from stochastic_depth.gating.attach import detach, gated_modules
 from stochastic_depth.gating.compiled import compile_blocks
-from stochastic_depth.gating.gate import KEY
+from stochastic_depth.gating.gate import KEY, Gate
 from stochastic_depth.plan import Plan
-from stochastic_depth.table import table
+from stochastic_depth.report import GatedBlock, gated_blocks, table
 
 _AT_A_STEP = 8  # blocks that are looked at
-
-
-@dataclass(frozen=True)
-class GatedBranch:
-    """A branch and its rate at this step.
-
-    Attributes:
-        name: The block's name and the branch's number, `"blocks.3:0"`.
-        drop_rate: The chance that it is dropped now.
-    """
-
-    name: str
-    drop_rate: float
-
-    @property
-    def survival_probability(self) -> float:
-        """`1 - drop_rate`."""
-        return 1.0 - self.drop_rate
-
-
-@dataclass(frozen=True)
-class GatedBlock(GatedBranch):
-    """A block and its rate at this step; where branches are drawn on their own, their mean.
-
-    Attributes:
-        branches: Its branches, likewise.
-    """
-
-    branches: tuple[GatedBranch, ...]
+_WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod")  # what lies in a wrapper put around later
 
 
 class StochasticDepth:
@@ -77,17 +45,7 @@ class StochasticDepth:
     @property
     def blocks(self) -> tuple[GatedBlock, ...]:
         """The gated blocks in forward order, with their rates at this step."""
-        found = []
-        for number, block in enumerate(self._plan.blocks):
-            now = self._plan.rates_at(self._plan.clock.step)
-            rates = [now[unit] for unit in self._plan.units_of(number)]
-            each = rates * len(block.branches) if self._plan.unit == "block" else rates
-            branches = tuple(
-                GatedBranch(branch.name, rate)
-                for branch, rate in zip(block.branches, each, strict=True)
-            )
-            found.append(GatedBlock(block.name, sum(rates) / len(rates), branches))
-        return tuple(found)
+        return gated_blocks(self._plan)
 
     @property
     def last_gates(self) -> dict[str, Any]:
@@ -124,17 +82,15 @@ class StochasticDepth:
                 expected="a torch.optim.Optimizer",
                 instead="pass the optimizer, or call depth.step() after each of its steps",
             )
-        own = {id(parameter) for parameter in self._model.parameters()}
-        if own.isdisjoint(id(p) for group in optimizer.param_groups for p in group["params"]):
+        own = set(self._model.parameters())
+        if own.isdisjoint(p for group in optimizer.param_groups for p in group["params"]):
             warn("the optimizer that is followed holds no parameter of the model")
         plan, handle = self._plan, weakref.ref(self)
 
         def advance(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             # A fused optimizer is called, too, where its GradScaler leaves the step out.
-            if not bool(getattr(optimizer, "found_inf", False)):
-                if (owner := handle()) is not None:
-                    owner._look_at_some_gates()
-                plan.advance()
+            if not getattr(optimizer, "found_inf", False):
+                _advance(plan, handle())
 
         plan.following = Following(plan, optimizer.register_step_post_hook(advance))
         return plan.following
@@ -151,8 +107,7 @@ class StochasticDepth:
                 expected="either follow(optimizer) or step(), not both",
                 instead="leave step() out",
             )
-        self._look_at_some_gates()
-        self._plan.advance()
+        _advance(self._plan, self)
 
     @contextmanager
     def fixed(self, gates: Mapping[str, bool]) -> Iterator[None]:
@@ -165,18 +120,17 @@ class StochasticDepth:
         Raises:
             SelectionError: A name that no gate has.
         """
-        forced: dict[str, bool] = {}
-        units = {
-            block.name: [self._plan.units[unit] for unit in self._plan.units_of(number)]
-            for number, block in enumerate(self._plan.blocks)
+        plan, forced = self._plan, dict[str, bool]()
+        units = {unit: [unit] for unit in plan.units} | {
+            block.name: [plan.units[unit] for unit in plan.units_of(number)]
+            for number, block in enumerate(plan.blocks)
         }
-        known = dict.fromkeys([*units, *(unit for names in units.values() for unit in names)])
         for name, is_open in gates.items():
-            if name not in known:
+            if name not in units:
                 raise SelectionError(
                     f'fixed() got "{name}", which no gate is called',
                     expected='the name of a block, or with unit="branch" of a branch',
-                    instead=nearest(name, known),
+                    instead=nearest(name, units),
                 )
             if is_open not in (True, False):
                 raise OptionError(
@@ -184,25 +138,17 @@ class StochasticDepth:
                     expected="True (open) or False (closed)",
                     instead="pass one of them",
                 )
-            forced |= dict.fromkeys(units.get(name, (name,)), bool(is_open))
-        undo = self._plan.force(forced, disabled=False)
-        try:
+            forced |= dict.fromkeys(units[name], bool(is_open))
+        with plan.force(forced):
             yield
-        finally:
-            undo()
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self) -> AbstractContextManager[None]:
         """Every branch runs at its inference scale, in train mode too (`update_bn`)."""
-        undo = self._plan.force(None, disabled=True)
-        try:
-            yield
-        finally:
-            undo()
+        return self._plan.force(disabled=True)
 
     def state_dict(self) -> dict[str, Any]:
         """What it takes to continue the sequence of draws exactly; plain numbers and strings."""
-        return state.save(self._plan)
+        return checkpoint.save(self._plan)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue where `state_dict()` was taken.
@@ -210,7 +156,7 @@ class StochasticDepth:
         Raises:
             StateMismatchError: It was taken with other blocks, rates or draws.
         """
-        state.load(self._plan, state_dict)
+        checkpoint.load(self._plan, state_dict)
 
     def compile(
         self,
@@ -236,9 +182,8 @@ class StochasticDepth:
             OptionError: None of the blocks can be compiled.
         """
         self._check_gates()
-        compile_blocks(
-            self._model, self._plan, {"backend": backend, "mode": mode, "options": options}
-        )
+        given = {"backend": backend, "mode": mode, "options": options}
+        compile_blocks(self._model, self._plan, given)
 
     def fold(self) -> nn.Module:
         """Put the inference scale into the weights and take the gates out.
@@ -252,7 +197,7 @@ class StochasticDepth:
                 something outside; nothing is changed then.
         """
         self._check_gates()
-        folding.fold_into(self._model, folding.fold_factors(self._plan))
+        checkpoint.fold_into(self._model, checkpoint.fold_factors(self._plan))
         return self.remove()
 
     def folded_state_dict(self) -> dict[str, Tensor]:
@@ -262,7 +207,7 @@ class StochasticDepth:
             RefusedBlockError: As `fold()`.
         """
         self._check_gates()
-        return folding.folded(self._model, folding.fold_factors(self._plan))
+        return checkpoint.folded(self._model, checkpoint.fold_factors(self._plan))
 
     def remove(self) -> nn.Module:
         """Take the gates out.
@@ -276,39 +221,27 @@ class StochasticDepth:
             self._plan.following.remove()
         return self._model
 
-    def _look_at_some_gates(self) -> None:
-        """The same for a few blocks at each step, in turn: all of them would take too long."""
-        gates, step = self._plan.gates, self._plan.clock.step
-        for number in range(step * _AT_A_STEP, step * _AT_A_STEP + min(_AT_A_STEP, len(gates))):
-            module: Any = self._model
-            try:
-                for part in filter(None, gates[number % len(gates)].name.split(".")):
-                    module = module._modules[part]
-                found = module.__dict__[KEY]
-            except (KeyError, AttributeError):  # replaced, or wrapped
-                found = None
-            if found is None or found.plan is not self._plan:
-                self._check_gates()
-
-    def _check_gates(self) -> None:
-        """Raises where the gates were taken out, or a gated block was replaced."""
-        missing = [b.name for b in self._plan.blocks if not self._is_gated(b.container)]
-        if missing:
-            everything = len(missing) == len(self._plan.blocks)
+    def _check_gates(self, some: slice = slice(None)) -> None:
+        """Raises where the gates were taken out, or one of these gated blocks was replaced."""
+        blocks = self._plan.blocks
+        missing = [block.name for block in blocks[some] if not self._is_gated(block)]
+        if missing and any(map(self._is_gated, blocks)):
             raise ChangedModelError(
-                "the gates are out of the model already"
-                if everything
-                else f'block "{missing[0]}" was replaced after stochastic depth was applied',
+                f'block "{missing[0]}" was replaced after stochastic depth was applied',
                 expected="the blocks that are gated",
-                instead="use the model that fold() or remove() gave back"
-                if everything
-                else "change the model first and apply stochastic depth afterwards",
+                instead="change the model first and apply stochastic depth afterwards",
+            )
+        if missing:
+            raise ChangedModelError(
+                "the gates are out of the model already",
+                expected="the blocks that are gated",
+                instead="use the model that fold() or remove() gave back",
             )
 
-    def _is_gated(self, name: str) -> bool:
+    def _is_gated(self, block: ResidualBlock) -> bool:
         try:
             # A wrapper around it (a checkpoint's, say) hands its attributes on.
-            gate = getattr(self._model.get_submodule(name), KEY, None)
+            gate = getattr(self._model.get_submodule(block.container), KEY, None)
         except AttributeError:  # not even there any more
             return False
         return gate is not None and gate.plan is self._plan
@@ -316,9 +249,7 @@ class StochasticDepth:
     def __str__(self) -> str:
         gates = [gate for _, _, gate in gated_modules(self._model)]
         whole = {gate.name for gate in gates if gate.whole is not None}
-        blocks = self._plan.blocks
-        names = {b.name for b in blocks if b.explicit or b.container in whole}
-        return table(self._model, self._plan, frozenset(names))
+        return table(self._model, self._plan, whole)
 
     def __repr__(self) -> str:
         return (
@@ -327,13 +258,70 @@ class StochasticDepth:
         )
 
 
+@dataclass(frozen=True)
 class Following:
     """An optimizer that is followed."""
 
-    def __init__(self, plan: Plan, hook: Any) -> None:
-        self._plan, self._hook = plan, hook
+    _plan: Plan
+    _hook: RemovableHandle
 
     def remove(self) -> None:
         """Follow it no longer."""
         self._hook.remove()
         self._plan.following = None
+
+
+def _advance(plan: Plan, handle: StochasticDepth | None) -> None:
+    """One optimizer step, and a look at some of the blocks, in turn: all would take too long."""
+    step = plan.clock.step
+    if handle is not None:
+        first = step * _AT_A_STEP % len(plan.blocks)
+        handle._check_gates(slice(first, first + _AT_A_STEP))
+    plan.clock.set(step + 1)
+
+
+def get_stochastic_depth(model: nn.Module, *, blocks: str | None = None) -> StochasticDepth:
+    """The handle of a gated model again: after `torch.load`, `deepcopy`, in a callback.
+
+    Args:
+        model: The gated model, or anything that holds it.
+        blocks: Where stochastic depth was applied several times: the name of a block of the one
+            that is meant, in the model that it was applied to.
+
+    Raises:
+        SelectionError: It has no stochastic depth, or several.
+    """
+    model = plain_model(model)
+    applied = {g.plan: _root(name, g) for name, _, g in gated_modules(model)}
+    found = [p for p in applied if blocks is None or any(b.name == blocks for b in p.blocks)]
+    if len(found) != 1:
+        names = [plan.blocks[0].name for plan in found or applied]
+        instead = f"pass blocks= with one of {names}" if names else "call apply_stochastic_depth"
+        if len(set(names)) < len(names):  # copies
+            instead = f"pass a part of the model, one of {[applied[plan] for plan in found]}"
+        raise SelectionError(
+            f"{type(model).__name__} has {len(found) or 'no'} stochastic depth"
+            + (f" with a block {blocks!r}" if blocks else ""),
+            expected="a model on which it was applied once",
+            instead=instead,
+        )
+    plan = found[0]
+    root = applied[plan]
+    handle: StochasticDepth | None = plan.handle() if plan.handle is not None else None
+    if handle is not None and (root is None or handle.model is model.get_submodule(root)):
+        return handle
+    if root is None:
+        raise SelectionError(
+            f"{type(model).__name__} is a part of the model that stochastic depth was applied to",
+            expected="that model, or anything around it",
+            instead="pass the whole model",
+        )
+    return StochasticDepth(model.get_submodule(root), plan)
+
+
+def _root(name: str, gate: Gate) -> str | None:
+    """Where the model that was watched lies; None where only a part of it is at hand."""
+    name = ".".join(part for part in name.split(".") if part not in _WRAPPED)
+    if gate.name and not f".{name}".endswith(f".{gate.name}"):
+        return None
+    return name.removesuffix(gate.name).removesuffix(".")

@@ -82,7 +82,7 @@ def _differs(call: ModuleCall, unit: int) -> str | None:
         opened, size = _under(call, [unit]), batch.size(call.args, call.kwargs)
         if _are_scattered(call, size):
             return 'mode="sample": the rows of an example do not lie side by side'
-        for rows in _windows(size, lone=gate.plan.counts[gate.plan.block_of(unit)].lone):
+        for rows in _windows(size, lone=gate.plan.counts[gate.plan.block_of[unit]].lone):
             found = _under(call, [unit], rows=rows)
             if why := _unlike(batch.outputs, rows, opened, closed, found):
                 return f'mode="sample": {why}'
@@ -106,7 +106,7 @@ def _are_scattered(call: ModuleCall, size: int) -> bool:
 def _what_fails(model: nn.Module, plan: Plan, example: Example, mode: Mode) -> dict[str, str]:
     """Which blocks cannot be dropped, or run on some rows, and why, by name."""
     reasons: dict[str, str] = {}
-    name_of = [plan.blocks[plan.block_of(unit)].name for unit in range(len(plan.units))]
+    name_of = [plan.blocks[number].name for number in plan.block_of]
     is_nested = any(block.nesting for block in plan.blocks)
 
     def look(call: ModuleCall) -> Any:
@@ -161,14 +161,12 @@ def _at_each_call(
         everything = Decision(call.gate, (True,) * len(call.gate.units), None, None, ALONE)
         return carry_out(call, everything)
 
-    undo = plan.force({}, disabled=False)  # so that no call goes the fast way
     running.trial = trial
     try:
-        with undisturbed(model, mode), torch.no_grad():
+        with plan.force({}), undisturbed(model, mode), torch.no_grad():  # none goes the fast way
             model(*example[0], **example[1])
     finally:
         running.trial = None
-        undo()
 
 
 def _windows(size: int, *, lone: bool) -> Iterator[Rows]:

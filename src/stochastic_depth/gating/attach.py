@@ -58,6 +58,7 @@ def attach(model: nn.Module, found: Discovery, plan: Plan, batches: Batches | No
     for container in blocks_of:
         owner = gates[container]
         _settle(model, owner, [other for other in gates.values() if owner in other.owners])
+    plan.forget()
     plan.one_to_one = [gate.units for gate in plan.gates] == [(n,) for n in range(len(plan.units))]
 
 
@@ -80,8 +81,7 @@ def _gate_residual(
     model: nn.Module, plan: Plan, number: int, position: int, branch: ResidualBranch
 ) -> None:
     (name,) = branch.modules
-    units = plan.units_of(number)
-    unit = units[position if len(units) > 1 else 0]
+    unit = plan.units_of(number)[position]
     gate = Gate(name, (unit,), (number,), plan=plan, is_residual=True, index=len(plan.gates))
     plan.gates.append(gate)
     model.get_submodule(name).__dict__[KEY] = gate
@@ -92,12 +92,7 @@ def _describe_block(model: nn.Module, found: Discovery, gate: Gate, numbers: lis
     plan, module = gate.plan, model.get_submodule(gate.name)
     gate.blocks, gate.index = tuple(numbers), len(plan.gates)
     plan.gates.append(gate)
-    gate.units = tuple(
-        units[position if len(units) > 1 else 0]
-        for number in numbers
-        for units in [plan.units_of(number)]
-        for position in range(len(plan.blocks[number].branches))
-    )
+    gate.units = tuple(unit for number in numbers for unit in plan.units_of(number))
     gate.whole = whole = plan.blocks[numbers[0]].whole
     gate.returns_copy = any(plan.blocks[number].copies_input for number in numbers)
     gate.known = KnownCalls(gate.name, module, found.recording.calls_of[gate.name])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.discovery.undisturbed import eagerly
 from stochastic_depth.distributed import is_running
-from stochastic_depth.errors import SetupError
+from stochastic_depth.errors import SetupError, warn
 from stochastic_depth.gating import hooks
 from stochastic_depth.gating.branch import Passage
 from stochastic_depth.gating.compiled import Compiled, let_rows_vary, run_compiled
@@ -88,7 +88,7 @@ def begin(gate: Gate, module: nn.Module, number: int) -> Row:
         refuse(module, f'block "{gate.name}"')
     plan = gate.plan
     row = plan.row_for(number)
-    if not plan.expect_steps(gate.name, module):
+    if plan.needs_steps and not plan.clock.expect_steps(gate.name, module):
         plan.row = row._replace(number=-1)  # the next gate comes here, too
     if is_running() and any(state is not None for state in row.states):
         plan.row = row = row._replace(states=(None,) * len(plan.gates))  # none goes the fast way
@@ -124,7 +124,7 @@ def decide(gate: Gate, module: nn.Module, batch: Callable[[], int], holder: nn.M
         if row.number != number or row.step != step:
             row = begin(gate, module, number)
         return _of_row(gate, row, setup, batch)
-    factors = plan.factors_at(step, training=training and not disabled)[gate.index]
+    factors = plan.at(step).factors[training and not disabled][gate.index]
     chosen = [disabled or (fixed or {}).get(plan.units[unit], True) for unit in gate.units]
     return _decision(gate, chosen, factors, setup)
 
@@ -200,9 +200,9 @@ def run_in_part(call: ModuleCall, decision: Decision) -> Any:
     """Some of the branches, or on some rows: their modules look up what was decided."""
     gate, module, _, args, kwargs = call
     check_parts(gate, module)
-    if not gate.stands_in and not all(decision.kept):
-        gate.plan.warn_once(
-            gate.name,
+    if not gate.stands_in and not all(decision.kept) and not gate.warned:
+        gate.warned = True
+        warn(
             f'block "{gate.name}" is called with {gate.known.flags(args, kwargs)}, unlike in the '
             "example: where it is dropped its branches are computed all the same, and thrown away. "
             "Pass the example that you train with, as example_inputs and example_kwargs",

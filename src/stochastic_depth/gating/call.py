@@ -103,7 +103,7 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
         ):
             return call_block(ModuleCall(gate, self, original, args, kwargs))
         else:
-            factors = plan.factors_at(plan.clock.step, training=False)[gate.index]
+            factors = plan.at(plan.clock.step).factors[False][gate.index]
         try:
             for path in gate.parts:
                 part: Any = self

@@ -60,6 +60,7 @@ class Gate(Counted):
     role: Role | None = None  # a branch module's: what it is at every call, where it has one owner
     owner: Gate | None = None  # a branch module's: this one, where it is no block itself
     templates: dict[tuple[object, ...], Template] = field(default_factory=dict)
+    warned: bool = False  # a block's: that dropping it saves nothing
     used_elsewhere: bool = False  # a branch module's: is called outside of its blocks, too
 
 

@@ -14,9 +14,9 @@ from stochastic_depth.draw import Draw, check_choice
 from stochastic_depth.errors import OptionError, SelectionError, StateMismatchError
 from stochastic_depth.gating.attach import gated_modules
 from stochastic_depth.handle import StochasticDepth as Handle
+from stochastic_depth.handle import get_stochastic_depth
 from stochastic_depth.integrations.composer.networks import Call, example_for, network_of
 from stochastic_depth.integrations.composer.targets import Target
-from stochastic_depth.retrieval import get_stochastic_depth
 from stochastic_depth.schedules import ScheduleFunction
 
 _MODES: dict[str, Literal["batch", "sample"]] = {"block": "batch", "sample": "sample"}

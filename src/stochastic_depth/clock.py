@@ -1,0 +1,78 @@
+"""The optimizer step at which a model stands, and the warning where nobody tells it.
+
+The clock of a copied model follows its original's until it is set itself. The step is pushed to the
+followers when it is set, so that reading it costs an attribute.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from stochastic_depth.errors import warn
+
+_PATIENCE = 3  # changes of the parameters without a step
+
+
+class Clock:
+    """The optimizer step."""
+
+    def __init__(self, leader: Clock | None = None, step: int = 0) -> None:
+        self.step: int = step if leader is None else leader.step
+        self.owner: Callable[[], object | None] = lambda: None  # whose clock it is, held weakly
+        self._leader = leader
+        self._followers: weakref.WeakSet[Clock] = weakref.WeakSet()
+        if leader is not None:
+            leader._followers.add(self)
+        self._seen: tuple[str, int] | None = None  # a gate, and its parameters' version
+        self._changes, self._warned = 0, False
+
+    def set(self, step: int) -> None:
+        """Go on from this step, following nobody."""
+        if self._leader is not None:
+            self._leader._followers.discard(self)
+            self._leader = None
+        clocks = [self]
+        for clock in clocks:  # which grows
+            clock.step, clock._changes, clock._seen = step, 0, None
+            clocks += clock._followers
+
+    def expect_steps(self, gate: str, module: nn.Module) -> bool:
+        """Warn, once, where parameters change time and again and nobody sets the step.
+
+        Called once a forward where something depends on the step: by the gate that is called
+        first, and by the next one where it returns that this one has nothing to tell, as its
+        parameters are frozen.
+        """
+        if self._warned:
+            return True
+        trained = [p for p in module.parameters() if p.requires_grad and not p.is_inference()]
+        if not trained or (self._seen is not None and self._seen[0] != gate):
+            return False
+        version = sum(p._version for p in trained)
+        self._changes += self._seen is not None and self._seen[1] != version
+        self._seen = gate, version
+        if self._changes >= _PATIENCE:
+            self._warned = True
+            warn(
+                f'the parameters of "{gate}" changed {_PATIENCE} times while stochastic '
+                f"depth stands at step {self.step}: its schedule (or redraw) waits for "
+                "depth.follow(optimizer), or for depth.step() after each optimizer step"
+            )
+        return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        leaders: list[Clock] = []
+        clock = self._leader
+        while clock is not None:
+            leaders += [] if clock.owner() is None else [clock]
+            clock = clock._leader
+        # The first of them first, so that none is saved in the middle of another: no recursion.
+        return {"step": self.step, "leaders": leaders[::-1]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        leaders = state["leaders"]
+        Clock.__init__(self, leaders[-1] if leaders else None, state["step"])
