@@ -9,7 +9,7 @@ from torch import nn
 
 from stochastic_depth.discovery import Discovery, ResidualBlock, plain_model, watch
 from stochastic_depth.discovery.batch import allowed_counts, watch_more_rows
-from stochastic_depth.discovery.own_drops import refuse_own_drops
+from stochastic_depth.discovery.own_drops import OwnDrop, refuse_own_drops, switched_off
 from stochastic_depth.distributed import ranks_in
 from stochastic_depth.distributions import Distribution, DropRate, resolve_rates
 from stochastic_depth.draw import Draw, check_choice
@@ -23,8 +23,8 @@ from stochastic_depth.schedules import ScheduleFunction, resolve_schedule
 from stochastic_depth.selection import Selector, refuse_inexact, select
 from stochastic_depth.torch_private.tracing import is_wrapper
 
-Rates = Callable[[Discovery, Sequence[ResidualBlock]], tuple[float, ...]]
-"""From what was found and the blocks to gate, the rate of each of these."""
+Rates = Callable[[Sequence[OwnDrop], Discovery, Sequence[ResidualBlock]], tuple[float, ...]]
+"""From what the model drops, what was found, and the blocks to gate: the rate of each of these."""
 
 _FEW_BLOCKS, _HIGH_RATE = 6, 0.2
 _SCALES: dict[Mode, Scale] = {"batch": "eval", "sample": "train"}
@@ -110,8 +110,15 @@ def apply_stochastic_depth(
 
 
 def spread_over_depth(drop_rate: DropRate, drop_distribution: str | Distribution | None) -> Rates:
-    """The rates that the user gives the blocks."""
-    return lambda _, chosen: resolve_rates(drop_rate, drop_distribution, [b.name for b in chosen])
+    """The rates that the user gives the blocks of a model that drops nothing by itself."""
+
+    def rates(
+        drops: Sequence[OwnDrop], _: Discovery, chosen: Sequence[ResidualBlock]
+    ) -> tuple[float, ...]:
+        refuse_own_drops(drops)
+        return resolve_rates(drop_rate, drop_distribution, [block.name for block in chosen])
+
+    return rates
 
 
 def apply(
@@ -145,35 +152,31 @@ def apply(
     given, model = model, plain_model(model)
     refuse(model)
     refuse_parts(model)
-    refuse_own_drops(model)
-    found, shown = watch(model, *example)
-    chosen = select(model, found, blocks)
-    _refuse_gated(model, chosen)
-    _refuse_compiled(given, chosen)
-    plan = Plan(
-        blocks=chosen,
-        rates=rates(found, chosen),
-        unit=unit,
-        mode=mode,
-        scale=_SCALES[mode] if scale == "auto" else scale,
-        schedule=resolve_schedule(None, []),
-        draw=draw,
-    )
-    plan.schedule = resolve_schedule(schedule, plan.units)
-    plan.talks = _talks(model, found, plan)
-    plan.counts = tuple(allowed_counts(model, found, block) for block in chosen)
-    refuse_inexact(found, plan)
-    by_watching = not all(block.explicit for block in chosen)
-    by_rows = by_watching and mode == "sample"
-    batches = watch_more_rows(model, found.recording, shown) if by_rows else None
-    attach(model, found, plan, batches)
-    try:
-        if by_watching:
-            prove(model, found, plan, shown)
-        _warn(model, plan)
-    except BaseException:  # also where a warning is an error
-        detach(model, plan)
-        raise
+    with switched_off(model) as drops:
+        found, shown = watch(model, *example)
+        chosen = select(model, found, blocks)
+        _refuse_gated(model, chosen)
+        _refuse_compiled(given, chosen)
+        own = rates(drops, found, chosen)
+        scale = _SCALES[mode] if scale == "auto" else scale
+        plan = Plan(chosen, own, unit, mode, scale, resolve_schedule(None, []), draw)
+        plan.schedule = resolve_schedule(schedule, plan.units)
+        plan.talks = _talks(model, found, plan)
+        plan.counts = tuple(allowed_counts(model, found, block) for block in chosen)
+        refuse_inexact(found, plan)
+        by_watching = not all(block.explicit for block in chosen)
+        by_rows = by_watching and mode == "sample"
+        batches = watch_more_rows(model, found.recording, shown) if by_rows else None
+        attach(model, found, plan, batches)
+        try:
+            if by_watching:
+                prove(model, found, plan, shown)
+            _warn(model, plan)
+        except BaseException:  # also where a warning is an error
+            detach(model, plan)
+            raise
+    for drop in drops:
+        drop.set(0.0)
     return StochasticDepth(model, plan)
 
 
@@ -212,26 +215,28 @@ def _warn(model: nn.Module, plan: Plan) -> None:
             f'block "{keeping[0].name}" keeps a value of its branch: {keeping[0].keeps}{others}. '
             "Where the branch is dropped that is zero"
         )
-    few, rate = len(plan.blocks) < _FEW_BLOCKS, max(plan.rates)
-    if few and rate > _HIGH_RATE:
+    rate = max(plan.rates)
+    if len(plan.blocks) < _FEW_BLOCKS and rate > _HIGH_RATE:
         blocks = "1 block" if len(plan.blocks) == 1 else f"{len(plan.blocks)} blocks"
         warn(
             f"{blocks} with a drop rate of {rate:g}: shallow networks bear little stochastic "
             f"depth; use at most {_HIGH_RATE}, or none"
         )
-    dropouts = _active_dropouts(model, plan) if rate else []
-    if dropouts:
+    inside = tuple(f"{block.scope}." for block in plan.blocks if block.scope)
+    dropouts = [
+        f"{name} p={module.p:g}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        if name.startswith(inside)
+    ]
+    if dropouts and rate:
         more = f" and {len(dropouts) - 2} more" if len(dropouts) > 2 else ""
         warn(
             f"dropout is active beside stochastic depth ({', '.join(dropouts[:2])}{more}): "
             "several regularisers at once can give diminishing returns; set one to 0 or lower it"
         )
-    stuck = [
-        branch
-        for block, block_rate in zip(plan.blocks, plan.rates, strict=True)
-        for branch in block.branches
-        if block_rate and branch.fold.obstacle
-    ]
+    dropped = [block for block, own in zip(plan.blocks, plan.rates, strict=True) if own]
+    stuck = [b for block in dropped for b in block.branches if b.fold.obstacle]
     if stuck and plan.scale == "eval":
         warn(
             f"fold() will not be able to put the inference scale of {len(stuck)} branches into the "
@@ -244,25 +249,13 @@ def _talks(model: nn.Module, found: Discovery, plan: Plan) -> dict[str, str]:
     """For each block in whose branches ranks wait for each other: in what."""
     talks: dict[str, str] = {}
     recording, apart = found.recording, frozenset(ranks_in(plan.draw.process_group))
-    for block in [block for block, rate in zip(plan.blocks, plan.rates, strict=True) if rate]:
-        for name in dict.fromkeys(name for branch in block.branches for name in branch.modules):
-            owner = name if block.explicit else block.container
-            for inside, module in model.get_submodule(name).named_modules():
-                if isinstance(module, nn.SyncBatchNorm):
-                    talks[owner] = f'SyncBatchNorm "{f"{name}.{inside}".removesuffix(".")}"'
-            for call in recording.calls_of.get(name, ()) if recording.collectives else ():
-                if talk := recording.talk_in(call, apart):
-                    talks.setdefault(owner, talk)
+    dropped = [block for block, rate in zip(plan.blocks, plan.rates, strict=True) if rate]
+    for block, name in ((b, n) for b in dropped for branch in b.branches for n in branch.modules):
+        owner = name if block.explicit else block.container
+        for inside, module in model.get_submodule(name).named_modules(prefix=name):
+            if isinstance(module, nn.SyncBatchNorm):
+                talks[owner] = f'SyncBatchNorm "{inside}"'
+        for call in recording.calls_of.get(name, ()):
+            if talk := recording.talk_in(call, apart):
+                talks.setdefault(owner, talk)
     return talks
-
-
-def _active_dropouts(model: nn.Module, plan: Plan) -> list[str]:
-    """The dropout modules inside of the gated blocks."""
-    containers = tuple(f"{block.scope}." for block in plan.blocks if block.scope)
-    return [
-        f"{name} p={module.p:g}"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.modules.dropout._DropoutNd)
-        and module.p > 0
-        and name.startswith(containers)
-    ]

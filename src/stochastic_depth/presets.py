@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from torch import nn
 
 from stochastic_depth.arguments import Number
 from stochastic_depth.depth import Rates, apply, spread_over_depth
-from stochastic_depth.discovery import Discovery, ResidualBlock, plain_model
-from stochastic_depth.discovery.own_drops import rates_taken_over, switched_off
+from stochastic_depth.discovery.own_drops import rates_taken_over
 from stochastic_depth.draw import Draw
 from stochastic_depth.handle import StochasticDepth
 from stochastic_depth.schedules import Progressive, Schedule, ScheduleFunction
@@ -96,8 +95,8 @@ def apply_drop_path(
         [0.0, 0.05, 0.1, 0.15, 0.2]
     """
     example = example_inputs, example_kwargs
-    with _rates(model, drop_rate, "linear_from_zero", blocks) as rates:
-        return apply(model, rates, example, blocks, "branch", "sample", "train", schedule, draw)
+    rates = _rates(drop_rate, "linear_from_zero", blocks)
+    return apply(model, rates, example, blocks, "branch", "sample", "train", schedule, draw)
 
 
 def apply_layer_drop(
@@ -156,8 +155,8 @@ def apply_layer_drop(
         [0.2, 0.2, 0.2, 0.2, 0.2, 0.2]
     """
     example = example_inputs, example_kwargs
-    with _rates(model, drop_rate, "uniform", blocks) as rates:
-        return apply(model, rates, example, blocks, "block", "batch", "none", schedule, draw)
+    rates = _rates(drop_rate, "uniform", blocks)
+    return apply(model, rates, example, blocks, "block", "batch", "none", schedule, draw)
 
 
 def apply_progressive_layer_dropping(
@@ -243,18 +242,8 @@ def _times(factor: Schedule, schedule: Any) -> Any:
     return rest | products
 
 
-@contextmanager
-def _rates(
-    model: nn.Module, drop_rate: object, distribution: str, blocks: object
-) -> Iterator[Rates]:
-    """A number spread over the blocks, or the model's own rates, which are 0 from then on."""
-    if not isinstance(drop_rate, str) or drop_rate != "model":
-        yield spread_over_depth(_RATE.read(drop_rate, "drop_rate"), distribution)
-        return
-    with switched_off(plain_model(model)) as drops:
-
-        def taken_over(found: Discovery, gated: Sequence[ResidualBlock]) -> tuple[float, ...]:
-            by_name = rates_taken_over(drops, found, gated, chosen=blocks is not None)
-            return spread_over_depth(by_name, None)(found, gated)
-
-        yield taken_over
+def _rates(drop_rate: object, distribution: str, blocks: object) -> Rates:
+    """A number spread over the blocks, or the model's own rates."""
+    if isinstance(drop_rate, str) and drop_rate == "model":
+        return partial(rates_taken_over, chosen=blocks is not None)
+    return spread_over_depth(_RATE.read(drop_rate, "drop_rate"), distribution)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -17,7 +16,7 @@ from stochastic_depth.discovery.blocks import (
     explicit_residuals,
 )
 from stochastic_depth.discovery.example import Example, example_for
-from stochastic_depth.discovery.own_drops import own_drops
+from stochastic_depth.discovery.own_drops import switched_off
 from stochastic_depth.discovery.recording import Recording
 from stochastic_depth.discovery.watch import watch_once
 from stochastic_depth.errors import ExampleInputsError, NoResidualBlocksError, OptionError
@@ -109,7 +108,7 @@ def watch(
     example = example_for(model, example_inputs, example_kwargs)
     own = " (the example that it carries)" if example_inputs is None else ""
     try:
-        with _without_drops(model):
+        with switched_off(model):  # it would act as the model trains
             recording = watch_once(model, example)
     except Exception as error:
         raise ExampleInputsError(
@@ -120,19 +119,6 @@ def watch(
             "model's device",
         ) from error
     return discover(recording, model), example
-
-
-@contextmanager
-def _without_drops(model: nn.Module) -> Iterator[None]:
-    """While what the model drops of its own accord is off: it would act as the model trains."""
-    before = [(drop, getattr(drop.holder, drop.attribute)) for drop in own_drops(model)]
-    try:
-        for drop, _ in before:
-            setattr(drop.holder, drop.attribute, 0.0)
-        yield
-    finally:
-        for drop, rate in before:
-            setattr(drop.holder, drop.attribute, rate)
 
 
 def _refuse_lazy(model: nn.Module) -> None:
