@@ -13,7 +13,7 @@ from stochastic_depth.discovery.own_drops import OwnDrop, refuse_own_drops, swit
 from stochastic_depth.distributed import ranks_in
 from stochastic_depth.distributions import Distribution, DropRate, resolve_rates
 from stochastic_depth.draw import Draw, check_choice
-from stochastic_depth.errors import OptionError, warn
+from stochastic_depth.errors import OptionError, warn, wrong_value
 from stochastic_depth.gating.attach import attach, detach, gated_modules
 from stochastic_depth.gating.ranks import refuse, refuse_parts
 from stochastic_depth.handle import StochasticDepth
@@ -23,8 +23,10 @@ from stochastic_depth.schedules import ScheduleFunction, resolve_schedule
 from stochastic_depth.selection import Selector, refuse_inexact, select
 from stochastic_depth.torch_private.tracing import is_wrapper
 
-Rates = Callable[[Sequence[OwnDrop], Discovery, Sequence[ResidualBlock]], tuple[float, ...]]
-"""From what the model drops, what was found, and the blocks to gate: the rate of each of these."""
+Rates = Callable[
+    [nn.Module, Sequence[OwnDrop], Discovery, Sequence[ResidualBlock]], tuple[float, ...]
+]
+"""From a model, what it drops itself, what was found, the blocks to gate: the rates of these."""
 
 _FEW_BLOCKS, _HIGH_RATE = 6, 0.2
 _SCALES: dict[Mode, Scale] = {"batch": "eval", "sample": "train"}
@@ -112,9 +114,7 @@ def apply_stochastic_depth(
 def spread_over_depth(drop_rate: DropRate, drop_distribution: str | Distribution | None) -> Rates:
     """The rates that the user gives the blocks of a model that drops nothing by itself."""
 
-    def rates(
-        drops: Sequence[OwnDrop], _: Discovery, chosen: Sequence[ResidualBlock]
-    ) -> tuple[float, ...]:
+    def rates(_: Any, drops: Any, __: Any, chosen: Sequence[ResidualBlock]) -> tuple[float, ...]:
         refuse_own_drops(drops)
         return resolve_rates(drop_rate, drop_distribution, [block.name for block in chosen])
 
@@ -140,9 +140,7 @@ def apply(
     check_choice("mode=", mode, ("batch", "sample"))
     check_choice("scale=", scale, ("auto", "eval", "train", "none"))
     if not isinstance(draw, Draw):
-        raise OptionError(
-            f"draw is {draw!r}", expected="an sd.Draw", instead="pass sd.Draw(seed=1), say"
-        )
+        raise wrong_value("draw", draw, expected="an sd.Draw", instead="pass sd.Draw(seed=1)")
     if mode == "sample" and draw.sampling == "balanced":
         raise OptionError(
             'mode="sample" with Draw(sampling="balanced")',
@@ -157,7 +155,7 @@ def apply(
         chosen = select(model, found, blocks)
         _refuse_gated(model, chosen)
         _refuse_compiled(given, chosen)
-        own = rates(drops, found, chosen)
+        own = rates(model, drops, found, chosen)
         scale = _SCALES[mode] if scale == "auto" else scale
         plan = Plan(chosen, own, unit, mode, scale, resolve_schedule(None, []), draw)
         plan.schedule = resolve_schedule(schedule, plan.units)

@@ -48,7 +48,7 @@ class Draw:
 
     Example:
         >>> Draw(seed=1, redraw="step")
-        Draw(seed=1, sampling='independent', across_ranks='auto', redraw='step')
+        Draw(seed=1, sampling='independent', across_ranks='auto', redraw='step', process_group=None)
     """
 
     seed: int = 0
@@ -67,13 +67,6 @@ class Draw:
         check_choice("Draw(sampling=...)", self.sampling, get_args(Sampling))
         check_choice("Draw(across_ranks=...)", self.across_ranks, get_args(AcrossRanks))
         check_choice("Draw(redraw=...)", self.redraw, get_args(Redraw))
-
-    def __repr__(self) -> str:
-        group = "" if self.process_group is None else f", process_group={self.process_group!r}"
-        return (
-            f"Draw(seed={self.seed}, sampling={self.sampling!r}, "
-            f"across_ranks={self.across_ranks!r}, redraw={self.redraw!r}{group})"
-        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Draw:
         return self  # frozen, and a process group cannot be copied

@@ -33,14 +33,9 @@ class StochasticDepth:
     """
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
-        self._model = model
+        self.model = model  # that was watched
         self._plan = plan
         plan.handle = weakref.ref(self)
-
-    @property
-    def model(self) -> nn.Module:
-        """The model that was watched."""
-        return self._model
 
     @property
     def blocks(self) -> tuple[GatedBlock, ...]:
@@ -82,7 +77,7 @@ class StochasticDepth:
                 expected="a torch.optim.Optimizer",
                 instead="pass the optimizer, or call depth.step() after each of its steps",
             )
-        own = set(self._model.parameters())
+        own = set(self.model.parameters())
         if own.isdisjoint(p for group in optimizer.param_groups for p in group["params"]):
             warn("the optimizer that is followed holds no parameter of the model")
         plan, handle = self._plan, weakref.ref(self)
@@ -183,7 +178,7 @@ class StochasticDepth:
         """
         self._check_gates()
         given = {"backend": backend, "mode": mode, "options": options}
-        compile_blocks(self._model, self._plan, given)
+        compile_blocks(self.model, self._plan, given)
 
     def fold(self) -> nn.Module:
         """Put the inference scale into the weights and take the gates out.
@@ -197,7 +192,7 @@ class StochasticDepth:
                 something outside; nothing is changed then.
         """
         self._check_gates()
-        checkpoint.fold_into(self._model, checkpoint.fold_factors(self._plan))
+        checkpoint.fold_into(self.model, checkpoint.fold_factors(self._plan))
         return self.remove()
 
     def folded_state_dict(self) -> dict[str, Tensor]:
@@ -207,7 +202,7 @@ class StochasticDepth:
             RefusedBlockError: As `fold()`.
         """
         self._check_gates()
-        return checkpoint.folded(self._model, checkpoint.fold_factors(self._plan))
+        return checkpoint.folded(self.model, checkpoint.fold_factors(self._plan))
 
     def remove(self) -> nn.Module:
         """Take the gates out.
@@ -216,46 +211,39 @@ class StochasticDepth:
             The plain model, the same object, with its weights as they are: a model trained with
             scale "eval" loses its inference scale; `fold()` keeps it.
         """
-        detach(self._model, self._plan)
+        detach(self.model, self._plan)
         if self._plan.following is not None:
             self._plan.following.remove()
-        return self._model
+        return self.model
 
     def _check_gates(self, some: slice = slice(None)) -> None:
         """Raises where the gates were taken out, or one of these gated blocks was replaced."""
         blocks = self._plan.blocks
         missing = [block.name for block in blocks[some] if not self._is_gated(block)]
-        if missing and any(map(self._is_gated, blocks)):
-            raise ChangedModelError(
-                f'block "{missing[0]}" was replaced after stochastic depth was applied',
-                expected="the blocks that are gated",
-                instead="change the model first and apply stochastic depth afterwards",
-            )
-        if missing:
-            raise ChangedModelError(
-                "the gates are out of the model already",
-                expected="the blocks that are gated",
-                instead="use the model that fold() or remove() gave back",
-            )
+        if not missing:
+            return
+        what = "the gates are out of the model already"
+        instead = "use the model that fold() or remove() gave back"
+        if any(map(self._is_gated, blocks)):
+            what = f'block "{missing[0]}" was replaced after stochastic depth was applied'
+            instead = "change the model first and apply stochastic depth afterwards"
+        raise ChangedModelError(what, expected="the blocks that are gated", instead=instead)
 
     def _is_gated(self, block: ResidualBlock) -> bool:
-        try:
-            # A wrapper around it (a checkpoint's, say) hands its attributes on.
-            gate = getattr(self._model.get_submodule(block.container), KEY, None)
+        try:  # a wrapper around it (a checkpoint's, say) hands its attributes on
+            gate = getattr(self.model.get_submodule(block.container), KEY, None)
         except AttributeError:  # not even there any more
             return False
         return gate is not None and gate.plan is self._plan
 
     def __str__(self) -> str:
-        gates = [gate for _, _, gate in gated_modules(self._model)]
+        gates = [gate for _, _, gate in gated_modules(self.model)]
         whole = {gate.name for gate in gates if gate.whole is not None}
-        return table(self._model, self._plan, whole)
+        return table(self.model, self._plan, whole)
 
     def __repr__(self) -> str:
-        return (
-            f"<StochasticDepth of {type(self._model).__name__}: {len(self._plan.blocks)} blocks, "
-            f"step {self._plan.clock.step}>"
-        )
+        what = f"{type(self.model).__name__}: {len(self._plan.blocks)} blocks"
+        return f"<StochasticDepth of {what}, step {self._plan.clock.step}>"
 
 
 @dataclass(frozen=True)

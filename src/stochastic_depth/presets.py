@@ -221,7 +221,7 @@ def apply_progressive_layer_dropping(
     floor, speed = _THETA.read(theta, "theta"), _GAMMA.read(gamma, "gamma")
     example = example_inputs, example_kwargs
     rates = spread_over_depth(1.0 - floor, _below_the_rate)
-    product = _times(Progressive(speed), schedule)
+    product = _times(Schedule((Progressive(speed),)), schedule)
     return apply(model, rates, example, blocks, "block", "batch", "train", product, draw)
 
 
@@ -238,8 +238,7 @@ def _times(factor: Schedule, schedule: Any) -> Any:
         return factor * schedule if callable(schedule) else schedule
     # What no key matches has the preset's schedule; a "*" of the user's says so of everything.
     rest = {} if "*" in schedule else {"*": factor}
-    products = {key: factor * own if callable(own) else own for key, own in schedule.items()}
-    return rest | products
+    return rest | {key: factor * own if callable(own) else own for key, own in schedule.items()}
 
 
 def _rates(drop_rate: object, distribution: str, blocks: object) -> Rates:

@@ -13,7 +13,7 @@ from stochastic_depth.errors import OptionError, SetupError
 from stochastic_depth.gating.block import decide
 from stochastic_depth.gating.gate import running
 from stochastic_depth.gating.recomputation import remembered
-from stochastic_depth.rows import Rows, put_back, take
+from stochastic_depth.rows import put_back, take
 
 
 class Residual(nn.Module):
@@ -94,13 +94,13 @@ class Residual(nn.Module):
         gate = self._stochastic_depth
         if gate is None:
             return skip + branch(x, *args)
-        if torch.compiler.is_compiling() and not self.training and not gate.plan.forcing:
-            factors = gate.plan.inference_factors(gate.units)
-            return _sum(gate.name, skip, branch(x, *args), 1.0 if factors is None else factors[0])
-        call: Callable[..., Tensor] = _call
-        if torch.compiler.is_compiling():  # only then: it takes seconds to import
-            call = torch.compiler.disable(_call)
-        return call(self, branch, skip, (x, *args))
+        if not torch.compiler.is_compiling():
+            return _call(self, branch, skip, (x, *args))
+        if self.training or gate.plan.forcing:
+            call: Callable[..., Tensor] = torch.compiler.disable(_call)
+            return call(self, branch, skip, (x, *args))
+        factors = gate.plan.inference_factors(gate.units)
+        return _sum(gate.name, skip, branch(x, *args), 1.0 if factors is None else factors[0])
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What `torch.jit.script` compiles in its place."""
@@ -135,54 +135,34 @@ def _call(
     gate = residual._stochastic_depth
     if running.open_all:
         return skip + branch(*args)
-    holder = _holder(gate.name, branch)
-    decision = remembered(gate, lambda: decide(gate, residual, lambda: len(skip), holder))
-    factor = 1.0 if decision.factors is None else decision.factors[0]
-    if not decision.kept[0]:  # a copy: what follows may change it in place
-        decision.setup.skip(holder)
-        return skip.clone()
-    if decision.rows is None:
-        return _sum(gate.name, skip, branch(*args), factor)
-    return _on_rows(gate.name, decision.rows[0], branch, skip, args, factor)
-
-
-def _holder(name: str, branch: Any) -> nn.Module:
-    """The module that the branch is, or is a method of."""
     holder = branch.__self__ if isinstance(branch, MethodType) else branch
     if not isinstance(holder, nn.Module):
         raise OptionError(
-            f'the branch of "{name}" is {branch!r}',
+            f'the branch of "{gate.name}" is {branch!r}',
             expected="a module, or a method of one, whose parameters can be told",
             instead="make it a method of the layer: residual(x, self.feed_forward)",
         )
-    return holder
-
-
-def _on_rows(
-    name: str,
-    rows: Rows | None,
-    branch: Callable[..., Tensor],
-    skip: Tensor,
-    args: tuple[Any, ...],
-    factor: float,
-) -> Tensor:
-    """The sum on these rows of the batch; the others come to the skip."""
-    assert rows is not None
-    dims = {
-        number: 0
-        for number, value in enumerate((skip, *args))
-        if isinstance(value, Tensor) and value.ndim and len(value) == len(skip)
-    }
-    (some, *others), rests = take((skip, *args), dims, rows)
-    out: Tensor = put_back(_sum(name, some, branch(*others), factor), {0: (0, 0)}, rests, rows)
+    decision = remembered(gate, lambda: decide(gate, residual, lambda: len(skip), holder))
+    factor = 1.0 if decision.factors is None else decision.factors[0]
+    rows = None if decision.rows is None else decision.rows[0]
+    if not decision.kept[0]:  # a copy: what follows may change it in place
+        decision.setup.skip(holder)
+        return skip.clone()
+    if rows is None:
+        return _sum(gate.name, skip, branch(*args), factor)
+    # The sum on these rows of the batch; the others come to the skip.
+    tensors = [(n, v) for n, v in enumerate((skip, *args)) if isinstance(v, Tensor)]
+    batched = [number for number, value in tensors if value.shape[:1] == skip.shape[:1]]
+    (some, *others), rests = take((skip, *args), dict.fromkeys(batched, 0), rows)
+    out: Tensor = put_back(_sum(gate.name, some, branch(*others), factor), {0: (0, 0)}, rests, rows)
     return out
 
 
 def _sum(name: str, skip: Tensor, value: Any, factor: float) -> Tensor:
     """The sum; raises where a branch's value cannot be added to the skip as it is."""
-    tracing: bool = torch._C._get_tracing_state() is not None  # there sizes are tensors
-    if not tracing and (not isinstance(value, Tensor) or value.shape != skip.shape):
-        is_tensor = isinstance(value, Tensor)
+    is_tensor = isinstance(value, Tensor)
+    is_traced: bool = torch._C._get_tracing_state() is not None  # there sizes are tensors
+    if not is_traced and not (is_tensor and value.shape == skip.shape):
         what = f"of shape {tuple(value.shape)}" if is_tensor else "that is no tensor"
         raise OptionError(
             f'the branch of "{name}" returned a value {what}',

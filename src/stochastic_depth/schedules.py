@@ -28,27 +28,41 @@ _FACTOR = Number(
 )
 
 
+@dataclass(frozen=True)
 class Schedule:
-    """A factor on the drop rates for each optimizer step.
+    """A factor on the drop rates for each optimizer step: the product of what its functions return.
 
     Example:
         >>> linear_warmup(1000) * linear_decay(5000, start=4000)
         linear_warmup(1000) * linear_decay(5000, start=4000)
     """
 
+    functions: tuple[ScheduleFunction, ...]
+
     def __call__(self, step: int) -> float:
         """Returns the factor at this step."""
-        raise NotImplementedError
+        return math.prod(function(step) for function in self.functions)
 
     def __mul__(self, other: object) -> Schedule:
-        return _Product(_factors(self) + _factors(other))
+        return Schedule(self.functions + _functions(other))
 
     def __rmul__(self, other: object) -> Schedule:
-        return _Product(_factors(other) + _factors(self))
+        return Schedule(_functions(other) + self.functions)
+
+    def __repr__(self) -> str:
+        return " * ".join(map(repr, self.functions))
+
+
+def _functions(schedule: object) -> tuple[ScheduleFunction, ...]:
+    if isinstance(schedule, Schedule):
+        return schedule.functions
+    if callable(schedule):
+        return (schedule,)
+    return constant(_FACTOR.read(schedule, "a factor")).functions
 
 
 @dataclass(frozen=True)
-class _Lines(Schedule):
+class _Lines:
     """Straight lines between points (step, factor); two points at one step are a jump there."""
 
     points: tuple[tuple[float, float], ...]
@@ -68,20 +82,7 @@ class _Lines(Schedule):
 
 
 @dataclass(frozen=True)
-class _Product(Schedule):
-    """What ``*`` makes of schedules, other functions of the step, and numbers."""
-
-    factors: tuple[ScheduleFunction, ...]
-
-    def __call__(self, step: int) -> float:
-        return math.prod(factor(step) for factor in self.factors)
-
-    def __repr__(self) -> str:
-        return " * ".join(map(repr, self.factors))
-
-
-@dataclass(frozen=True)
-class Progressive(Schedule):
+class Progressive:
     """`1 - exp(-gamma * t)`: from 0 towards 1, as Progressive Layer Dropping sets in.
 
     Attributes:
@@ -108,7 +109,7 @@ def constant(factor: float) -> Schedule:
         0.5
     """
     factor = _FACTOR.read(factor, "constant(factor)")
-    return _Lines(((0, factor),), f"constant({factor})")
+    return _lines(f"constant({factor})", (0, factor))
 
 
 def linear_warmup(steps: float) -> Schedule:
@@ -122,7 +123,7 @@ def linear_warmup(steps: float) -> Schedule:
         (0.0, 0.25, 1.0, 1.0)
     """
     steps = _STEPS.read(steps, "linear_warmup(steps)")
-    return _Lines(((0, 0.0), (steps, 1.0)), f"linear_warmup({steps})")
+    return _lines(f"linear_warmup({steps})", (0, 0.0), (steps, 1.0))
 
 
 def linear_decay(steps: float, start: float = 0) -> Schedule:
@@ -136,10 +137,8 @@ def linear_decay(steps: float, start: float = 0) -> Schedule:
         >>> decay(1000), decay(2000), decay(5000), decay(9999)
         (1.0, 0.75, 0.0, 0.0)
     """
-    steps, start = (
-        _STEPS.read(steps, "linear_decay(steps)"),
-        _STEPS.read(start, "linear_decay(start)"),
-    )
+    steps = _STEPS.read(steps, "linear_decay(steps)")
+    start = _STEPS.read(start, "linear_decay(start)")
     if start > steps:
         raise OptionError(
             f"linear_decay starts at step {start} and reaches 0 at step {steps}",
@@ -147,7 +146,7 @@ def linear_decay(steps: float, start: float = 0) -> Schedule:
             instead=f"pass linear_decay({start}, start={steps}) if they are swapped",
         )
     text = f"linear_decay({steps}, start={start})" if start else f"linear_decay({steps})"
-    return _Lines(((start, 1.0), (steps, 0.0)), text)
+    return _lines(text, (start, 1.0), (steps, 0.0))
 
 
 def piecewise_linear(points: Iterable[tuple[float, float]]) -> Schedule:
@@ -169,7 +168,11 @@ def piecewise_linear(points: Iterable[tuple[float, float]]) -> Schedule:
             expected="at least one (step, factor), with steps that rise from point to point",
             instead="pass them sorted by step, one for each step",
         )
-    return _Lines(tuple(checked), f"piecewise_linear({checked})")
+    return _lines(f"piecewise_linear({checked})", *checked)
+
+
+def _lines(made_by: str, *points: tuple[float, float]) -> Schedule:
+    return Schedule((_Lines(points, made_by),))
 
 
 @dataclass(frozen=True)
@@ -210,35 +213,21 @@ def resolve_schedule(
     """
     if schedule is None:
         return ResolvedSchedule({})
-    if not isinstance(schedule, Mapping):
-        return ResolvedSchedule(dict.fromkeys(names, _checked(schedule, "schedule")))
+    given = schedule if isinstance(schedule, Mapping) else {"*": schedule}
     blocks = list(dict.fromkeys(name.partition(":")[0] for name in names))
     branches = [name for name in names if ":" in name]
     by_name: dict[str, ScheduleFunction] = {}
     # Keys of branches come last: they override those of blocks.
-    for key, value in sorted(schedule.items(), key=lambda item: ":" in str(item[0])):
-        function = _checked(value, f"schedule[{key!r}]")
+    for key, function in sorted(given.items(), key=lambda item: ":" in str(item[0])):
+        if not callable(function):
+            raise wrong_value(
+                "schedule" if given is not schedule else f"schedule[{key!r}]",
+                function,
+                expected="a function of the optimizer step that returns a factor in [0, 1]",
+                instead="pass linear_warmup(steps), say, or constant(0.5) for a fixed factor",
+            )
         # Without branches that draw on their own, a branch's key fails beside the blocks' names.
         choices = branches if branches and ":" in str(key) else blocks
         matched = matching(key, choices, argument="schedule")
-        by_name |= {
-            name: function for name in names if name in matched or name.partition(":")[0] in matched
-        }
+        by_name |= {n: function for n in names if n in matched or n.partition(":")[0] in matched}
     return ResolvedSchedule(by_name)
-
-
-def _checked(schedule: object, source: str) -> ScheduleFunction:
-    if callable(schedule):
-        return schedule
-    raise wrong_value(
-        source,
-        schedule,
-        expected="a function of the optimizer step that returns a factor in [0, 1]",
-        instead="pass linear_warmup(steps), say, or constant(0.5) for a fixed factor",
-    )
-
-
-def _factors(schedule: object) -> tuple[ScheduleFunction, ...]:
-    if isinstance(schedule, _Product):
-        return schedule.factors
-    return (schedule if callable(schedule) else constant(_FACTOR.read(schedule, "a factor")),)

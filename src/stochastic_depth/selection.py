@@ -34,18 +34,14 @@ def select(model: nn.Module, found: Discovery, blocks: Any) -> tuple[ResidualBlo
     if blocks is None:
         return tuple(usual)
     is_one = isinstance(blocks, str) or not isinstance(blocks, Iterable)
-    selectors: list[Any] = [blocks] if is_one else list(blocks)
     chosen: set[str] = set()
     left_out: set[str] = set()
-    for selector in selectors:
+    for selector in [blocks] if is_one else blocks:
         if isinstance(selector, str) and selector.startswith("!"):
-            names = [block.name for block in found.blocks]
-            left_out.update(matching(selector[1:], names, argument="blocks"))
+            left_out.update(matching(selector[1:], _names(found.blocks), argument="blocks"))
         else:
-            chosen |= _chosen(model, found, usual, selector)
-    if left_out and not chosen:
-        chosen = {block.name for block in usual}
-    kept = chosen - left_out
+            chosen.update(_chosen(model, found, usual, selector))
+    kept = (chosen or {*(_names(usual) if left_out else ())}) - left_out
     if not kept:
         raise SelectionError(
             f"blocks={blocks!r} leaves nothing of {len(usual)} residual blocks",
@@ -55,16 +51,19 @@ def select(model: nn.Module, found: Discovery, blocks: Any) -> tuple[ResidualBlo
     return tuple(block for block in found.blocks if block.name in kept)
 
 
+def _names(blocks: Iterable[ResidualBlock]) -> list[str]:
+    return [block.name for block in blocks]
+
+
 def _chosen(
     model: nn.Module, found: Discovery, usual: Sequence[ResidualBlock], selector: Any
-) -> set[str]:
+) -> Sequence[str]:
     """The names of the blocks that one selector stands for."""
-    names = [block.name for block in usual]
     if isinstance(selector, ResidualBlock):
         selector = selector.name
     if isinstance(selector, str):
-        exact = {block.name for block in found.blocks if block.name == selector}
-        return exact or set(matching(selector, names, argument="blocks"))
+        is_name = selector in _names(found.blocks)
+        return [selector] if is_name else matching(selector, _names(usual), argument="blocks")
     if not callable(selector):
         raise OptionError(
             f"blocks= holds {selector!r}, a {type(selector).__name__}",
@@ -73,12 +72,12 @@ def _chosen(
         )
     if isinstance(selector, type):
         modules = dict(model.named_modules())
-        chosen = {name for name in names if isinstance(modules.get(name), selector)}
+        chosen = [n for n in _names(usual) if isinstance(modules.get(n), selector)]
         kinds = ", ".join(sorted({block.kind for block in usual}))
         what = f"class {selector.__name__}"
         choices = f"pass a class of theirs: the blocks are of class {kinds}"
     else:
-        chosen = {block.name for block in usual if selector(block)}
+        chosen = [block.name for block in usual if selector(block)]
         what = f"predicate {selector!r}"
         choices = "print sd.find_residual_blocks(model, ...): it is called with each found block"
     if not chosen:
@@ -126,7 +125,7 @@ def refuse(
     """The error that names every refused block, why, and what to paste to leave them out."""
     told = "; ".join(f'block "{name}": {reason}' for name, reason in list(reasons.items())[:3])
     more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
-    left = [block.name for block in gated if block.name not in reasons]
+    left = [name for name in _names(gated) if name not in reasons]
     out = [f"!{name}" for name in reasons]
     is_all = len(left) + len(reasons) == sum(not block.affine for block in found.blocks)
     instead = (

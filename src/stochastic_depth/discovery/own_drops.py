@@ -111,11 +111,17 @@ def refuse_own_drops(drops: Sequence[OwnDrop]) -> None:
 
 
 def rates_taken_over(
-    drops: Sequence[OwnDrop], found: Discovery, gated: Sequence[ResidualBlock], *, chosen: bool
+    model: nn.Module,
+    drops: Sequence[OwnDrop],
+    found: Discovery,
+    gated: Sequence[ResidualBlock],
+    *,
+    chosen: bool,
 ) -> tuple[float, ...]:
     """The model's own rate of each gated block, 0 where it has none.
 
     Args:
+        model: The model that was watched.
         drops: What the model drops by itself.
         found: What was found in the model.
         gated: The blocks to gate.
@@ -127,7 +133,8 @@ def rates_taken_over(
     """
     if not drops:
         raise OptionError(
-            'drop_rate is "model", but no drop path or layerdrop of the model is above 0',
+            'drop_rate is "model", but no drop path or layerdrop of '
+            f"{type(model).__name__} is above 0",
             expected="a model that drops branches of its own accord",
             instead="build the model with it (drop_path_rate=0.1, stochastic_depth_prob=0.1, "
             "layerdrop=0.1), or pass a number as drop_rate",
