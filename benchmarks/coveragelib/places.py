@@ -80,4 +80,6 @@ def _is_affine_up_to(found: Discovery, call: Call) -> bool:
     if not around.arguments or not call.arguments:
         return False
     given, value = next(iter(around.arguments.values())), next(iter(call.arguments.values()))
-    return given < value and Search(recording).affine.leads_through(value, given)
+    if not recording.reaches(given, value):
+        return False
+    return Search(recording).is_affine(given, recording.between(given, value))

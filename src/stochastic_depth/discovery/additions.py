@@ -8,7 +8,7 @@ one operand is affine in such a value (or a norm, or a pooling, of what is), the
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -69,25 +69,30 @@ class Search:
 
     Attributes:
         additions: The residual additions, in forward order.
-        affine: For each value, through which others it is an affine function of all its data.
     """
 
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
         self.additions: list[Addition] = []
-        self.affine = Ways()
         self._skips = Ways()
         self._through: dict[int, int] = {}  # residual sum -> its skip operand
         for node in recording.nodes:
             found = self._residual(node) if node.kind is Kind.SUM else None
-            data = self._data(node)
-            self.affine.add(data if node.kind in AFFINE else ())
+            data = self._data(node) if node.kind in _SKIPS else []
             if found is not None:
                 found.put_in(found.container, recording)
                 self.additions.append(found)
                 self._through[node.index] = found.skip
                 data = [found.skip]
-            self._skips.add(data if node.kind in _SKIPS else ())
+            self._skips.add(data)
+
+    def is_affine(self, root: int, path: Sequence[int]) -> bool:
+        """Whether the values on the ways from the root are affine in it, and made of no others."""
+        nodes, inside = self.recording.nodes, {root, *path}
+        return all(
+            nodes[index].kind in AFFINE and (data := self._data(nodes[index])) and inside >= {*data}
+            for index in path
+        )
 
     def _data(self, node: Node) -> list[int]:
         """What an operation's data is made of; none where it is a product of several."""
@@ -140,7 +145,7 @@ class Search:
         if not {root, *reached([skip], onwards)}.isdisjoint(path):
             return None  # skip and branch part only behind the root: a piece of an attention
         container = recording.innermost(path[0], node.index)
-        affine = self.affine.leads_through(branch, root)
+        affine = self.is_affine(root, path)
         if projection:
             if affine or not self._is_own(node, container):
                 return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from stochastic_depth.discovery.operations import Kind
 from stochastic_depth.discovery.recording import Call, Recording
 
 _PLAIN = (int, float, str, bool, tuple, type(None), torch.dtype, torch.device)
+_SIZED = (list, dict, set)
 
 
 class Before:
@@ -24,7 +26,7 @@ class Before:
 
     def __init__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.made: list[weakref.ref[Tensor]] = []  # the values that are made in its own forward
-        self._held = _held(module)
+        self._held, self._sizes = _held(module)
         self._references = _references(args, kwargs)
 
     def effects(
@@ -45,12 +47,14 @@ class Before:
             results: The tensors in its output.
             is_constant: Whether a tensor was made of weights and constants alone.
         """
-        now = _held(module)
-        for key in {**self._held, **now}:
-            (old, size), (new, length) = self._held.get(key, (None, 0)), now.get(key, (None, 0))
+        now, sizes = _held(module)
+        same = len(now) == len(self._held) and all(map(is_, now.values(), self._held.values()))
+        for key in {**self._held, **now} if not same or sizes != self._sizes else ():
+            old, new = self._held.get(key), now.get(key)
             if old is None and isinstance(new, Tensor) and is_constant(new):
                 continue
-            if size != length or (old is not new and not _is_equal(old, new)):
+            changed = old is not new and not _is_equal(old, new)
+            if key[0] != "_" and (changed or self._sizes.get(key) != sizes.get(key)):
                 yield key, new if isinstance(new, Tensor) else None
         memories = {memory_of(tensor) for tensor in results}
         for reference in self.made:
@@ -65,13 +69,10 @@ class Before:
                 yield "its input, which somebody keeps", value
 
 
-def _held(module: nn.Module) -> dict[str, tuple[Any, int]]:
-    """What a module holds, but for its parts: attributes and buffers, and the lengths of lists."""
-    own = [(key, value) for key, value in vars(module).items() if key[0] != "_"]
-    return {
-        key: (value, len(value) if isinstance(value, list | dict | set) else 0)
-        for key, value in [*own, *module._buffers.items()]
-    }
+def _held(module: nn.Module) -> tuple[dict[str, Any], dict[str, int]]:
+    """Attributes and buffers, and how many values are in those that hold some."""
+    held = {**vars(module), **module._buffers}
+    return held, {key: len(value) for key, value in held.items() if isinstance(value, _SIZED)}
 
 
 def _references(args: Any, kwargs: Any) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch import Tensor
 
 class Kind(Enum):
     """What an operation does with the values that it is given."""
+
+    __hash__ = object.__hash__  # an Enum's own is slow
 
     SOURCE = "comes from outside: an input, a weight, a constant"
     MOVE = "every element of the input arrives, unchanged, somewhere in the output"
@@ -89,31 +92,55 @@ MERGES = frozenset(
     "masked_scatter slice_scatter select_scatter copy".split()
 )
 """May put a branch beside what it was computed from, as a sum does: nobody can tell."""
+IN_PLACE = frozenset("alias clone contiguous _to_copy lift_fresh add sum".split())
+"""Moves that leave every element where it is."""
+_DEPENDING = SPELLINGS | FILLED | {"div", "constant_pad_nd", "masked_fill", "stack", "sum", "mean"}
 
 
-def name_of(func: Any) -> str:
-    """An operation's name; the one in place has the name of the other one."""
-    name: str = func.overloadpacket.__name__
-    return name.removesuffix("_") if func._schema.is_mutable else name
+class Operation:
+    """What an operation's name and schema say about all of its calls.
+
+    Attributes:
+        name: Its name; the one in place has the name of the other one.
+        kind: Its kind, where the arguments do not tell otherwise.
+        depends: Whether they may.
+        written: The position and the name of what it changes in place.
+        is_view: Whether it shares memory with its first input.
+        is_local: Whether no other process takes part in it.
+    """
+
+    def __init__(self, func: Any) -> None:
+        schema, name = func._schema, func.overloadpacket.__name__
+        self.name: str = name.removesuffix("_") if schema.is_mutable else name
+        self.kind = _KINDS.get(self.name, Kind.OTHER)
+        self.depends = self.name in _DEPENDING
+        self.written = tuple(
+            (place, argument.name)
+            for place, argument in enumerate(schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        )
+        aliases = [made.alias_info for made in schema.returns if made.alias_info is not None]
+        self.is_view = not all(alias.is_write for alias in aliases)
+        self.is_local = func.namespace == "aten"
+
+    def written_in(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """What a call changes in place."""
+        return [args[n] if n < len(args) else kwargs.get(key) for n, key in self.written]
 
 
-def kind_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Kind:
+operation_of = cache(Operation)
+
+
+def kind_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Kind:
     """The kind of an operation, as it was called."""
     kind = _KINDS.get(name, Kind.OTHER)
-    if kind is Kind.OTHER:
-        return kind
     if kind is Kind.SUM and not isinstance(args[1], Tensor):
-        kind = Kind.SHIFT if args[1] else Kind.MOVE  # Python's sum([...]) begins with 0
-    elif name == "div" and kwargs.get("rounding_mode") is not None:
-        kind = Kind.OTHER
-    elif name in ("constant_pad_nd", "masked_fill"):
+        return Kind.SHIFT if args[1] else Kind.MOVE  # Python's sum([...]) begins with 0
+    if name == "div" and kwargs.get("rounding_mode") is not None:
+        return Kind.OTHER
+    if name in ("constant_pad_nd", "masked_fill"):
         value = args[2] if len(args) > 2 else kwargs.get("value", 0)
-        kind = Kind.SHIFT if isinstance(value, Tensor) or value else kind
-    first = out[0] if isinstance(out, tuple | list) and out else out
-    given = args[0] if args else None
-    if isinstance(first, Tensor) and isinstance(given, Tensor):
-        rounds = given.is_floating_point() and not first.is_floating_point()
-        kind = Kind.OTHER if rounds else kind
+        return Kind.SHIFT if isinstance(value, Tensor) or value else kind
     return kind
 
 
@@ -138,20 +165,18 @@ def terms_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple
     """
     if name not in SPELLINGS:
         return None
-    tensors = [value for value in args if isinstance(value, Tensor)]
+    first, second, *rest = args
     alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
-    if name in ("add", "sub", "rsub") and len(tensors) == 2:
-        first, second = tensors if name != "rsub" else tensors[::-1]
-        factor = "mul" if alpha != 1 else "neg" if name != "add" else ""
-        if name == "rsub" and alpha != 1:
-            return Term((first,)), Term((second,), "mul")
-        return Term((first,)), Term((second,), factor)
-    if name in ("addcmul", "addcdiv") and len(tensors) == 3:
-        return Term((args[0],)), Term((args[1], args[2]), "mul" if name == "addcmul" else "div")
-    if name == "lerp":
-        weight = (args[2],) if isinstance(args[2], Tensor) else ()
-        return Term((args[0], *weight), "mul"), Term((args[1], *weight), "mul")
+    if name in ("addcmul", "addcdiv"):
+        return Term((first,)), Term((second, *rest), "mul" if name == "addcmul" else "div")
     if name in ("addmm", "baddbmm"):
-        product = Term((args[1], args[2]), "mm" if name == "addmm" else "bmm")
-        return Term((args[0],), "" if beta == 1 else "mul"), product
-    return None
+        product = Term((second, *rest), "mm" if name == "addmm" else "bmm")
+        return Term((first,), "" if beta == 1 else "mul"), product
+    if name == "lerp":
+        weight = [value for value in rest if isinstance(value, Tensor)]
+        return Term((first, *weight), "mul"), Term((second, *weight), "mul")
+    if not isinstance(first, Tensor) or not isinstance(second, Tensor):
+        return None
+    if name == "rsub":
+        first, second = second, first
+    return Term((first,)), Term((second,), "mul" if alpha != 1 else "" if name == "add" else "neg")

@@ -33,11 +33,11 @@ class Node:
     op: str
     kind: Kind
     inputs: tuple[int, ...]  # in the order of the operation's tensor arguments
-    operation: int  # the first value that the same operation made
     call: int  # the innermost module call that it was made in
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+    operation: int = -1  # the first value that the same operation made
     parameter: str | None = None  # name, where the value is a parameter itself
     of_parameters: bool = False  # a parameter, or computed from nothing but parameters
     fixed: bool = False  # computed from parameters, buffers and constants made on the spot
@@ -204,8 +204,9 @@ class Recording:
         """For each node, the nodes computed from it directly."""
         table: list[list[int]] = [[] for _ in self.nodes]
         for node in self.nodes:
-            for source in set(node.inputs):
-                table[source].append(node.index)
+            for source in node.inputs:
+                if table[source][-1:] != [node.index]:
+                    table[source].append(node.index)
         return table
 
     @cached_property

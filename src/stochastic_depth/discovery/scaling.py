@@ -143,7 +143,7 @@ class Folding:
         self.recording = recording
         self._uses: dict[str, set[int]] = {}  # of each parameter, the operations with data
         for node in recording.nodes:
-            for name in parameters_at(recording, [node.index]):
+            for name in parameters_at(recording, [node.index]) if node.meets_parameter else ():
                 self._uses.setdefault(name, set()).add(node.operation)
         holders: dict[nn.Parameter, list[str]] = {}
         for holder, module in model.named_modules():

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from stochastic_depth.errors import ChangedModelError
-from stochastic_depth.torch_private.trees import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from stochastic_depth.torch_private.trees import (
+    TreeSpec,
+    tree_flatten,
+    tree_leaves,
+    tree_outline,
+    tree_unflatten,
+)
 
 Place = int | str  # where an argument stands in a call: its position or its keyword
 Form = tuple[tuple[Place, object], ...]  # of a call: its arguments but for their shapes
@@ -171,14 +177,14 @@ def handed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Any,
 
 def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ...]:
     """What the shapes of a module's output may depend on, hashable."""
-    leaves, spec = tree_flatten((args, kwargs))
+    leaves = tree_leaves((args, kwargs))
     described = tuple(_describe_argument(leaf) for leaf in leaves)
     kinds = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
     autocast = tuple(
         torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         for kind in sorted(kinds)
     )
-    return (*described, autocast, str(spec))
+    return (*described, autocast, tree_outline((args, kwargs)))
 
 
 def form(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form:

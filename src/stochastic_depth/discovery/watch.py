@@ -8,10 +8,9 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from itertools import zip_longest
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,10 +21,12 @@ from stochastic_depth.discovery.effects import Before, memory_of
 from stochastic_depth.discovery.example import Example
 from stochastic_depth.discovery.operations import (
     FILLED,
+    IN_PLACE,
     Kind,
+    Operation,
     Term,
     kind_of,
-    name_of,
+    operation_of,
     terms_of,
 )
 from stochastic_depth.discovery.recording import RECURRENT, Call, Node, Recording
@@ -35,33 +36,6 @@ from stochastic_depth.discovery.unmaterialised import without_values
 from stochastic_depth.torch_private.processes import ranks_that_talk
 from stochastic_depth.torch_private.tracing import TorchDispatchMode
 from stochastic_depth.torch_private.trees import tree_leaves
-
-_SAME_SHAPE = frozenset("alias clone contiguous _to_copy lift_fresh add sum".split())
-
-
-def record(model: nn.Module, example: Example, mode: Mode) -> Recording:
-    """Call the model once, without gradients, and write down what happened.
-
-    Args:
-        model: It is left as it was.
-        example: Its positional and keyword arguments.
-        mode: As it trains, as it trains but for BatchNorm, or as in inference.
-    """
-    watcher = Watcher(model)
-    watcher.recording.mode = mode
-    args, kwargs = example
-    with ExitStack() as stack:
-        stack.enter_context(undisturbed(model, mode))
-        watcher.know(model)
-        for name, module in model.named_modules():
-            if not isinstance(module, torch.jit.ScriptModule):  # its operations show all the same
-                stack.callback(watcher.hook_into(name, module))
-        stack.enter_context(without_collecting())
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(watcher.noting_functions())
-        stack.enter_context(watcher)
-        model(*args, **kwargs)
-    return watcher.recording
 
 
 def watch_once(model: nn.Module, example: Example) -> Recording:
@@ -78,13 +52,38 @@ def watch_once(model: nn.Module, example: Example) -> Recording:
         return record(model, given, "eval")
 
 
-@dataclass(frozen=True, slots=True)
-class _Schema:
-    """What an operation's schema says, looked up once."""
+def record(model: nn.Module, example: Example, mode: Mode) -> Recording:
+    """Call the model once, without gradients, and write down what happened."""
+    args, kwargs = example
+    with ExitStack() as stack:
+        stack.enter_context(undisturbed(model, mode))
+        watcher = Watcher(model)
+        watcher.recording.mode = mode
+        for name, module in model.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):  # its operations show all the same
+                enter = partial(watcher.enter, name)
+                first = module.register_forward_pre_hook(enter, with_kwargs=True)
+                last = module.register_forward_hook(watcher.leave, with_kwargs=True)
+                stack.callback(first.remove)
+                stack.callback(last.remove)
+        stack.enter_context(without_collecting())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(watcher.noting_functions())
+        stack.enter_context(watcher)
+        model(*args, **kwargs)
+    return watcher.recording
 
-    name: str
-    written: tuple[tuple[int, str], ...]  # position and name of what it changes in place
-    is_view: bool
+
+@contextmanager
+def without_collecting() -> Iterator[None]:
+    """While Python looks for no garbage: a recording is many objects, and none of them is any."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 class Watcher(TorchDispatchMode):
@@ -98,15 +97,13 @@ class Watcher(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.recording = Recording()
-        self._thread = threading.get_ident()
         self._open: list[tuple[Call, Before]] = []
         self._call = 0  # the number of the innermost one
         self._recurrent: Call | None = None  # a recurrent module: one operation for all its steps
         self._parameters = {id(p): name for name, p in model.named_parameters()}
-        self._buffers: dict[int, str] = {}
+        self._buffers = {id(buffer) for buffer in model.buffers()}
         self._values: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._writes: dict[int, int] = {}
-        self._schemas: dict[Any, _Schema] = {}
         self._stacked: dict[int, int] = {}  # what `stack` made: along which dimension
 
     @classmethod
@@ -114,25 +111,34 @@ class Watcher(TorchDispatchMode):
         """Torch imports its compiler, which takes seconds, to hide this class from it."""
         return False
 
-    def know(self, model: nn.Module) -> None:
-        """Tell the watcher the model's buffers, as they are while it is watched."""
-        self._buffers = {id(buffer): name for name, buffer in model.named_buffers()}
+    def __exit__(self, *error: Any) -> None:
+        """Nothing is seen from here on."""
+        if self._recurrent is None:  # in which nothing is seen either
+            super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def value(self, tensor: Tensor) -> int:
         """The node of a tensor as it is now."""
         known = self._values.get(id(tensor))
         if known is None or known[0]() is not tensor:
-            return self._add(tensor, "", Kind.SOURCE, ()).index
+            parameter = self._parameters.get(id(tensor))
+            node = self._add(tensor, "", Kind.SOURCE, ())
+            node.parameter, node.of_parameters = parameter, parameter is not None
+            node.fixed = node.of_parameters or id(tensor) in self._buffers
+            return node.index
         if not self._writes:
             return known[1]
         return max(known[1], self._writes.get(memory_of(tensor), -1))
 
-    def _node(
-        self, like: Tensor, op: str, kind: Kind, inputs: tuple[int, ...], parameter: str | None
-    ) -> Node:
-        nodes = self.recording.nodes
-        fixed = bool(op) or parameter is not None or id(like) in self._buffers
-        weights, data = parameter is not None, False
+    def _add(self, tensor: Tensor, op: str, kind: Kind, inputs: tuple[int, ...]) -> Node:
+        """The tensor's value from now on."""
+        node = self._node(tensor, op, kind, inputs)
+        self._values[id(tensor)] = weakref.ref(tensor), node.index
+        return node
+
+    def _node(self, like: Tensor, op: str, kind: Kind, inputs: tuple[int, ...]) -> Node:
+        """A value in the form of a tensor."""
+        nodes, dtype = self.recording.nodes, like.dtype
+        fixed, weights, data = True, False, False
         for index in inputs:
             source = nodes[index]
             fixed = fixed and source.fixed
@@ -140,35 +146,13 @@ class Watcher(TorchDispatchMode):
                 weights = True
             else:
                 data = True
-        node = Node(
-            len(nodes),
-            op,
-            kind,
-            inputs,
-            len(nodes),
-            self._call,
-            like.shape,
-            like.dtype,
-            like.device,
-        )
-        node.parameter, node.fixed = parameter, fixed
+        if inputs and not dtype.is_floating_point and nodes[inputs[0]].dtype.is_floating_point:
+            kind = Kind.OTHER  # it rounds
+        node = Node(len(nodes), op, kind, inputs, self._call, like.shape, dtype, like.device)
+        node.operation, node.fixed = node.index, fixed
         node.of_parameters, node.meets_parameter = weights and not data, weights and data
         nodes.append(node)
         return node
-
-    def _add(self, tensor: Tensor, op: str, kind: Kind, inputs: tuple[int, ...]) -> Node:
-        parameter = None if op else self._parameters.get(id(tensor))
-        node = self._node(tensor, op, kind, inputs, parameter)
-        reference = weakref.ref(tensor)
-        self._values[id(tensor)] = (reference, node.index)
-        return node
-
-    def _note_collective(self, func: Any, args: tuple[Any, ...]) -> None:
-        """Write down that ranks talk to each other, where they do."""
-        ranks = ranks_that_talk(func, args)
-        if ranks is not None:
-            place = len(self.recording.nodes), func.overloadpacket.__name__
-            self.recording.collectives.append((*place, ranks))
 
     def __torch_dispatch__(
         self,
@@ -178,47 +162,56 @@ class Watcher(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        schema = self._schemas.get(func) or self._schemas.setdefault(func, _read(func))
-        name, nodes = schema.name, self.recording.nodes
-        if self._recurrent is not None:
-            return func(*args, **kwargs)
-        tensors = _tensors([*args, *kwargs.values()])
+        operation = operation_of(func)
+        name, kind, replay = operation.name, operation.kind, None
+        tensors = _tensors((*args, *kwargs.values()) if kwargs else args)
         inputs = tuple([self.value(tensor) for tensor in tensors])
-        if name in FILLED and not all(nodes[i].of_parameters for i in inputs):
-            inputs = ()  # what is as large as a weight still counts as made of weights alone
-        written = _written(schema, args, kwargs) if schema.written else []
+        written = _tensors(operation.written_in(args, kwargs)) if operation.written else []
         overwrites = tuple([self.value(tensor) for tensor in written]) if written else ()
-        terms = terms_of(name, args, kwargs)
-        self._note_collective(func, args)
+        if not operation.is_local and (ranks := ranks_that_talk(func, args)) is not None:
+            place = len(self.recording.nodes), func.overloadpacket.__name__
+            self.recording.collectives.append((*place, ranks))
         out = func(*args, **kwargs)
-        made = _tensors([out])
-        kind = kind_of(name, args, kwargs, out)
-        if terms is not None and made and self._is_sum(terms, made[0]):
-            name, kind = "add", Kind.SUM
-            inputs = tuple([self._term(term, made[0]) for term in terms])
-        elif name in ("sum", "mean") and inputs and inputs[0] in self._stacked:
-            total = self._unstacked(inputs[0], args, made[0])
-            if total is not None:
-                inputs, kind = (total,), Kind.MOVE if name == "sum" else kind
-        first = len(nodes)
-        replay = _replay(name, func, args, kwargs) if kind is Kind.MOVE else None
-        results = {id(tensor): tensor for tensor in (*made, *written)} if written else {}
-        for tensor in results.values() or made:
+        made = [out] if isinstance(out, Tensor) else _tensors((out,))
+        if operation.depends:
+            name, kind, inputs = self._as_called(operation, args, kwargs, inputs, made)
+        if kind is Kind.MOVE and name not in IN_PLACE:
+            replay = _replay(func, args[1:], kwargs)
+        first = len(self.recording.nodes)
+        for tensor in {id(t): t for t in (*made, *written)}.values() if written else made:
             node = self._add(tensor, name, kind, inputs)
             node.operation, node.overwrites = first, overwrites
-            node.is_view, node.replay = schema.is_view, replay
+            node.is_view, node.replay = operation.is_view, replay
         for tensor in written:
             self._writes[memory_of(tensor)] = self._values[id(tensor)][1]
-        if not written:
-            self._note_made(made)
-        if name == "stack":
-            dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-            self._stacked[first] = dim % made[0].ndim
+        if self._open and not written:
+            self._open[-1][1].made += [self._values[id(tensor)][0] for tensor in made]
         return out
 
-    def _note_made(self, made: Sequence[Tensor]) -> None:
-        if self._open:
-            self._open[-1][1].made += [self._values[id(tensor)][0] for tensor in made]
+    def _as_called(
+        self,
+        operation: Operation,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        inputs: tuple[int, ...],
+        made: Sequence[Tensor],
+    ) -> tuple[str, Kind, tuple[int, ...]]:
+        """Name, kind and inputs of an operation that depend on what it is called with."""
+        name, nodes, out = operation.name, self.recording.nodes, made[0]
+        if name in FILLED and not all(nodes[index].of_parameters for index in inputs):
+            return name, operation.kind, ()  # as large as a weight is: made of weights alone
+        if name == "stack":
+            self._stacked[len(nodes)] = (
+                args[1] if len(args) > 1 else kwargs.get("dim", 0)
+            ) % out.ndim
+        if name in ("sum", "mean") and inputs[0] in self._stacked:
+            total = self._unstacked(inputs[0], args, out)
+            if total is not None:
+                return name, Kind.MOVE if name == "sum" else operation.kind, (total,)
+        terms = terms_of(name, args, kwargs)
+        if terms is not None and self._is_sum(terms, out):
+            return "add", Kind.SUM, tuple([self._term(term, out) for term in terms])
+        return name, kind_of(name, args, kwargs), inputs
 
     def _is_sum(self, terms: Sequence[Term], out: Tensor) -> bool:
         """Not a product with a bias."""
@@ -231,9 +224,9 @@ class Watcher(TorchDispatchMode):
         inputs = tuple([self.value(tensor) for tensor in term.tensors])
         if not term.op:
             return inputs[0]
-        node = self._node(out, term.op, kind_of(term.op, term.tensors, {}, out), inputs, None)
+        node = self._node(out, term.op, kind_of(term.op, term.tensors, {}), inputs)
         if term.op not in ("mm", "bmm"):
-            node.shape = _broadcast(term.tensors)
+            node.shape = max((tensor.shape for tensor in term.tensors), key=torch.Size.numel)
         return node.index
 
     def _unstacked(self, stack: int, args: tuple[Any, ...], out: Tensor) -> int | None:
@@ -242,25 +235,28 @@ class Watcher(TorchDispatchMode):
         Returns:
             The node of the sum; None where it goes along another dimension.
         """
-        stacked, dim = self.recording.nodes[stack], self._stacked[stack]
+        stacked = self.recording.nodes[stack]
         along = args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ()
-        if [d % (out.ndim + 1) for d in along] != [dim] or out.ndim + 1 != len(stacked.shape):
+        ndim = len(stacked.shape)
+        if [dim % ndim for dim in along] != [self._stacked[stack]] or out.ndim == ndim:
             return None
         total, *parts = stacked.inputs
         for part in parts:
-            total = self._node(out, "add", Kind.SUM, (total, part), None).index
+            total = self._node(out, "add", Kind.SUM, (total, part)).index
         return total
 
     @contextmanager
     def noting_functions(self) -> Iterator[None]:
         """While every `torch.autograd.Function` shows: it may do something else in the backward."""
-        kind = torch.autograd.Function
+        kind, thread = torch.autograd.Function, threading.get_ident()
         original = kind.__dict__["apply"]
 
         def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
             out = original.__get__(None, cls)(*args, **kwargs)
-            if threading.get_ident() == self._thread:
-                self._note_function(cls, out)
+            # A checkpoint does the same again.
+            if threading.get_ident() == thread and cls is not CheckpointFunction:
+                for tensor in _tensors((out,)):
+                    self._add(tensor, "autograd_function", Kind.LINEAR, (self.value(tensor),))
             return out
 
         kind.apply = classmethod(apply)
@@ -268,12 +264,6 @@ class Watcher(TorchDispatchMode):
             yield
         finally:
             kind.apply = original
-
-    def _note_function(self, kind: Any, out: Any) -> None:
-        if kind is CheckpointFunction:  # it does the same again
-            return
-        for tensor in _tensors([out]):
-            self._add(tensor, "autograd_function", Kind.LINEAR, (self.value(tensor),))
 
     def _is_constant(self, tensor: Tensor) -> bool:
         return self.recording.nodes[self.value(tensor)].fixed
@@ -284,25 +274,8 @@ class Watcher(TorchDispatchMode):
         leaves = tree_leaves(value)
         return tuple([self.value(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves])
 
-    def hook_into(self, name: str, module: nn.Module) -> Any:
-        """Have the module report its calls; returns what takes the hooks out again."""
-
-        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._enter(name, module, args, kwargs)
-
-        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            return self._leave(module, args, kwargs, output)
-
-        first = module.register_forward_pre_hook(before, with_kwargs=True)
-        last = module.register_forward_hook(after, with_kwargs=True)
-
-        def out() -> None:
-            first.remove()
-            last.remove()
-
-        return out
-
-    def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A module is called."""
         calls = self.recording.calls
         parent = self._open[-1][0].index if self._open else None
         given = dict([*enumerate(args), *kwargs.items()])
@@ -321,21 +294,23 @@ class Watcher(TorchDispatchMode):
         self._open.append((call, Before(module, args, kwargs)))
         self._call = call.index
         if self._recurrent is None and isinstance(module, RECURRENT):
+            super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self._recurrent = call
 
-    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """The call returns."""
         call, before = self._open[-1]
         results = _tensors(tree_leaves(output))
         if self._recurrent is call:
             self._recurrent = None
+            self.__enter__()  # type: ignore[no-untyped-call]
             inputs = tuple(i for i in self._nodes([args, kwargs, *module.parameters()]) if i)
             for tensor in results:
                 self._add(tensor, "recurrence", Kind.OTHER, inputs)
-        if _hands_through(module, args, kwargs, output) and (
-            self.value(output) in call.arguments.values()
-        ):
-            # Dropout of rate 0, Identity and their like return their very input. A value of
-            # its own shows on which side of the addition such a module stands.
+        is_alone = isinstance(output, Tensor) and not module._modules
+        if is_alone and self.value(output) in call.given:
+            # Dropout of rate 0, Identity and their like return their very input. A value of its
+            # own shows on which side of the addition such a module stands.
             output = torch.ops.aten.alias.default(output)
         call.outputs = self._nodes(output)
         call.end = len(self.recording.nodes)
@@ -351,61 +326,17 @@ class Watcher(TorchDispatchMode):
         return output
 
 
-@contextmanager
-def without_collecting() -> Iterator[None]:
-    """While Python looks for no garbage: a recording is many objects, and none of them is any."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
-
-
-def _read(func: Any) -> _Schema:
-    schema = func._schema
-    written = tuple(
-        (place, argument.name)
-        for place, argument in enumerate(schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    )
-    shares = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-    return _Schema(name_of(func), written, shares)
-
-
 def _tensors(values: Any) -> list[Tensor]:
     """The tensors among an operation's arguments or results, in order."""
     found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
             found.append(value)
-        elif isinstance(value, list | tuple):
+        elif type(value) in (list, tuple):
             found += [part for part in value if isinstance(part, Tensor)]
     return found
 
 
-def _broadcast(tensors: Sequence[Tensor]) -> torch.Size:
-    """The shape of their product; torch's own function imports its compiler."""
-    sizes = zip_longest(*(tensor.shape[::-1] for tensor in tensors), fillvalue=1)
-    return torch.Size([max(own) if min(own) else 0 for own in sizes][::-1])
-
-
-def _written(schema: _Schema, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors that an operation changes in place."""
-    given = [args[n] if n < len(args) else kwargs.get(key) for n, key in schema.written]
-    return _tensors(given)
-
-
-def _replay(name: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What moves the elements of another tensor alike; None where all stay where they are."""
-    if name in _SAME_SHAPE:
-        return None
-    rest = args[1:]
+def _replay(func: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[Tensor], Any]:
+    """What moves the elements of another tensor alike."""
     return lambda tensor: func(tensor, *rest, **kwargs)
-
-
-def _hands_through(module: nn.Module, args: Any, kwargs: Any, output: Any) -> bool:
-    if not isinstance(output, Tensor) or module._modules:
-        return False
-    return any(output is given for given in [*args, *kwargs.values()])

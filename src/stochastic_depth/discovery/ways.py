@@ -2,8 +2,8 @@
 
 The latter are dominators, kept as a forest. A value's parent is the youngest value that all of its
 data comes through; a value that is made by an operation which the way may not pass has none. The
-forest grows with the recording, and both questions about it take logarithmic time, by pointers that
-jump over many parents at once.
+forest grows with the recording in logarithmic time for each value, by pointers that jump over many
+parents at once.
 """
 
 from __future__ import annotations
@@ -61,13 +61,6 @@ class Ways:
         while value >= 0:
             yield value
             value = self._parent[value]
-
-    def leads_through(self, value: int, earlier: int) -> bool:
-        """Whether every way back from a value leads through the earlier one."""
-        while value > earlier:
-            jump = self._jump[value]
-            value = jump if earlier <= jump < value else self._parent[value]
-        return value == earlier
 
     def _common(self, one: int, other: int) -> int:
         """The youngest value that all ways back from both lead through, or -1."""

@@ -10,7 +10,10 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, register_pytree_node, tree_map, tree_unflatten
 from torch.utils._pytree import tree_flatten as _flatten
 
-__all__ = ["TreeSpec", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten"]
+__all__ = ["TreeSpec", "tree_flatten", "tree_leaves", "tree_map", "tree_outline", "tree_unflatten"]
+
+_PLAIN_TREES = (tuple, list, dict)
+_LEAVES = (Tensor, bool, int, float, str, type(None))
 
 
 class _Fields:
@@ -29,7 +32,18 @@ def tree_flatten(value: Any) -> tuple[list[Any], TreeSpec]:
 
 def tree_leaves(value: Any) -> list[Any]:
     """The leaves alone."""
-    return tree_flatten(value)[0]
+    if type(value) in _PLAIN_TREES:
+        parts = value.values() if isinstance(value, dict) else value
+        return [leaf for part in parts for leaf in tree_leaves(part)]
+    return [value] if isinstance(value, _LEAVES) else tree_flatten(value)[0]
+
+
+def tree_outline(value: Any) -> Any:
+    """What is around the leaves, hashable."""
+    if type(value) in _PLAIN_TREES:
+        keys, parts = (value, value.values()) if isinstance(value, dict) else ((), value)
+        return type(value), *keys, *map(tree_outline, parts)
+    return None if isinstance(value, _LEAVES) else str(tree_flatten(value)[1])
 
 
 def _opened(value: Any) -> Any:
