@@ -39,13 +39,10 @@ _functions: WeakKeyDictionary[nn.Module, FunctionType] = WeakKeyDictionary()
 class Compiled:
     """The `_compiled_call_impl` of a block: a checkpoint may call it without the block's gate."""
 
+    name: str
     gate: Gate
     module: nn.Module
     graph: Original
-
-    @property
-    def name(self) -> str:
-        return self.gate.name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         eagerly = not is_dynamo_compiling() and remembered(self, self._runs_in_part)
@@ -132,7 +129,7 @@ def run_compiled(call: ModuleCall, factors: tuple[float, ...] | None) -> Any:
         factors = (1.0,) * len(gate.units)  # until the schedule begins
     gate.scales = None if factors is None else _scales(factors, args, kwargs)
     if graph is not None and module._compiled_call_impl is None:  # also of a copy
-        module._compiled_call_impl = Compiled(gate, module, graph)
+        module._compiled_call_impl = Compiled(gate.name, gate, module, graph)
     if compiler is None or is_compiled(module):
         return original(module, *args, **kwargs)
     if module not in _functions:
@@ -158,17 +155,15 @@ def let_rows_vary(gate: Gate, module: nn.Module, arguments: Any, dims: Mapping[i
 
 def _scales(factors: tuple[float, ...], args: Any, kwargs: Any) -> tuple[Any, ...]:
     """Factors as a graph takes them: on the device of the block's input."""
-    leaves = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-    like = next((leaf for leaf in leaves if leaf.is_floating_point()), None)
-    if like is None:
-        return factors
-    double = like.dtype is torch.float64
-    return tuple(_scalar(factor, like.device, double=double) for factor in factors)
+    for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            dtype = torch.promote_types(leaf.dtype, torch.float32)  # as a number counts in eager
+            return tuple([_scalar(factor, leaf.device, dtype) for factor in factors])
+    return factors
 
 
 @lru_cache(maxsize=4096)
-def _scalar(factor: float, device: torch.device, *, double: bool) -> Tensor:
+def _scalar(factor: float, device: torch.device, dtype: torch.dtype) -> Tensor:
     """A factor as a graph's input, so that another one needs no other graph."""
-    dtype = torch.float64 if double else torch.float32  # as a number counts in eager
     with without_modes(), torch.inference_mode(False):  # noqa: FBT003
         return torch.tensor(factor, dtype=dtype, device=device)

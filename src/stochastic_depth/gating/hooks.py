@@ -12,23 +12,19 @@ from typing import Any
 from torch import nn
 
 from stochastic_depth.gating.gate import Original
-from stochastic_depth.torch_private.processes import without_sharding
 
 _OTHERS = ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def of_library(module: nn.Module) -> dict[int, Any]:
     """The hooks that come out of the package which the module's class is from."""
-    if not module._forward_hooks:
+    hooks = module._forward_hooks
+    if not hooks:
         return {}
-    package, dot, _ = without_sharding(type(module)).__module__.partition(".")
-    if not dot or package == "torch":  # a script's own; torch's hooks do not collect
-        return {}
-    return {
-        number: hook
-        for number, hook in module._forward_hooks.items()
-        if getattr(hook, "__module__", "").startswith(f"{package}.")
-    }
+    # Not a script's own, and no hook of torch's, which do not collect.
+    packages = {kind.__module__.partition(".")[::2] for kind in type(module).__mro__}
+    of = tuple(f"{package}." for package, rest in packages if rest and package != "torch")
+    return {n: hook for n, hook in hooks.items() if getattr(hook, "__module__", "").startswith(of)}
 
 
 def show(hooks: dict[int, Any], module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

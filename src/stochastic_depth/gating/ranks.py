@@ -34,12 +34,14 @@ class Setup:
             it or around it.
         in_parts: Whether ranks have to run the same blocks, as each needs the others' parts.
         ranks: Who holds a part of it; None: all.
+        is_apart: Whether each rank has draws of its own.
     """
 
     key: object = None
     sharded: bool = False
     in_parts: bool = False
     ranks: tuple[int, ...] | None = None
+    is_apart: bool = False
     _parameters: dict[nn.Module, dict[Tensor, None]] = field(default_factory=dict)
 
     def agree(self, plan: Plan, gate: Counted, *, training: bool) -> None:
@@ -55,7 +57,7 @@ class Setup:
         Raises:
             SetupError: On all ranks, where they differ.
         """
-        if not self.in_parts or plan.ranks_differ:
+        if not self.in_parts or self.is_apart:
             return
         if plan.agreed and gate.name not in plan.agreed:
             plan.agreed.add(gate.name)
@@ -147,8 +149,9 @@ def setup_of(plan: Plan, gate: Counted, module: nn.Module) -> Setup:
             if wrapper.static_graph:
                 raise _static_graph(gate)
             forward = Forward(wrapper)
-        # For good, as gradients may be left that one rank has and another has not.
-        plan.ranks_differed |= plan.ranks_differ or plan.forcing > 0
+        if setup.is_apart or plan.forcing:
+            # For good, as gradients may be left that one rank has and another has not.
+            plan.ranks_differed = True
         forward.ranks_differ |= plan.ranks_differed
     return setup
 
@@ -166,49 +169,47 @@ def _settled(plan: Plan, gate: Counted, module: nn.Module, key: object) -> Setup
             "out; implicit prefetching works",
         )
     ranks, dims = processes.mesh_of(module)
-    if sharded and plan.ranks_differ and plan.mode == "batch":
-        raise SetupError(
-            f'block "{gate.name}" is trained under fully_shard, with draws that differ from rank '
-            "to rank",
-            expected="ranks that run the same blocks, as each holds a part of their weights",
-            instead='leave across_ranks="different" out; or pass mode="sample", where each rank '
-            "keeps rows of its own and runs every block",
-        )
     is_tensor_parallel = dims > sharded
-    if is_tensor_parallel and plan.ranks_differ and plan.draw.process_group is None:
-        raise SetupError(
-            f'block "{gate.name}" is trained under tensor parallel, with draws that differ from '
-            "rank to rank",
-            expected="ranks that compute parts of the same examples to draw the same",
-            instead="pass sd.Draw(process_group=...), the group of the data-parallel dimension: "
+    if plan.ranks_differ and sharded and plan.mode == "batch":
+        raise _apart(
+            gate,
+            "fully_shard",
+            'leave across_ranks="different" out; or pass mode="sample", where each rank keeps rows '
+            "of its own and runs every block",
+        )
+    if plan.ranks_differ and is_tensor_parallel and plan.draw.process_group is None:
+        raise _apart(
+            gate,
+            "tensor parallel",
+            "pass sd.Draw(process_group=...), the group of the data-parallel dimension: "
             'mesh["dp"].get_group(); or sd.Draw(across_ranks="same")',
         )
-    return Setup(key, sharded, sharded or is_tensor_parallel, ranks)
+    return Setup(key, sharded, sharded or is_tensor_parallel, ranks, is_apart=plan.ranks_differ)
+
+
+def _apart(gate: Counted, kind: str, instead: str) -> SetupError:
+    return SetupError(
+        f'block "{gate.name}" is trained under {kind}, with draws that differ from rank to rank',
+        expected="ranks that need each other for a block to draw the same",
+        instead=instead,
+    )
 
 
 def refuse(module: nn.Module, what: str = "the model") -> None:
     """Raises where a module is trained in a way in which nothing can be skipped exactly."""
-    shard = "shard with torch.distributed.fsdp.fully_shard, or use DistributedDataParallel"
+    is_replica = isinstance(module, nn.DataParallel) or "_is_replica" in module.__dict__
+    is_zero_3 = any(hasattr(parameter, "ds_id") for parameter in module.parameters())
     for is_so, kind, instead in (
-        (
-            isinstance(module, nn.DataParallel) or "_is_replica" in module.__dict__,
-            "torch.nn.DataParallel",
-            "use DistributedDataParallel, on one device, too: torchrun --nproc-per-node N",
-        ),
-        (any(hasattr(p, "ds_id") for p in module.parameters()), "DeepSpeed's ZeRO-3", shard),
-        (processes.is_in_fsdp1(module), "FullyShardedDataParallel (FSDP1)", shard),
-        (
-            processes.is_called_by_a_pipeline(),
-            "a pipeline of torch.distributed.pipelining",
-            "train each stage's blocks under DistributedDataParallel or fully_shard, without "
-            "stages",
-        ),
+        (is_replica, "torch.nn.DataParallel", "torchrun --nproc-per-node N, on one device, too"),
+        (is_zero_3, "DeepSpeed's ZeRO-3", "torch.distributed.fsdp.fully_shard"),
+        (processes.is_in_fsdp1(module), "FullyShardedDataParallel (FSDP1)", "fully_shard"),
+        (processes.is_in_a_pipeline(), "a pipeline of torch.distributed.pipelining", "no stages"),
     ):
         if is_so:
             raise SetupError(
                 f"{what} is trained under {kind}, where blocks cannot be skipped exactly",
                 expected="one process, DistributedDataParallel, fully_shard or tensor parallel",
-                instead=instead,
+                instead=f"use DistributedDataParallel or fully_shard: {instead}",
             )
 
 
@@ -225,8 +226,9 @@ def refuse_parts(model: nn.Module) -> None:
 
 def refuse_talk(plan: Plan, gate: Counted) -> None:
     """Raises where ranks may drop a block differently in which they wait for each other."""
-    alike = plan.mode == "batch" and not plan.ranks_differ
-    if gate.name in plan.talks and not alike and place(plan.draw.process_group)[1] > 1:
+    if gate.name not in plan.talks or (plan.mode == "batch" and not plan.ranks_differ):
+        return
+    if place(plan.draw.process_group)[1] > 1:
         raise SetupError(
             f'block "{gate.name}" holds {plan.talks[gate.name]}, and ranks may drop it '
             "differently: one that runs it would wait forever for one that does not",

@@ -64,20 +64,23 @@ def _of_hooks() -> Checkpoints:
     found: Checkpoints | None = getattr(pack, _FOUND, None)
     if found is not None:  # what lies below a checkpoint's own hooks stays there
         return found
-    held = [cell.cell_contents for cell in getattr(pack, "__closure__", None) or ()]
-    frames = [each() if isinstance(each, weakref.ref) else each for each in held]
-    frame = next((each for each in frames if isinstance(each, _CheckpointFrame)), None)
-    if frame is not None and all(each is not frame for each in held):
-        found = (), (_kept(frame, _LOG), {})
-    else:  # only the top of the stack can be read: what is below, by lifting it off
+    own: Log | None = None
+    for cell in getattr(pack, "__closure__", None) or ():
+        is_recomputed = isinstance(cell.cell_contents, weakref.ref)
+        frame = cell.cell_contents() if is_recomputed else cell.cell_contents
+        if isinstance(frame, _CheckpointFrame):
+            own = _kept(frame, _LOG)
+            found = ((), (own, {})) if is_recomputed else None
+            break
+    if found is None:  # only the top of the stack can be read: what is below, by lifting it off
         _autograd._pop_saved_tensors_default_hooks()
         try:
             found = _of_hooks()
         finally:
             _autograd._push_saved_tensors_default_hooks(*top)
-        if frame is None:
+        if own is None:
             return found
-        found = (_kept(frame, _LOG), *found[0]), found[1]
+        found = (own, *found[0]), found[1]
     setattr(pack, _FOUND, found)
     return found
 

@@ -88,7 +88,7 @@ def mesh_of(module: nn.Module) -> tuple[tuple[int, ...] | None, int]:
     return ranks, dims
 
 
-def is_called_by_a_pipeline() -> bool:
+def is_in_a_pipeline() -> bool:
     """Whether it is a stage of a pipeline that runs just now."""
     frame: Any = None
     if "torch.distributed.pipelining.stage" in sys.modules:
@@ -110,15 +110,6 @@ def prefetches_explicitly(unit: nn.Module) -> bool:
     states = known(known(known(unit, "_get_fsdp_state")(), "_state_ctx"), "all_states")
     ways = ("_states_to_forward_prefetch", "_states_to_backward_prefetch")
     return any(known(state, way) for state in states for way in ways)
-
-
-def without_sharding(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class of a module before `fully_shard` put its own over it."""
-    sharded = sys.modules.get("torch.distributed.fsdp")
-    if sharded is None or not issubclass(kind, sharded.FSDPModule):
-        return kind
-    place = kind.__mro__.index(sharded.FSDPModule)
-    return kind.__mro__[place + 1]
 
 
 def known(owner: Any, name: str) -> Any:
