@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from stochastic_depth.discovery.batch import Batches, rows_of_members
-from stochastic_depth.discovery.blocks import Discovery, ResidualBranch
+from stochastic_depth.discovery.blocks import Discovery
 from stochastic_depth.discovery.recording import Call, Recording
 from stochastic_depth.discovery.states import unread_outputs
 from stochastic_depth.discovery.templates import Given
 from stochastic_depth.gating.batch import batch_dims
 from stochastic_depth.gating.block import Decision
 from stochastic_depth.gating.branch import Passage, weights_of
-from stochastic_depth.gating.gate import KEY, Gate, KnownCalls, Role, gate_of
+from stochastic_depth.gating.gate import Gate, KnownCalls, Role, gate_of
 from stochastic_depth.gating.ranks import ALONE
 from stochastic_depth.gating.swap import swap_in, swap_out
 from stochastic_depth.plan import Plan
@@ -33,33 +33,30 @@ def attach(model: nn.Module, found: Discovery, plan: Plan, batches: Batches | No
         plan: The blocks to gate.
         batches: For mode "sample": where each value holds the batch.
     """
-    gates: dict[str, Gate] = {}
-    plan.gates, plan.setups = [], {}
-    blocks_of: dict[str, list[int]] = {}
-    for number, block in enumerate(plan.blocks):
-        if not block.explicit:
-            blocks_of.setdefault(block.container, []).append(number)
-        for position, branch in enumerate(block.branches) if block.explicit else ():
-            _gate_residual(model, plan, number, position, branch)
-    for container, numbers in blocks_of.items():
-        gate = gates.setdefault(container, Gate(container, plan=plan))
-        _describe_block(model, found, gate, numbers)
-        if batches is not None:
-            calls = found.recording.calls_of[container]
-            held = [batches.held(call, gate.whole) for call in calls]
-            gate.batch = batch_dims(container, gate.known.positional, held)
-        for name, roles in _roles(model, found, gate, batches).items():
-            member = gates.setdefault(name, Gate(name, plan=plan))
-            member.roles[container] = roles
-            member.owners += (gate,)
-    for name, gate in gates.items():
-        _describe_calls(found.recording, gate)
-        swap_in(model.get_submodule(name), gate)
-    for container in blocks_of:
-        owner = gates[container]
-        _settle(model, owner, [other for other in gates.values() if owner in other.owners])
+    gates = _gates_of_blocks(plan)
+    plan.setups, plan.gates = {}, list(gates.values())
     plan.forget()
     plan.one_to_one = [gate.units for gate in plan.gates] == [(n,) for n in range(len(plan.units))]
+    watched = [gate for gate in gates.values() if not gate.is_residual]
+    for gate in watched:
+        blocks = [plan.blocks[number] for number in gate.blocks]
+        calls = found.recording.calls_of[gate.name]
+        gate.known = KnownCalls(gate.name, model.get_submodule(gate.name), calls)
+        gate.whole = blocks[0].whole
+        gate.returns_copy = any(block.copies_input for block in blocks)
+        if batches is not None:
+            held = [batches.held(call, gate.whole) for call in calls]
+            gate.batch = batch_dims(gate.name, gate.known.positional, held)
+        for name, roles in _roles(model, found, gate, batches).items():
+            member = gates.setdefault(name, Gate(name, plan=plan))
+            member.roles[gate.name] = roles
+            member.owners += (gate,)
+    for name, gate in gates.items():
+        if gate.roles:
+            _describe_calls(found.recording, gate)
+        swap_in(model.get_submodule(name), gate)
+    for gate in watched:
+        _settle(model, gate, [member for member in gates.values() if gate in member.owners])
 
 
 def detach(model: nn.Module, plan: Plan) -> None:
@@ -77,31 +74,17 @@ def gated_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Gate]]:
             yield name, module, gate
 
 
-def _gate_residual(
-    model: nn.Module, plan: Plan, number: int, position: int, branch: ResidualBranch
-) -> None:
-    (name,) = branch.modules
-    unit = plan.units_of(number)[position]
-    gate = Gate(name, (unit,), (number,), plan=plan, is_residual=True, index=len(plan.gates))
-    plan.gates.append(gate)
-    model.get_submodule(name).__dict__[KEY] = gate
-
-
-def _describe_block(model: nn.Module, found: Discovery, gate: Gate, numbers: list[int]) -> None:
-    """What is known about a block from the calls of its module."""
-    plan, module = gate.plan, model.get_submodule(gate.name)
-    gate.blocks, gate.index = tuple(numbers), len(plan.gates)
-    plan.gates.append(gate)
-    gate.units = tuple(unit for number in numbers for unit in plan.units_of(number))
-    gate.whole = whole = plan.blocks[numbers[0]].whole
-    gate.returns_copy = any(plan.blocks[number].copies_input for number in numbers)
-    gate.known = KnownCalls(gate.name, module, found.recording.calls_of[gate.name])
-    gate.returns_first = (
-        whole is not None
-        and whole.leaves == (Given(0),)
-        and whole.is_leaf
-        and not gate.returns_copy
-    )
+def _gates_of_blocks(plan: Plan) -> dict[str, Gate]:
+    """A gate for each module whose call decides about a block, or is an `sd.Residual`."""
+    gates: dict[str, Gate] = {}
+    for number, block in enumerate(plan.blocks):
+        for unit, branch in zip(plan.units_of(number), block.branches, strict=True):
+            name = branch.modules[0] if block.explicit else block.container
+            new = Gate(name, plan=plan, is_residual=block.explicit, index=len(gates))
+            gate = gates.setdefault(name, new)
+            gate.units += (unit,)
+            gate.blocks = tuple(dict.fromkeys((*gate.blocks, number)))
+    return gates
 
 
 def _settle(model: nn.Module, gate: Gate, members: Sequence[Gate]) -> None:
@@ -120,6 +103,13 @@ def _settle(model: nn.Module, gate: Gate, members: Sequence[Gate]) -> None:
     if is_simple and gate.stands_in and gate.simple_ends and gate.whole is None:
         everything = Decision(gate, (False,) * len(gate.units), None, None, ALONE)
         gate.closed = Passage(gate, everything, counts=None)
+    whole = gate.whole
+    gate.returns_first = (
+        whole is not None
+        and whole.leaves == (Given(0),)
+        and whole.is_leaf
+        and not gate.returns_copy
+    )
     gate.is_fast = (
         plan.mode == "batch"
         and plan.draw.redraw == "forward"
@@ -190,8 +180,6 @@ def _both(first: Role | None, second: Role) -> Role:
 
 def _describe_calls(recording: Recording, gate: Gate) -> None:
     """What is known about a branch module's calls: output shapes, other callers, its one role."""
-    if not gate.roles:
-        return
     inside = 0
     for call in recording.calls_of[gate.name]:
         around = {outer.module for outer in recording.enclosing(call.parent)}

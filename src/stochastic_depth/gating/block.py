@@ -230,14 +230,10 @@ def _skip_value(call: ModuleCall, setup: Setup) -> Any:
 
 
 def check_parts(gate: Gate, module: nn.Module) -> None:
-    """Raises where a module that ends a branch is not the one that was gated."""
+    """Raises where a module of a branch is not the one that was gated."""
     for path in gate.parts:
         part: Any = module
-        try:
-            for name in path:  # a wrapper around it (a checkpoint's, say) hands attributes on
-                part = getattr(part, name)
-            found = getattr(part, KEY, None)
-        except AttributeError:
-            found = None
-        if found is None:
+        for name in path:  # a wrapper around it (a checkpoint's, say) hands attributes on
+            part = getattr(part, name, None)
+        if getattr(part, KEY, None) is None:
             raise changed(gate, f'its "{".".join(path)}" was replaced')

@@ -39,17 +39,16 @@ def part_call(original: Original) -> Original:
         blocks = running.blocks
         if blocks:
             owner, factors, passage = blocks[-1]
-            role = gate.role
-            if owner is gate.owner and role is not None:
-                if passage is None and (factors is None or not role.ends):
+            if owner is gate.owner:
+                if passage is None and (factors is None or not gate.role.ends):
                     return run(self, *args, **kwargs)
                 # A checkpoint inside of the block recomputes its modules without it.
                 if top_hooks(False) is None and (_grad_is_enabled() or not self.training):  # noqa: FBT003
                     if passage is None:
                         call = ModuleCall(gate, self, run, args, kwargs)
-                        return run_multiplied(call, role, factors)
+                        return run_multiplied(call, gate.role, factors)
                     if passage is owner.closed:
-                        return stand_in(gate, self, args, kwargs, role)
+                        return stand_in(gate, self, args, kwargs, gate.role)
         if "torch._dynamo" in modules and (compiler := set_compiler(None)) is not None:
             set_compiler(compiler)
             return call_between_graphs(self, original, args, kwargs)
@@ -110,7 +109,7 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
                 for name in path:
                     part = part._modules[name]
                 part.__dict__[KEY]
-        except (KeyError, AttributeError):  # replaced, or wrapped
+        except (KeyError, AttributeError):  # replaced; or wrapped (for a checkpoint, say)
             check_parts(gate, self)
         blocks = running.blocks
         blocks.append((gate, factors, passage))

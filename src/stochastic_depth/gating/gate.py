@@ -57,7 +57,7 @@ class Gate(Counted):
     roles: dict[str, tuple[Role | None, ...]] = field(default_factory=dict)
     """A branch module's: for each block, what its first, second, ... call in it is."""
     owners: tuple[Gate, ...] = ()  # a branch module's: the gates of these blocks
-    role: Role | None = None  # a branch module's: what it is at every call, where it has one owner
+    role: Any = None  # a branch module's: its `Role` at every call, where it has one owner
     owner: Gate | None = None  # a branch module's: this one, where it is no block itself
     templates: dict[tuple[object, ...], Template] = field(default_factory=dict)
     warned: bool = False  # a block's: that dropping it saves nothing

@@ -23,14 +23,15 @@ from stochastic_depth.torch_private.tracing import without_fused_path
 def swap_in(module: nn.Module, gate: Gate) -> None:
     """Gate a module."""
     module.__dict__[KEY] = gate
-    own: Any = type(module)
-    module.__class__ = _gated(own, is_part=not gate.units)
+    if not gate.is_residual:  # whose class looks for its gate itself
+        own: Any = type(module)
+        module.__class__ = _gated(own, is_part=not gate.units)
 
 
 def swap_out(module: nn.Module) -> None:
     """Give a gated module its own class back."""
     gate: Gate = module.__dict__.pop(KEY)
-    if gate.is_residual:  # whose class looks for its gate itself
+    if gate.is_residual:
         module.__dict__[KEY] = None
         return
     release(module)
