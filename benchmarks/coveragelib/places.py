@@ -77,9 +77,10 @@ def _is_affine_up_to(found: Discovery, call: Call) -> bool:
     """Whether the block around a call is affine up to there (parallel convolutions)."""
     recording = found.recording
     around = recording.calls[call.parent or 0]
-    if not around.arguments or not call.arguments:
+    firsts = [next((n for n in c.given if n is not None), None) for c in (around, call)]
+    if firsts[0] is None or firsts[1] is None:
         return False
-    given, value = next(iter(around.arguments.values())), next(iter(call.arguments.values()))
+    given, value = firsts[0], firsts[1]
     if not recording.reaches(given, value):
         return False
     return Search(recording).is_affine(given, recording.between(given, value))

@@ -8,7 +8,7 @@ it is in the open call, a dropped one to what it is in the closed call.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from stochastic_depth.gating.block import Decision, carry_out, run_in_part
 from stochastic_depth.gating.gate import ModuleCall, running
 from stochastic_depth.gating.ranks import ALONE
 from stochastic_depth.plan import Plan
-from stochastic_depth.rows import Dims, Rows
+from stochastic_depth.rows import Rows
 from stochastic_depth.selection import refuse
 from stochastic_depth.torch_private.trees import tree_leaves, tree_map
 
@@ -93,9 +93,7 @@ def _differs(call: ModuleCall, unit: int) -> str | None:
 
 def _are_scattered(call: ModuleCall, size: int) -> bool:
     """Whether the rows of an example do not lie side by side: the first example comes twice."""
-    batch = call.gate.batch
-    for where, leaf in batch.leaves(call.args, call.kwargs):
-        dim, each = batch.inputs.get(where, (0, 1))
+    for leaf, dim, each in call.gate.batch.leaves(call.args, call.kwargs):
         if each > 1 and leaf.shape[dim] == each * size:
             again = leaf.narrow(dim, (size - MORE) * each, each)
             if not close(again, leaf.narrow(dim, 0, each)):
@@ -183,7 +181,9 @@ def _apart(leaf: Any) -> Any:
     return leaf if isinstance(leaf, nn.Module) else copy.deepcopy(leaf)
 
 
-def _unlike(outputs: Dims, rows: Rows, opened: Any, closed: Any, found: Any) -> str | None:
+def _unlike(
+    outputs: Mapping[int, int], rows: Rows, opened: Any, closed: Any, found: Any
+) -> str | None:
     """How an output on some rows is not what the open and the closed ones say."""
     leaves = [tree_leaves(output) for output in (opened, closed, found)]
     if len(set(map(len, leaves))) > 1:

@@ -13,7 +13,6 @@ from stochastic_depth.errors import OptionError, SetupError
 from stochastic_depth.gating.block import decide
 from stochastic_depth.gating.gate import running
 from stochastic_depth.gating.recomputation import remembered
-from stochastic_depth.rows import put_back, take
 
 
 class Residual(nn.Module):
@@ -151,11 +150,14 @@ def _call(
     if rows is None:
         return _sum(gate.name, skip, branch(*args), factor)
     # The sum on these rows of the batch; the others come to the skip.
-    tensors = [(n, v) for n, v in enumerate((skip, *args)) if isinstance(v, Tensor)]
-    batched = [number for number, value in tensors if value.shape[:1] == skip.shape[:1]]
-    (some, *others), rests = take((skip, *args), dict.fromkeys(batched, 0), rows)
-    out: Tensor = put_back(_sum(gate.name, some, branch(*others), factor), {0: (0, 0)}, rests, rows)
-    return out
+    some, rest = rows.cut(skip, 0)
+    others = [
+        rows.cut(value, 0)[0]
+        if isinstance(value, Tensor) and value.shape[:1] == skip.shape[:1]
+        else value
+        for value in args
+    ]
+    return rows.join(_sum(gate.name, some, branch(*others), factor), 0, rest)
 
 
 def _sum(name: str, skip: Tensor, value: Any, factor: float) -> Tensor:

@@ -14,9 +14,6 @@ from torch import Tensor
 
 from stochastic_depth.torch_private.trees import tree_flatten, tree_unflatten
 
-Dims = dict[int, int]  # the number of a leaf of arguments or an output -> its batch dimension
-Places = dict[int, tuple[int, int]]  # of an output's leaf -> its dimension, the argument it is of
-
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -127,40 +124,6 @@ def _zeros(like: Tensor, shape: list[int]) -> Tensor:
     return like.new_zeros([shape[dim] for dim in order]).permute(_inverse(order))
 
 
-def take(arguments: Any, dims: Dims, rows: Rows) -> tuple[Any, dict[int, Any]]:
-    """The arguments for the kept rows, and for each leaf what puts them back.
-
-    A leaf of a single row holds for all rows; None, where a mask is left out, for none.
-    """
-    leaves, spec = tree_flatten(arguments)
-    rests = {}
-    for number, dim in dims.items():
-        if leaves[number] is not None and leaves[number].shape[dim] != 1:
-            leaves[number], rests[number] = rows.cut(leaves[number], dim)
-    return tree_unflatten(leaves, spec), rests
-
-
-def put_back(output: Any, handed_on: Places, rests: Any, rows: Rows) -> Any:
-    """The output for the kept rows, with the arguments that dropped ones come to between.
-
-    Args:
-        output: What was made of the kept rows.
-        handed_on: Of its leaves: the batch dimension, and the argument that a dropped row is of.
-        rests: What `take` kept of the arguments.
-        rows: The kept rows.
-    """
-    leaves, spec = tree_flatten(output)
-    for number, (dim, argument) in handed_on.items():
-        if argument in rests:
-            leaves[number] = rows.join(leaves[number], dim, rests[argument])
-    return tree_unflatten(leaves, spec)
-
-
-def spread(output: Any, dims: Dims, rows: Rows) -> Any:
-    """The output for the kept rows, with zeros between."""
-    return change_leaves(output, dims, lambda leaf, number: rows.spread(leaf, dims[number]))
-
-
 def change_leaves(output: Any, numbers: Any, change: Callable[[Tensor, int], Tensor]) -> Any:
     """The output with these of its leaves changed."""
     if isinstance(output, Tensor):
@@ -169,25 +132,3 @@ def change_leaves(output: Any, numbers: Any, change: Callable[[Tensor, int], Ten
     for number in numbers:
         leaves[number] = change(leaves[number], number)
     return tree_unflatten(leaves, spec)
-
-
-Place = int | str  # where an argument stands in a call: its position or its keyword
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """Where a watched call of a block holds the batch.
-
-    Attributes:
-        takes: The leaves of its arguments to take rows of.
-        each: How many rows each example has there.
-        gives: The leaves of its output to put back: the dimension, the argument's leaf.
-        outputs: All leaves of its output that hold it.
-        order: How many leaves each argument has, in the order of the call.
-    """
-
-    takes: Dims
-    each: dict[int, int]
-    gives: Places
-    outputs: Dims
-    order: tuple[tuple[Place, int], ...]

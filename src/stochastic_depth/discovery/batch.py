@@ -13,15 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.discovery.additions import Addition
 from stochastic_depth.discovery.blocks import Discovery, ResidualBlock
 from stochastic_depth.discovery.example import Example
-from stochastic_depth.discovery.recording import Call, Recording
-from stochastic_depth.discovery.templates import Given, Template
+from stochastic_depth.discovery.recording import Recording
 from stochastic_depth.discovery.watch import watch_once
 from stochastic_depth.draw import Counts
 from stochastic_depth.errors import ExampleInputsError
-from stochastic_depth.rows import Dims, Held, Places
 from stochastic_depth.torch_private.trees import tree_flatten, tree_unflatten
 
 MORE = 3  # rows: enough for a window of two that wraps around the end; the first comes again
@@ -39,53 +36,15 @@ class Batches:
     many: Recording
     rows: tuple[int, int]
 
-    def held(self, call: Call, whole: Template | None) -> Held:
-        """Of the arguments and the output of a block."""
-        takes, gives = self.of_arguments(call), self.places(call, whole) if whole else {}
-        each = {
-            number: self.few.nodes[node].shape[takes[number]] // self.rows[0]
-            for number, node in enumerate(call.given)
-            if number in takes and node is not None
-        }
-        return Held(takes, each, gives, self.of_output(call), call.order)
-
-    def of_arguments(self, call: Call) -> Dims:
-        """Of the leaves of a call's `(args, kwargs)`."""
-        return self._dims(call.signature, self.many.calls[call.index].signature)
-
-    def of_output(self, call: Call) -> Dims:
-        """Of the leaves of its output."""
-        dims = {n: self.of_value(node) for n, node in enumerate(call.outputs) if node is not None}
+    def dims(self, values: Sequence[int | None]) -> dict[int, int]:
+        """The batch dimension of each of these values, by position, where it has one."""
+        dims = {n: self._dim(node) for n, node in enumerate(values) if node is not None}
         return {number: dim for number, dim in dims.items() if dim is not None}
 
-    def places(self, call: Call, whole: Template) -> Places:
-        """Of the leaves of its output that a dropped row comes to its arguments in."""
-        dims, found = self.of_output(call), {}
-        for number, leaf in enumerate(whole.leaves):
-            if isinstance(leaf, Given) and number in dims:
-                found[number] = (dims[number], call.number_of(leaf))
-        return found
-
-    def of_value(self, node: int) -> int | None:
-        """Of one value; None where it does not hold the batch."""
-        return self._dim(self.few.nodes[node].shape, self.many.nodes[node].shape)
-
-    def _dims(self, few: tuple[object, ...], many: tuple[object, ...]) -> Dims:
-        found = {}
-        for number, (one, other) in enumerate(zip(few, many, strict=True)):
-            if isinstance(one, tuple) and isinstance(other, tuple) and one:
-                dim = self._dim(one[0], other[0])
-                if dim is not None:
-                    found[number] = dim
-        return found
-
-    def _dim(self, few: Any, many: Any) -> int | None:
-        if not isinstance(few, torch.Size) or not isinstance(many, torch.Size):
-            return None
-        if len(few) != len(many):
-            return None
-        differ = [d for d, (a, b) in enumerate(zip(few, many, strict=True)) if a != b]
-        if len(differ) != 1 or few[differ[0]] % self.rows[0]:
+    def _dim(self, node: int) -> int | None:
+        few, many = self.few.nodes[node].shape, self.many.nodes[node].shape
+        differ = [d for d, (one, other) in enumerate(zip(few, many, strict=False)) if one != other]
+        if len(few) != len(many) or len(differ) != 1 or few[differ[0]] % self.rows[0]:
             return None
         grows = few[differ[0]] * self.rows[1] == many[differ[0]] * self.rows[0]
         return differ[0] if grows else None
@@ -144,58 +103,6 @@ def allowed_counts(model: nn.Module, found: Discovery, block: ResidualBlock) -> 
         images = len(stream.shape) >= _IMAGE_DIMS
     fewest = _FEWEST_IMAGES if images else _FEWEST_ROWS
     return Counts(lone=not batch_norm, fewest_dropped=fewest)
-
-
-def rows_of_members(
-    batches: Batches, addition: Addition, ends: dict[int, frozenset[int]]
-) -> list[tuple[Dims, Dims]]:
-    """For each module of a branch, where it takes the kept rows and where it puts them back.
-
-    Args:
-        batches: The two watches.
-        addition: The branch's sum.
-        ends: Which leaves of which member (by position) make up the branch's value.
-    """
-    recording, members = batches.few, addition.members
-    kept_rows: set[int] = set()  # values that hold the kept rows alone
-    found = []
-    position = addition.root
-    for place, call in enumerate(members):
-        _follow_in_line(recording, kept_rows, range(position, call.start), members)
-        position = call.end
-        takes = {
-            number: dim
-            for number, dim in batches.of_arguments(call).items()
-            if call.given[number] not in kept_rows
-        }
-        gives = {
-            number: dim
-            for number, dim in batches.of_output(call).items()
-            if number in ends.get(place, ()) or _only_handed_out(recording, call, number)
-        }
-        kept_rows |= {
-            node for n, node in enumerate(call.outputs) if node is not None and n not in gives
-        }
-        found.append((takes, gives))
-    return found
-
-
-def _follow_in_line(
-    recording: Recording, kept_rows: set[int], nodes: range, members: Sequence[Call]
-) -> None:
-    """What is computed in line from the kept rows holds them alone, too."""
-    for index in nodes:
-        node = recording.nodes[index]
-        if not kept_rows.isdisjoint(node.inputs) and not any(m.holds(index) for m in members):
-            kept_rows.add(index)
-
-
-def _only_handed_out(recording: Recording, call: Call, number: int) -> bool:
-    """Whether a leaf leaves the block as an output, and nobody computes with it."""
-    node = call.outputs[number]
-    assert node is not None
-    outer = {index for around in recording.enclosing(call.parent) for index in around.outputs}
-    return node in outer and not recording.consumers[node]
 
 
 def _cannot_tell(model: nn.Module, why: str) -> ExampleInputsError:

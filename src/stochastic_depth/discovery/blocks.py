@@ -218,7 +218,8 @@ def _sum(recording: Recording, call: Call) -> Addition | None:
         for node in recording.nodes[call.start : call.end]
         if node.kind is Kind.SUM and node.call == call.index
     ]
-    if not own or not call.arguments:
+    given = [node for node in call.given if node is not None]
+    if not own or not given:
         return None
-    (skip, branch), root = own[-1].inputs, next(iter(call.arguments.values()))
+    (skip, branch), root = own[-1].inputs, given[0]
     return Addition(own[-1].index, skip, root, recording.between(root, branch), call)

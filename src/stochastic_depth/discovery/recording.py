@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.discovery.operations import Kind
-from stochastic_depth.discovery.templates import Form, Given, Place, Template
+from stochastic_depth.discovery.templates import Given, Place, Template
 from stochastic_depth.discovery.undisturbed import Mode
 from stochastic_depth.discovery.ways import reached
 
@@ -57,35 +57,18 @@ class Call:
     parent: int | None
     start: int
     end: int = -1
-    arguments: dict[Place, int] = field(default_factory=dict)  # tensors among its arguments
     given: tuple[int | None, ...] = ()  # nodes of its arguments' leaves; None: no tensor
-    order: tuple[tuple[Place, int], ...] = ()  # how many leaves each argument has
+    places: tuple[Given, ...] = ()  # where these leaves stand
     outputs: tuple[int | None, ...] = ()  # nodes of its output's leaves; None: no tensor
     template: Template | None = None
     signature: tuple[object, ...] = ()  # of its arguments, with their shapes
-    form: Form = ()  # of its arguments, without
+    form: tuple[tuple[Place, object], ...] = ()  # the kinds of its arguments
     effects: tuple[tuple[str, int], ...] = ()  # what it changed besides, and to which value
-
-    def number_of(self, given: Given) -> int:
-        """The number of an argument among the leaves of all arguments."""
-        first = 0
-        for place, count in self.order:
-            if place == given.place:
-                return first + (given.leaf or 0)
-            first += count
-        raise KeyError(given)
 
     def place_of(self, node: int) -> Given | None:
         """Where a value stands among the arguments."""
-        for place, given in self.arguments.items():
-            if given == node:
-                return Given(place)
-        first = 0
-        for place, count in self.order:
-            if node in self.given[first : first + count]:
-                return Given(place, self.given.index(node, first) - first)
-            first += count
-        return None
+        found = [place for place, own in zip(self.places, self.given, strict=True) if own == node]
+        return min(found, key=lambda place: place.leaf is not None, default=None)
 
     def holds(self, node: int) -> bool:
         return self.start <= node < self.end

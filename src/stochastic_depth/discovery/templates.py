@@ -5,15 +5,16 @@ A dropped module hands out a stand-in that is made from such a template.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.torch_private.trees import (
+    PLAIN_VALUES,
     TreeSpec,
     tree_flatten,
     tree_leaves,
@@ -22,22 +23,18 @@ from stochastic_depth.torch_private.trees import (
 )
 
 Place = int | str  # where an argument stands in a call: its position or its keyword
-Form = tuple[tuple[Place, object], ...]  # of a call: its arguments but for their shapes
-
-_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
-@dataclass(frozen=True, slots=True)
-class Given:
-    """An output that is an argument handed through, or one of the tensors in an argument."""
+class Given(NamedTuple):
+    """A leaf of an argument; in an output: handed through."""
 
     place: Place
-    leaf: int | None = None  # which leaf of the argument; None: the argument itself
+    leaf: int | None = None  # which of the argument's leaves; None: the argument itself
 
     def find(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], positional: tuple[str, ...]
     ) -> Any:
-        """The argument, also where it is passed by keyword this time, or by position."""
+        """The leaf, also where it is passed by keyword this time, or by position."""
         place = self.place
         if isinstance(place, int) and place >= len(args):
             place = positional[place]
@@ -47,8 +44,7 @@ class Given:
         return argument if self.leaf is None else tree_leaves(argument)[self.leaf]
 
 
-@dataclass(frozen=True, slots=True)
-class Made:
+class Made(NamedTuple):
     """A tensor that the call makes."""
 
     shape: torch.Size
@@ -62,15 +58,13 @@ class Made:
         return out if unread else out.zero_()
 
 
-@dataclass(frozen=True, slots=True)
-class Constant:
+class Constant(NamedTuple):
     """A plain value: None, a number, a string."""
 
     value: object
 
 
-@dataclass(frozen=True, slots=True)
-class Opaque:
+class Opaque(NamedTuple):
     """Something that cannot be made without running the module."""
 
     kind: str
@@ -91,13 +85,14 @@ class Template:
     def __deepcopy__(self, memo: dict[int, Any]) -> Template:
         return self  # nothing in it changes; and torch 2.11 warns where a TreeSpec is copied
 
-    def is_like(self, tensor: Tensor) -> bool:
-        """Whether it is of a single tensor of the form of this one, the first argument."""
-        leaf = self.leaves[0]
+    def is_like(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether it is of a single tensor of the form of the only argument."""
+        if len(args) != 1 or kwargs or not self.is_leaf or not isinstance(args[0], Tensor):
+            return False
+        leaf, x = self.leaves[0], args[0]
         if isinstance(leaf, Made):
-            form = (tensor.shape, tensor.dtype, tensor.device)
-            return (leaf.shape, leaf.dtype, leaf.device) == form and self.spec.is_leaf()
-        return leaf == Given(0) and self.spec.is_leaf()
+            return (leaf.shape, leaf.dtype, leaf.device) == (x.shape, x.dtype, x.device)
+        return leaf == Given(0)
 
     def handing_on(self, other: Template) -> Template:
         """The same, with states handed on as they are in the template for other shapes."""
@@ -148,11 +143,13 @@ class Template:
 
 def describe(output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Template:
     """The template of an output that was made from these arguments."""
-    places = {id(value): given for value, given in handed(args, kwargs)}
+    # Where a value is given twice, an argument itself counts before a part of one.
+    given = sorted(placed_leaves(args, kwargs), key=lambda placed: placed[0].leaf is None)
+    places = {id(value): place for place, value in given}
     leaves, spec = tree_flatten(output)
 
     def leaf(value: Any) -> Given | Made | Constant | Opaque:
-        if isinstance(value, _PLAIN):
+        if isinstance(value, PLAIN_VALUES):
             return Constant(value)
         if id(value) in places:
             return places[id(value)]
@@ -163,53 +160,48 @@ def describe(output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Temp
     return Template(tuple(leaf(value) for value in leaves), spec)
 
 
-def handed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Any, Given]]:
-    """The arguments of a call and the tensors in them, with where they stand; what counts last."""
+def placed_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Given, Any]]:
+    """The leaves of a call's arguments, with where they stand."""
+    found: list[tuple[Given, Any]] = []
     given: list[tuple[Place, Any]] = [*enumerate(args), *kwargs.items()]
     for place, argument in given:
-        if isinstance(argument, tuple | list | dict):
-            for number, leaf in enumerate(tree_leaves(argument)):
-                if isinstance(leaf, Tensor):
-                    yield leaf, Given(place, number)
-    for place, argument in given:
-        yield argument, Given(place)
+        leaves = tree_leaves(argument)
+        is_leaf = len(leaves) == 1 and leaves[0] is argument
+        found += [(Given(place, None if is_leaf else n), leaf) for n, leaf in enumerate(leaves)]
+    return found
 
 
 def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ...]:
     """What the shapes of a module's output may depend on, hashable."""
+    x = args[0] if len(args) == 1 and not kwargs else None
+    if isinstance(x, Tensor) and x.layout == torch.strided:  # the short way, for most
+        return x.shape, x.stride(), x.dtype, x.device, _autocast(x.device.type)
     leaves = tree_leaves((args, kwargs))
-    described = tuple(_describe_argument(leaf) for leaf in leaves)
     kinds = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
-    autocast = tuple(
-        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        for kind in sorted(kinds)
+    return (
+        *map(_describe_leaf, leaves),
+        *map(_autocast, sorted(kinds)),
+        tree_outline((args, kwargs)),
     )
-    return (*described, autocast, tree_outline((args, kwargs)))
 
 
-def form(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form:
-    """What the control flow of a forward usually depends on: arguments but for shapes.
-
-    A tensor stands there as its number of dimensions, a plain value with its type.
-    """
-    given: list[tuple[Place, Any]] = [*enumerate(args), *kwargs.items()]
-    return tuple((place, _kind_of(value)) for place, value in given)
-
-
-def order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Place, int], ...]:
-    """How many leaves each argument has, in the order of the call."""
-    given: list[tuple[Place, Any]] = [*enumerate(args), *kwargs.items()]
-    return tuple((place, len(tree_leaves(value))) for place, value in given)
-
-
-def _kind_of(value: object) -> object:
-    if isinstance(value, Tensor):
-        return value.ndim
-    return (type(value), value) if isinstance(value, _PLAIN) else type(value)
-
-
-def _describe_argument(leaf: object) -> object:
+def _describe_leaf(leaf: object) -> object:
     if isinstance(leaf, Tensor):
         strided = leaf.layout == torch.strided
         return (leaf.shape, leaf.stride() if strided else None, leaf.dtype, leaf.device)
-    return (type(leaf), leaf) if isinstance(leaf, _PLAIN) else type(leaf)
+    return kind_of_value(leaf)
+
+
+def _autocast(kind: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def kind_of_value(value: object) -> object:
+    """The class of a value; of a flag its value, too."""
+    return (type(value), value) if isinstance(value, PLAIN_VALUES) else type(value)
+
+
+def named(place: Place, positional: Sequence[str]) -> Place:
+    """An argument's name, also where it is passed by position."""
+    known = isinstance(place, int) and place < len(positional)
+    return positional[place] if known else place  # type: ignore[index]

@@ -30,7 +30,7 @@ from stochastic_depth.discovery.operations import (
     terms_of,
 )
 from stochastic_depth.discovery.recording import RECURRENT, Call, Node, Recording
-from stochastic_depth.discovery.templates import describe, form, order, signature
+from stochastic_depth.discovery.templates import describe, kind_of_value, placed_leaves, signature
 from stochastic_depth.discovery.undisturbed import Mode, undisturbed
 from stochastic_depth.discovery.unmaterialised import without_values
 from stochastic_depth.torch_private.processes import ranks_that_talk
@@ -278,19 +278,17 @@ class Watcher(TorchDispatchMode):
         """A module is called."""
         calls = self.recording.calls
         parent = self._open[-1][0].index if self._open else None
-        given = dict([*enumerate(args), *kwargs.items()])
         # Before the call opens, so that its arguments count as made outside of it.
-        arguments = {p: self.value(a) for p, a in given.items() if isinstance(a, Tensor)}
-        leaves = self._nodes((args, kwargs))
+        given = self._nodes((args, kwargs))
         kind = getattr(type(module), "gated_from", type(module))
         call = Call(len(calls), name, kind, parent, len(self.recording.nodes))
-        call.arguments, call.given, call.order = arguments, leaves, order(args, kwargs)
         # Now: a list among them may be longer when the call returns.
-        call.signature, call.form = signature(args, kwargs), form(args, kwargs)
+        call.given, call.places = given, tuple([place for place, _ in placed_leaves(args, kwargs)])
+        call.signature = signature(args, kwargs)
+        call.form = tuple([(p, kind_of_value(v)) for p, v in [*enumerate(args), *kwargs.items()]])
         calls.append(call)
         if parent is not None:
             self.recording.children.setdefault(parent, []).append(call)
-        del given  # it refers to the arguments, and references are counted
         self._open.append((call, Before(module, args, kwargs)))
         self._call = call.index
         if self._recurrent is None and isinstance(module, RECURRENT):

@@ -6,22 +6,19 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from stochastic_depth.discovery.batch import Batches, rows_of_members
+from stochastic_depth.discovery.batch import Batches
 from stochastic_depth.discovery.blocks import Discovery
 from stochastic_depth.discovery.recording import Call, Recording
 from stochastic_depth.discovery.states import unread_outputs
 from stochastic_depth.discovery.templates import Given
-from stochastic_depth.gating.batch import batch_dims
+from stochastic_depth.gating.batch import BatchDims, of_block, of_members
 from stochastic_depth.gating.block import Decision
 from stochastic_depth.gating.branch import Passage, weights_of
 from stochastic_depth.gating.gate import Gate, KnownCalls, Role, gate_of
 from stochastic_depth.gating.ranks import ALONE
 from stochastic_depth.gating.swap import swap_in, swap_out
 from stochastic_depth.plan import Plan
-from stochastic_depth.rows import Dims
 from stochastic_depth.torch_private.tracing import is_wrapper
-
-_NO_ROWS: tuple[Dims, Dims] = ({}, {})
 
 
 def attach(model: nn.Module, found: Discovery, plan: Plan, batches: Batches | None = None) -> None:
@@ -45,8 +42,7 @@ def attach(model: nn.Module, found: Discovery, plan: Plan, batches: Batches | No
         gate.whole = blocks[0].whole
         gate.returns_copy = any(block.copies_input for block in blocks)
         if batches is not None:
-            held = [batches.held(call, gate.whole) for call in calls]
-            gate.batch = batch_dims(gate.name, gate.known.positional, held)
+            gate.batch = of_block(batches, gate.name, gate.known.positional, calls, gate.whole)
         for name, roles in _roles(model, found, gate, batches).items():
             member = gates.setdefault(name, Gate(name, plan=plan))
             member.roles[gate.name] = roles
@@ -137,9 +133,9 @@ def _roles(
     for number, (addition, branch) in enumerate(zip(additions, branches, strict=True)):
         scaled = dict(branch.scaled)
         calls = addition.members
-        rows: Sequence[tuple[Dims, Dims]] = [_NO_ROWS] * len(calls)
+        rows = [BatchDims()] * len(calls)
         if batches is not None and not as_one:
-            rows = rows_of_members(batches, addition, scaled)
+            rows = of_members(batches, addition, scaled)
         for place, call in enumerate(calls):
             ends = scaled.get(place, frozenset())
             if not gate.stands_in and not ends:
@@ -148,7 +144,7 @@ def _roles(
             parameters = branch.fold.parameters if ends else ()
             weights = weights_of(module, call.module, parameters)
             unread = unread_outputs(recording, call, calls)
-            role = Role(number, dict.fromkeys(ends, number), unread, *rows[place], weights)
+            role = Role(number, dict.fromkeys(ends, number), unread, rows[place], weights)
             wanted[call.index] = _both(wanted.get(call.index), role)
     names = {recording.calls[index].module for index in wanted}
     roles: dict[str, list[Role | None]] = {}
@@ -173,8 +169,7 @@ def _both(first: Role | None, second: Role) -> Role:
         first.branch if first.ends else second.branch,
         ends,
         (first.unread & second.unread) - ends.keys(),
-        {**first.takes, **second.takes},
-        {**first.gives, **second.gives},
+        first.batch | second.batch,
     )
 
 

@@ -1,55 +1,60 @@
-"""Mode "sample": where a call of a block holds the batch, also one of fewer arguments."""
+"""Mode "sample": which dimensions of a module's arguments and outputs hold the batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
+from stochastic_depth.discovery.additions import Addition
+from stochastic_depth.discovery.batch import Batches
+from stochastic_depth.discovery.recording import Call
+from stochastic_depth.discovery.templates import Given, Place, Template, named, placed_leaves
 from stochastic_depth.errors import ChangedModelError
-from stochastic_depth.rows import Dims, Held, Place
-from stochastic_depth.torch_private.trees import tree_leaves
+from stochastic_depth.rows import Rows, change_leaves
+from stochastic_depth.torch_private.trees import PLAIN_VALUES, tree_flatten, tree_unflatten
 
-Leaf = tuple[Place, int, int]  # an argument's place, how many leaves it has, and which of them
-
-
-class CallDims(NamedTuple):
-    """Of one call, by the numbers of leaves."""
-
-    takes: Dims
-    handed_on: dict[int, tuple[int, int]]
+Leaf = tuple[Place, int]  # an argument's name, or its place, and which of its leaves
 
 
 @dataclass(frozen=True)
 class BatchDims:
-    """Of the calls of a block.
+    """Where the calls of a module hold the batch.
 
     Attributes:
+        inputs: For leaves of arguments: the batch dimension, and the rows of each example.
+        outputs: For leaves of the output: the dimension.
+        handed_on: For leaves of a block's output: the argument that a dropped row comes to.
         name: The block's.
         positional: The names of its forward's parameters.
-        inputs: For leaves of arguments: the batch dimension, and the rows of each example.
-        handed_on: For leaves of the output: the dimension, and the argument a dropped row comes to.
-        outputs: For leaves of the output: the dimension.
     """
 
-    name: str
-    positional: tuple[str, ...]
-    inputs: dict[Leaf, tuple[int, int]]
-    handed_on: dict[int, tuple[int, Leaf]]
-    outputs: Dims
+    inputs: Mapping[Leaf, tuple[int, int]] = field(default_factory=dict)
+    outputs: Mapping[int, int] = field(default_factory=dict)
+    handed_on: Mapping[int, Leaf] = field(default_factory=dict)
+    name: str = ""
+    positional: tuple[str, ...] = ()
+
+    def __or__(self, other: BatchDims) -> BatchDims:
+        """Of a call that is a part of two branches."""
+        return BatchDims({**self.inputs, **other.inputs}, {**self.outputs, **other.outputs})
+
+    def leaves(self, args: Any, kwargs: Any) -> Iterator[tuple[Tensor, int, int]]:
+        """The leaves of a call that hold the batch: the dimension, the rows of each example."""
+        for given, leaf in placed_leaves(args, kwargs):
+            known = self.inputs.get((named(given.place, self.positional), given.leaf or 0))
+            if known is not None and isinstance(leaf, Tensor):
+                yield leaf, *known
 
     def size(self, args: Any, kwargs: Any) -> int:
         """The number of examples in the batch of a call."""
         sizes = set()
-        for where, leaf in self.leaves(args, kwargs):
-            if where in self.inputs and isinstance(leaf, Tensor):
-                dim, each = self.inputs[where]
-                examples, rest = divmod(leaf.shape[dim], each)
-                if rest:
-                    raise self._uneven(where[0], leaf.shape[dim], each)
-                sizes.add(examples)
+        for leaf, dim, each in self.leaves(args, kwargs):
+            if leaf.shape[dim] % each:
+                raise self._uneven("an argument", leaf.shape[dim], each)
+            sizes.add(leaf.shape[dim] // each)
         if len(sizes) == 2:
             sizes.discard(1)  # a leaf that has a single row holds for all rows
         if len(sizes) > 1:
@@ -58,13 +63,13 @@ class BatchDims:
             raise ChangedModelError(
                 f'"{self.name}" is called without any argument that is known to hold the batch',
                 expected="the arguments that it was watched with: "
-                + ", ".join(dict.fromkeys(str(place) for place, _, _ in self.inputs)),
+                + ", ".join(dict.fromkeys(str(place) for place, _ in self.inputs)),
                 instead="pass example_inputs as in the training (with the mask, say), or "
                 'mode="batch"',
             )
         return sizes.pop()
 
-    def _uneven(self, what: object, found: object, each: int) -> ChangedModelError:
+    def _uneven(self, what: str, found: object, each: int) -> ChangedModelError:
         return ChangedModelError(
             f'"{self.name}" is called with {found} rows in {what}, where each example had {each} '
             "when it was watched",
@@ -72,40 +77,103 @@ class BatchDims:
             instead='pass mode="batch", which takes no rows apart; or pad the sequences',
         )
 
-    def of_call(self, args: Any, kwargs: Any) -> CallDims:
-        """Which leaves of a call hold the batch."""
-        numbers = {where: n for n, (where, _) in enumerate(self.leaves(args, kwargs))}
-        return CallDims(
-            {numbers[w]: dim for w, (dim, _) in self.inputs.items() if w in numbers},
-            {n: (dim, numbers[w]) for n, (dim, w) in self.handed_on.items() if w in numbers},
+    def take(self, rows: Rows, args: Any, kwargs: Any) -> tuple[Any, Any, dict[Leaf, Any]]:
+        """The arguments for the kept rows, and for each leaf what puts the others back.
+
+        A leaf of a single row holds for all rows.
+        """
+        rests: dict[Leaf, Any] = {}
+
+        def some(place: Place, value: Any) -> Any:
+            if isinstance(value, PLAIN_VALUES):
+                return value
+            leaves, spec = ([value], None) if isinstance(value, Tensor) else tree_flatten(value)
+            name = named(place, self.positional)
+            for number, leaf in enumerate(leaves):
+                dim, _ = self.inputs.get((name, number), (-1, 1))
+                if dim >= 0 and isinstance(leaf, Tensor) and leaf.shape[dim] != 1:
+                    leaves[number], rests[name, number] = rows.cut(leaf, dim)
+            return leaves[0] if spec is None else tree_unflatten(leaves, spec)
+
+        args = tuple([some(place, value) for place, value in enumerate(args)])
+        return args, {name: some(name, value) for name, value in kwargs.items()}, rests
+
+    def put_back(self, rows: Rows, output: Any, rests: Mapping[Leaf, Any]) -> Any:
+        """The output for the kept rows, with the arguments that dropped ones come to between."""
+        places = {number: rests[leaf] for number, leaf in self.handed_on.items() if leaf in rests}
+        return change_leaves(
+            output, places, lambda leaf, n: rows.join(leaf, self.outputs[n], places[n])
         )
 
-    def leaves(self, args: Any, kwargs: Any) -> Iterator[tuple[Leaf, Any]]:
-        for place, value in [*enumerate(args), *kwargs.items()]:
-            leaves = [value] if isinstance(value, Tensor) else tree_leaves(value)
-            name = named(place, self.positional)
-            for index, leaf in enumerate(leaves):
-                yield (name, len(leaves), index), leaf
+    def spread(self, rows: Rows, output: Any) -> Any:
+        """The output for the kept rows, with zeros between."""
+        return change_leaves(
+            output, self.outputs, lambda leaf, n: rows.spread(leaf, self.outputs[n])
+        )
 
 
-def named(place: Place, positional: Sequence[str]) -> Place:
-    """An argument's name, also where it is passed by position."""
-    known = isinstance(place, int) and place < len(positional)
-    return positional[place] if known else place  # type: ignore[index]
-
-
-def batch_dims(name: str, positional: tuple[str, ...], watched: Sequence[Held]) -> BatchDims:
-    """What watched calls of a block tell."""
+def of_block(
+    batches: Batches,
+    name: str,
+    positional: tuple[str, ...],
+    calls: Sequence[Call],
+    whole: Template | None,
+) -> BatchDims:
+    """Of a block, from its watched calls and what it returns when dropped."""
     inputs: dict[Leaf, tuple[int, int]] = {}
-    handed_on: dict[int, tuple[int, Leaf]] = {}
-    outputs: Dims = {}
-    for held in watched:
-        leaves: list[Leaf] = [
-            (named(place, positional), count, index)
-            for place, count in held.order
-            for index in range(count)
-        ]
-        inputs |= {leaves[n]: (dim, held.each[n]) for n, dim in held.takes.items()}
-        handed_on |= {n: (dim, leaves[m]) for n, (dim, m) in held.gives.items()}
-        outputs |= held.outputs
-    return BatchDims(name, positional, inputs, handed_on, outputs)
+    outputs: dict[int, int] = {}
+    for call in calls:
+        inputs |= _inputs(batches, call, positional)
+        outputs |= batches.dims(call.outputs)
+    handed_on = {
+        number: (named(leaf.place, positional), leaf.leaf or 0)
+        for number, leaf in enumerate(whole.leaves if whole is not None else ())
+        if isinstance(leaf, Given) and number in outputs
+    }
+    return BatchDims(inputs, outputs, handed_on, name, positional)
+
+
+def of_members(
+    batches: Batches, addition: Addition, ends: Mapping[int, frozenset[int]]
+) -> list[BatchDims]:
+    """Of each module of a branch: where it takes the kept rows and where it puts them back.
+
+    Args:
+        batches: The two watches.
+        addition: The branch's sum.
+        ends: Which leaves of which member (by position) make up the branch's value.
+    """
+    recording, found = batches.few, []
+    kept_rows: set[int] = set()  # values that hold the kept rows alone
+    position = addition.root
+    for place, call in enumerate(addition.members):
+        for index in range(position, call.start):  # computed in line from them
+            if not kept_rows.isdisjoint(recording.nodes[index].inputs):
+                kept_rows.add(index)
+        position = call.end
+        handed_out = {node for outer in recording.enclosing(call.parent) for node in outer.outputs}
+        outputs = {
+            number: dim
+            for number, dim in batches.dims(call.outputs).items()
+            for node in [call.outputs[number]]
+            if number in ends.get(place, ())
+            # It leaves the block as an output, and nobody computes with it.
+            or (node in handed_out and node is not None and not recording.consumers[node])
+        }
+        found.append(BatchDims(_inputs(batches, call, (), kept_rows), outputs))
+        kept_rows |= {
+            node for n, node in enumerate(call.outputs) if node is not None and n not in outputs
+        }
+    return found
+
+
+def _inputs(
+    batches: Batches, call: Call, positional: Sequence[str], without: Collection[int] = ()
+) -> dict[Leaf, tuple[int, int]]:
+    found: dict[Leaf, tuple[int, int]] = {}
+    for number, dim in batches.dims(call.given).items():
+        node, (place, leaf) = call.given[number], call.places[number]
+        if node is not None and node not in without:
+            each = batches.few.nodes[node].shape[dim] // batches.rows[0]
+            found[named(place, positional), leaf or 0] = dim, each
+    return found

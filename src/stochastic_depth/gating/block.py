@@ -23,7 +23,7 @@ from stochastic_depth.gating.gate import KEY, Gate, ModuleCall, changed, running
 from stochastic_depth.gating.ranks import ALONE, Setup, refuse, refuse_talk, setup_of
 from stochastic_depth.gating.recomputation import remembered
 from stochastic_depth.plan import Row
-from stochastic_depth.rows import Rows, put_back, take
+from stochastic_depth.rows import Rows
 from stochastic_depth.torch_private.tracing import is_compiled, is_traced_by_fx
 from stochastic_depth.torch_private.trees import tree_map
 
@@ -185,13 +185,12 @@ def _run_on_rows(call: ModuleCall, decision: Decision) -> Any:
     assert decision.rows is not None
     rows = decision.rows[0]
     assert rows is not None
-    dims = gate.batch.of_call(args, kwargs)
-    (some, named), rests = take((args, kwargs), dims.takes, rows)
-    let_rows_vary(gate, module, (some, named), dims.takes)
+    some, named, rests = gate.batch.take(rows, args, kwargs)
+    let_rows_vary(gate, module, some, named)
     library_hooks = hooks.of_library(module)
     run = hooks.around(library_hooks, module, run)
     output = _run(ModuleCall(gate, module, run, some, named), decision._replace(rows=None))
-    output = put_back(output, dims.handed_on, rests, rows)
+    output = gate.batch.put_back(rows, output, rests)
     hooks.show(library_hooks, module, args, kwargs, output)
     return output
 

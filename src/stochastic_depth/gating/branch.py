@@ -17,7 +17,7 @@ from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.gating.gate import Gate, ModuleCall, Role, changed, running
 from stochastic_depth.gating.recomputation import note, recalled
 from stochastic_depth.gating.stand_in import stand_in
-from stochastic_depth.rows import change_leaves, spread, take
+from stochastic_depth.rows import change_leaves
 from stochastic_depth.torch_private.trees import tree_leaves
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -92,14 +92,14 @@ def _call_as(call: ModuleCall, role: Role, passage: Passage) -> Any:
         return change_leaves(_call(call), role.ends, lambda leaf, number: torch.zeros_like(leaf))
     rows = None if decision.rows is None else decision.rows[role.branch]
     if rows is not None:
-        (args, kwargs), _ = take((call.args, call.kwargs), role.takes, rows)
+        args, kwargs, _ = role.batch.take(rows, call.args, call.kwargs)
         call = call._replace(args=args, kwargs=kwargs)
     was_inside, passage.inside = passage.inside, True
     try:
         output = _multiplied(call, decision.factors, role)
     finally:
         passage.inside = was_inside
-    return output if rows is None else spread(output, role.gives, rows)
+    return output if rows is None else role.batch.spread(rows, output)
 
 
 def _call_recomputed(call: ModuleCall, decision: Any, role: Role) -> Any:

@@ -144,13 +144,11 @@ def run_compiled(call: ModuleCall, factors: tuple[float, ...] | None) -> Any:
         running.compiler = compiler
 
 
-def let_rows_vary(gate: Gate, module: nn.Module, arguments: Any, dims: Mapping[int, int]) -> None:
+def let_rows_vary(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> None:
     """Have a graph that is made for some rows of the batch hold for any number of them."""
     if gate.plan.graphs or running.compiler is not None or is_compiled(module):
-        leaves = tree_leaves(arguments)
-        for number, dim in dims.items():
-            if leaves[number] is not None:
-                let_vary(leaves[number], dim)
+        for leaf, dim, _ in gate.batch.leaves(args, kwargs):
+            let_vary(leaf, dim)
 
 
 def _scales(factors: tuple[float, ...], args: Any, kwargs: Any) -> tuple[Any, ...]:

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 
 from stochastic_depth.discovery.recording import Call
-from stochastic_depth.discovery.templates import Template
+from stochastic_depth.discovery.templates import Template, named
 from stochastic_depth.errors import ChangedModelError
-from stochastic_depth.gating.batch import named
+from stochastic_depth.gating.batch import BatchDims
 from stochastic_depth.plan import Counted, Plan
-from stochastic_depth.rows import Dims
 from stochastic_depth.torch_private.trees import PLAIN_VALUES
 
 KEY = "_stochastic_depth"  # where a gated module keeps its gate
@@ -31,8 +30,7 @@ class Role:
     branch: int  # its number in the gate
     ends: Mapping[int, int]  # leaves of its output: of which branch each is the value
     unread: frozenset[int] = frozenset()  # those that only other modules of the branch read
-    takes: Dims = field(default_factory=dict)  # the leaves of its arguments to take rows of
-    gives: Dims = field(default_factory=dict)  # the leaves of its output to put back
+    batch: BatchDims = field(default_factory=BatchDims)  # of what to take rows, and put back
     weights: tuple[str, ...] = ()  # its own parameters that take the branch's factor in
 
 

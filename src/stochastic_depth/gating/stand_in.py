@@ -25,42 +25,19 @@ _KEPT = 1024  # shapes; beyond that the oldest are forgotten
 
 def stand_in(gate: Gate, module: nn.Module, args: Any, kwargs: Any, role: Role) -> Any:
     """An output of the module's shapes: zeros where it is the branch's value or may be read."""
-    key: tuple[object, ...] | None = None
-    if len(args) == 1 and not kwargs and type(args[0]) is Tensor:  # the short way, for most
-        x = args[0]
-        autocast = torch.is_autocast_enabled(x.device.type)
-        key = (x.shape, x.stride(), x.dtype, x.device, autocast)
-    template = gate.templates.get(key) if key is not None else None
+    key = signature(args, kwargs)
+    template = gate.templates.get(key)
     if template is None:
-        template = _look_up(gate, module, args, kwargs)
-        if key is not None:
-            _keep(gate, key, template)
-    if key is not None and role.unread and template.is_like(args[0]):
+        template = _without_values(gate, module, args, kwargs)
+        if len(gate.templates) >= _KEPT:
+            del gate.templates[next(iter(gate.templates))]
+        gate.templates[key] = template
+    if role.unread and template.is_like(args, kwargs):
         return args[0]  # nobody looks at it, so that no memory need be taken
     return template.build(args, kwargs, zeros=frozenset(role.ends), unread=role.unread)
 
 
-def _look_up(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> Template:
-    key = signature(args, kwargs)
-    if key not in gate.templates:
-        running.open_all = True  # gated modules in it run as plain ones
-        try:
-            template = _without_values(gate.name, module, args, kwargs)
-            for watched in [*gate.templates.values()][:1]:
-                template = template.handing_on(watched)
-            _keep(gate, key, template)
-        finally:
-            running.open_all = False
-    return gate.templates[key]
-
-
-def _keep(gate: Gate, key: tuple[object, ...], template: Template) -> None:
-    if len(gate.templates) >= _KEPT:
-        del gate.templates[next(iter(gate.templates))]
-    gate.templates[key] = template
-
-
-def _without_values(name: str, module: nn.Module, args: Any, kwargs: Any) -> Template:
+def _without_values(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> Template:
     """The template of the output of one run under fake tensors."""
     # The counters of BatchNorm hold real numbers under fake tensors, too, and count.
     counters = [(buffer, buffer.clone()) for buffer in module.buffers() if buffer.numel() == 1]
@@ -69,19 +46,24 @@ def _without_values(name: str, module: nn.Module, args: Any, kwargs: Any) -> Tem
         fake_args, fake_kwargs = tree_map(
             lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, detached
         )
+        running.open_all = True  # gated modules in it run as plain ones
         try:
             output = module.forward(*fake_args, **fake_kwargs)
         except Exception as error:
             raise ChangedModelError(
-                f'the shapes that "{name}" hands out for an input of a new shape cannot be found: '
-                f"{error}",
+                f'the shapes that "{gate.name}" hands out for an input of a new shape cannot be '
+                f"found: {error}",
                 expected="a module whose output shapes depend on input shapes alone",
                 instead="pass example_inputs of the shape that is trained with, or leave the block "
                 "out with blocks=",
             ) from error
+        finally:
+            running.open_all = False
         template = describe(output, fake_args, fake_kwargs)
     for buffer, before in counters:
         buffer.copy_(before)
+    for watched in [*gate.templates.values()][:1]:
+        template = template.handing_on(watched)
     return template
 
 
