@@ -174,6 +174,9 @@ def contests(
 
 
 def _result(pair: Pair, dropped: list[frozenset[str]], seconds: dict[str, Figures]) -> Contest:
+    pair.prepare(len(dropped) - 1)
+    if pair.gated.training:
+        pair.gated(pair.example)
     last = {name for name, kept in pair.depth.last_gates.items() if not kept}
     assert last == dropped[-1], "it drew something else than before"
     shares = np.array([len(names) for names in dropped[WARMUP:]]) / len(pair.rates)
