@@ -3,6 +3,8 @@
 Two rules, both about the flow of data alone. *Identity*: one operand is, but for moves of its
 elements, a value that the other operand was computed from by way of parameters. *Projection*:
 one operand is affine in such a value (or a norm, or a pooling, of what is), the other is not.
+And where `y2 = x2 + g(y1)` is residual, `y1 = x1 + f(x2)` is, too, if a call takes x1 and x2 and
+hands out y1 and y2: a *coupling* of two streams, as in RevNets (Gomez et al. 2017, equation 6).
 """
 
 from __future__ import annotations
@@ -80,8 +82,10 @@ class Search:
             found = self._residual(node) if node.kind is Kind.SUM else None
             data = self._data(node) if node.kind in _SKIPS else []
             if found is not None:
-                found.put_in(found.container, recording)
-                self.additions.append(found)
+                coupled = self._coupled(found)
+                for addition in (found,) if coupled is None else (coupled, found):
+                    addition.put_in(addition.container, recording)
+                    self.additions.append(addition)
                 self._through[node.index] = found.skip
                 data = [found.skip]
             self._skips.add(data)
@@ -157,6 +161,38 @@ class Search:
             ):
                 return None  # two heads of the model, whose results are added
         return Addition(node.index, skip, root, path, container, affine)
+
+    def _coupled(self, found: Addition) -> Addition | None:
+        """The other sum of a coupling, which then is what the branch of this one starts from."""
+        recording, nodes = self.recording, self.recording.nodes
+        call = recording.calls[nodes[found.node].call]
+        path = set(found.path)
+        for index in found.path:
+            node, users = nodes[index], recording.consumers[index]
+            is_stream = index in call.outputs or any(
+                nodes[user].kind is Kind.JOIN and user in call.outputs for user in users
+            )
+            if node.kind is not Kind.SUM or node.call != call.index or not is_stream:
+                continue
+            others = [value for value in node.inputs if value not in path]
+            before = recording.between(found.root, index)[:-1]
+            behind = recording.between(index, found.branch)
+            if (
+                len(others) == 1
+                and self._comes_from_outside(others[0], call)
+                and path == {*before, index, *behind}
+            ):
+                coupled = Addition(index, others[0], found.root, before, found.container)
+                found.root, found.path = index, behind
+                return coupled
+        return None
+
+    def _comes_from_outside(self, value: int, call: Call) -> bool:
+        """Whether it is an input of the call, or a part of one."""
+        node = self.recording.nodes[value]
+        while node.index >= call.start and node.kind in (Kind.MOVE, Kind.PART):
+            node = self.recording.nodes[node.inputs[0]]
+        return node.index < call.start and not node.fixed
 
     def _is_own(self, node: Node, container: Call) -> bool:
         """Whether the sum is taken in the container's own forward, or by a module made for it."""
