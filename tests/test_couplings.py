@@ -45,7 +45,7 @@ class Crossed(Coupling):
 class Halved(Coupling):
     """Both streams are halves of one tensor."""
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
         return torch.cat(Coupling.forward(self, *x.chunk(2, -1)), -1)
 
 
@@ -95,7 +95,7 @@ def test_one_branch_is_dropped_by_itself() -> None:
     x = vectors(5, 3)
     x1, x2 = model.stem(x).chunk(2, -1)
     for block in model.blocks:
-        x1, x2 = x1, x2 + block.g(x1)
+        x2 = x2 + block.g(x1)
     expected = torch.cat([x1, x2], -1)
     depth = sd.apply_stochastic_depth(model, 0.1, example_inputs=x, unit="branch", scale="none")
     with depth.fixed({f"{block.name}:0": False for block in depth.blocks}):

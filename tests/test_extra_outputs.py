@@ -5,6 +5,7 @@ transformers takes hidden states and attention weights by forward hooks of its o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -130,6 +131,79 @@ class Scores(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scores = self.q(self.norm(x)).softmax(-1)
         return x + self.o(scores), scores
+
+
+class Experts(nn.Module):
+    """A layer that returns a loss for its router beside its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.route = nn.LayerNorm(4), Router()
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.norm(x)
+        gates, loss = self.route(h)
+        return x + sum(gates[:, n, None] * e(h) for n, e in enumerate(self.experts)), loss
+
+
+class InLine(Experts):
+    """The layer itself computes the loss."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.norm(x)
+        gates, _ = self.route(h)
+        loss = gates.mean(0).square().sum()
+        return x + sum(gates[:, n, None] * e(h) for n, e in enumerate(self.experts)), loss
+
+
+class Router(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weigh = nn.Linear(4, 2)
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        gates = self.weigh(h).softmax(-1)
+        return gates, gates.mean(0).square().sum()
+
+
+class OfExperts(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(kind() for _ in range(6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        losses = []
+        for layer in self.layers:
+            x, loss = layer(x)
+            losses.append(loss)
+        return x, torch.stack(losses).sum()
+
+
+def test_the_loss_of_experts_that_a_module_returns_is_that_of_the_layers_that_ran() -> None:
+    model: Any = OfExperts(Experts)
+    x = torch.randn(5, 4)
+    depth = sd.apply_stochastic_depth(model, 0.1, example_inputs=x, scale="none")
+    _, of_two = OfExperts.forward(_only(model, 2), x)
+    with depth.fixed({f"layers.{n}": False for n in range(2, 6)}):
+        out, loss = model.train()(x)
+    torch.testing.assert_close(loss, of_two)
+    (out.sum() + loss).backward()
+    routers = [layer.route.weigh.weight.grad is not None for layer in model.layers]
+    assert routers == [True, True, False, False, False, False]
+
+
+def _only(model: OfExperts, layers: int) -> Any:
+    twin = copy.deepcopy(model)
+    sd.get_stochastic_depth(twin).remove()
+    twin.layers = twin.layers[:layers]
+    return twin
+
+
+def test_the_loss_of_experts_that_is_computed_in_line_is_refused_with_what_works() -> None:
+    with pytest.raises(sd.RefusedBlockError, match="returns as one number works") as caught:
+        sd.apply_stochastic_depth(OfExperts(InLine), 0.1, example_inputs=torch.randn(5, 4))
+    assert "do what the reasons say" in str(caught.value)
 
 
 class ReadsScores(nn.Module):

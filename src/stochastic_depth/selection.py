@@ -101,7 +101,10 @@ def refuse_inexact(found: Discovery, plan: Plan) -> None:
 
 def _refusal(block: ResidualBlock, *, unit: Unit, scale: Scale) -> str | None:
     if block.leaks_to is not None:
-        return f'"{block.leaks_to}" computes with a value made inside of it'
+        return (
+            f'"{block.leaks_to}" computes with a value made inside of it (a loss that a module of '
+            "the branch returns as one number works)"
+        )
     if block.irregular:
         return "its module is called several times with different structure"
     if block.lost_state is not None:
