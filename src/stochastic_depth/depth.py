@@ -10,6 +10,7 @@ from torch import nn
 from stochastic_depth.discovery import Discovery, ResidualBlock, plain_model, watch
 from stochastic_depth.discovery.batch import allowed_counts, watch_more_rows
 from stochastic_depth.discovery.own_drops import OwnDrop, refuse_own_drops, switched_off
+from stochastic_depth.discovery.undisturbed import without_collecting
 from stochastic_depth.distributed import ranks_in
 from stochastic_depth.distributions import Distribution, DropRate, resolve_rates
 from stochastic_depth.draw import Draw, check_choice
@@ -121,6 +122,7 @@ def spread_over_depth(drop_rate: DropRate, drop_distribution: str | Distribution
     return rates
 
 
+@without_collecting()
 def apply(
     model: nn.Module,
     rates: Rates,
@@ -248,7 +250,8 @@ def _talks(model: nn.Module, found: Discovery, plan: Plan) -> dict[str, str]:
     talks: dict[str, str] = {}
     recording, apart = found.recording, frozenset(ranks_in(plan.draw.process_group))
     dropped = [block for block, rate in zip(plan.blocks, plan.rates, strict=True) if rate]
-    for block, name in ((b, n) for b in dropped for branch in b.branches for n in branch.modules):
+    names = [(b, n) for b in dropped for branch in b.branches for n in branch.modules]
+    for block, name in dict.fromkeys(names):  # a module may be called a thousand times
         owner = name if block.explicit else block.container
         for inside, module in model.get_submodule(name).named_modules(prefix=name):
             if isinstance(module, nn.SyncBatchNorm):

@@ -18,7 +18,8 @@ from stochastic_depth.discovery.blocks import (
 from stochastic_depth.discovery.example import Example, example_for
 from stochastic_depth.discovery.own_drops import switched_off
 from stochastic_depth.discovery.recording import Recording
-from stochastic_depth.discovery.watch import watch_once, without_collecting
+from stochastic_depth.discovery.undisturbed import without_collecting
+from stochastic_depth.discovery.watch import watch_once
 from stochastic_depth.errors import ExampleInputsError, NoResidualBlocksError, OptionError
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 
+@without_collecting()
 def find_residual_blocks(
     model: nn.Module,
     example_inputs: Any = None,
@@ -118,8 +120,7 @@ def watch(
             instead="pass example_inputs=... (a tensor, a tuple or a dict) as for training, on the "
             "model's device",
         ) from error
-    with without_collecting():
-        return discover(recording, model), example
+    return discover(recording, model), example
 
 
 def _refuse_lazy(model: nn.Module) -> None:

@@ -142,7 +142,8 @@ def _block(model: nn.Module, calls: list[Site], nesting: int, folding: Folding) 
     skips = [Skip(site) for site in calls]
     whole = skips[0].template if all(s.template == skips[0].template for s in skips) else None
     leaks_to = _first(side_effects(site, site.additions) for site in calls)
-    lone = ((site, [addition]) for site in calls for addition in site.additions)
+    several = [site for site in calls if len(site.additions) > 1]
+    lone = ((site, [addition]) for site in several for addition in site.additions)
     return ResidualBlock(
         name=first.name,
         branches=shown[0][1],

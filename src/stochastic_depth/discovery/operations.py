@@ -7,10 +7,9 @@ an operation that is new to the table can lead to a refusal, never to a wrong re
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -144,8 +143,7 @@ def kind_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Kind:
     return kind
 
 
-@dataclass(frozen=True, slots=True)
-class Term:
+class Term(NamedTuple):
     """One term of a sum: a tensor as it is (no operation), or what an operation makes of some."""
 
     tensors: tuple[Tensor, ...]

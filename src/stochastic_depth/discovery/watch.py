@@ -5,7 +5,6 @@ The model is left as it was: buffers, attributes, random generators, modes, hook
 
 from __future__ import annotations
 
-import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,24 +65,11 @@ def record(model: nn.Module, example: Example, mode: Mode) -> Recording:
                 last = module.register_forward_hook(watcher.leave, with_kwargs=True)
                 stack.callback(first.remove)
                 stack.callback(last.remove)
-        stack.enter_context(without_collecting())
         stack.enter_context(torch.no_grad())
         stack.enter_context(watcher.noting_functions())
         stack.enter_context(watcher)
         model(*args, **kwargs)
     return watcher.recording
-
-
-@contextmanager
-def without_collecting() -> Iterator[None]:
-    """While Python looks for no garbage: a recording is many objects, and none of them is any."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 class Watcher(TorchDispatchMode):
