@@ -122,7 +122,6 @@ def spread_over_depth(drop_rate: DropRate, drop_distribution: str | Distribution
     return rates
 
 
-@without_collecting()
 def apply(
     model: nn.Module,
     rates: Rates,
@@ -152,7 +151,7 @@ def apply(
     given, model = model, plain_model(model)
     refuse(model)
     refuse_parts(model)
-    with switched_off(model) as drops:
+    with without_collecting(), switched_off(model) as drops:
         found, shown = watch(model, *example)
         chosen = select(model, found, blocks)
         _refuse_gated(model, chosen)

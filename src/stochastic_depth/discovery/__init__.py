@@ -33,7 +33,6 @@ __all__ = [
 ]
 
 
-@without_collecting()
 def find_residual_blocks(
     model: nn.Module,
     example_inputs: Any = None,
@@ -73,7 +72,8 @@ def find_residual_blocks(
         ['1', '2']
     """
     model = plain_model(model)
-    found, _ = watch(model, example_inputs, example_kwargs)
+    with without_collecting():
+        found, _ = watch(model, example_inputs, example_kwargs)
     blocks = tuple(block for block in found.blocks if not block.affine)
     if not blocks:
         raise none_found(model, found)

@@ -55,7 +55,7 @@ class Addition:
         path = set(self.path)
 
         def members(call: Call) -> Iterator[Call]:
-            for child in recording.children_within(call, self.path[0], self.node):
+            for child in call.children_within(self.path[0], self.node):
                 if not child.holds_any(self.path) and path.isdisjoint(child.outputs):
                     continue
                 if child.holds(self.node) or child.holds(self.root):

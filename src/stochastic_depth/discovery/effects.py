@@ -98,13 +98,9 @@ def effects_of(recording: Recording, call: Call, members: Sequence[Call]) -> lis
 
     The value is -1 where it is none.
     """
-    found: list[tuple[str, int]] = []
-    left = within(recording, members)
-    for inner in _from(recording, call.index):
-        if inner is not call and (inner.parent is None or inner.parent < call.index):
-            break
-        if inner.index not in left:
-            found += inner.effects
+    left = within(members)
+    outside = [recording.calls[number] for number in call.inside if number not in left]
+    found = [effect for inner in outside for effect in inner.effects]
     for node in recording.nodes[call.start : call.end]:
         if node.call in left:
             continue
@@ -115,17 +111,6 @@ def effects_of(recording: Recording, call: Call, members: Sequence[Call]) -> lis
     return found
 
 
-def within(recording: Recording, members: Sequence[Call]) -> set[int]:
+def within(members: Sequence[Call]) -> set[int]:
     """The numbers of these calls and of all calls inside of them."""
-    found: set[int] = set()
-    for member in members:
-        found.add(member.index)
-        for inner in _from(recording, member.index + 1):
-            if inner.parent not in found:
-                break
-            found.add(inner.index)
-    return found
-
-
-def _from(recording: Recording, first: int) -> Iterator[Call]:
-    return (recording.calls[index] for index in range(first, len(recording.calls)))
+    return {number for member in members for number in member.inside}

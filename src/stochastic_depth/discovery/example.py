@@ -25,27 +25,20 @@ def example_for(model: nn.Module, inputs: Any, kwargs: Mapping[str, Any] | None)
     Raises:
         ExampleInputsError: The model carries no example, or `inputs` is something else.
     """
-    args: tuple[Any, ...] = ()
-    keywords: dict[str, Any] = {}
+    keywords = dict(kwargs or {})
+    if inputs is None and not keywords:
+        inputs = _own_example(model)
+    if inputs is None or isinstance(inputs, Mapping):
+        return (), {**(inputs or {}), **keywords}
     if isinstance(inputs, Tensor):
-        args = (inputs,)
-    elif isinstance(inputs, tuple | list):
-        args = tuple(inputs)
-    elif isinstance(inputs, Mapping):
-        keywords = dict(inputs)
-    elif inputs is not None:
-        raise ExampleInputsError(
-            f"example_inputs is a {type(inputs).__name__}",
-            expected="a tensor, a tuple of positional or a dict of keyword arguments",
-            instead="pass what you would pass to the model: a batch of two is enough",
-        )
-    elif not kwargs:
-        keywords_or_args = _own_example(model)
-        if isinstance(keywords_or_args, dict):
-            keywords = keywords_or_args
-        else:
-            args = (keywords_or_args,)
-    return args, keywords | dict(kwargs or {})
+        return (inputs,), keywords
+    if isinstance(inputs, tuple | list):
+        return tuple(inputs), keywords
+    raise ExampleInputsError(
+        f"example_inputs is a {type(inputs).__name__}",
+        expected="a tensor, a tuple of positional or a dict of keyword arguments",
+        instead="pass what you would pass to the model: a batch of two is enough",
+    )
 
 
 def _own_example(model: nn.Module) -> Tensor | dict[str, Any]:

@@ -58,7 +58,8 @@ class Grouping:
     def __init__(self, recording: Recording, model: nn.Module, additions: list[Addition]) -> None:
         self.recording = recording
         self.modules = dict(model.named_modules())
-        self.uses = recording.times_used()
+        kinds = {call.module: call.kind for call in recording.calls}
+        self.uses = Counter(kinds.values())
         additions = [a for a in additions if any(map(self._has_parameters, a.members))]
         additions = self._without_global_skips(additions)
         for addition in additions:
@@ -92,7 +93,7 @@ class Grouping:
                 break
             found = calls[found.parent]
         call = found
-        while call.parent is not None and len(self.recording.children[call.parent]) == 1:
+        while call.parent is not None and len(calls[call.parent].children) == 1:
             call = calls[call.parent]
             found = call if is_wrapper(self.modules[call.module]) else found
         return found

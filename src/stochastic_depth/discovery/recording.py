@@ -8,7 +8,6 @@ the nodes from `start` to `end`.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -57,6 +56,8 @@ class Call:
     parent: int | None
     start: int
     end: int = -1
+    children: list[Call] = field(default_factory=list)  # the calls made directly in it
+    inside: range = range(0)  # the numbers of it and of all calls in it
     given: tuple[int | None, ...] = ()  # nodes of its arguments' leaves; None: no tensor
     places: tuple[Given, ...] = ()  # where these leaves stand
     outputs: tuple[int | None, ...] = ()  # nodes of its output's leaves; None: no tensor
@@ -69,6 +70,12 @@ class Call:
         """Where a value stands among the arguments."""
         found = [place for place, own in zip(self.places, self.given, strict=True) if own == node]
         return min(found, key=lambda place: place.leaf is not None, default=None)
+
+    def children_within(self, first: int, last: int) -> list[Call]:
+        """The calls made directly in it that ran between two nodes."""
+        start = bisect_right(self.children, first, key=lambda child: child.end)
+        stop = bisect_right(self.children, last, key=lambda child: child.start)
+        return self.children[start:stop]
 
     def holds(self, node: int) -> bool:
         return self.start <= node < self.end
@@ -85,7 +92,6 @@ class Recording:
 
     nodes: list[Node] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
-    children: dict[int, list[Call]] = field(default_factory=dict)
     mode: Mode = "eval"  # how the model was watched
     collectives: list[tuple[int, str, tuple[int, ...]]] = field(default_factory=list)
     """Where ranks talked to each other: behind which node, by which operation, and who."""
@@ -158,13 +164,6 @@ class Recording:
                 return call
         return self.calls[0]
 
-    def children_within(self, call: Call, first: int, last: int) -> list[Call]:
-        """The calls made directly in a call that ran between two nodes."""
-        inside = self.children.get(call.index, [])
-        start = bisect_right(inside, first, key=lambda child: child.end)
-        stop = bisect_right(inside, last, key=lambda child: child.start)
-        return inside[start:stop]
-
     def is_state(self, node: int) -> bool:
         """Whether a value was written into a buffer, where the next call finds it."""
         while overwritten := self.nodes[node].overwrites:
@@ -204,7 +203,3 @@ class Recording:
     def writes(self) -> list[Node]:
         """The nodes that were made by changing others in place."""
         return [node for node in self.nodes if node.overwrites]
-
-    def times_used(self) -> Counter[type]:
-        """How many modules of each class were called."""
-        return Counter({call.module: call.kind for call in self.calls}.values())

@@ -94,7 +94,7 @@ class Skip:
         """Whether the call does something besides its output that is no part of a branch."""
         if effects_of(self.recording, self.call, self.members):
             return True
-        left = within(self.recording, self.members)
+        left = within(self.members)
         return any(
             target < self.call.start and node.index not in self.walked
             for node in self.recording.nodes[self.call.start : self.call.end]

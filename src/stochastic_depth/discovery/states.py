@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import permutations
 
 from stochastic_depth.discovery.additions import Addition
-from stochastic_depth.discovery.effects import effects_of, within
+from stochastic_depth.discovery.effects import effects_of
 from stochastic_depth.discovery.grouping import Site
 from stochastic_depth.discovery.operations import HOMOGENEOUS, MERGES, PRODUCTS, SUMS, Kind
 from stochastic_depth.discovery.recording import RECURRENT, Call, Recording
@@ -131,7 +131,7 @@ def _is_recurrent(recording: Recording, member: Call, node: int) -> bool:
     return any(
         issubclass(recording.calls[index].kind, RECURRENT)
         and node in recording.calls[index].outputs
-        for index in within(recording, [member])
+        for index in member.inside
     )
 
 

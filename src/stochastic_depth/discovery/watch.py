@@ -254,27 +254,23 @@ class Watcher(TorchDispatchMode):
     def _is_constant(self, tensor: Tensor) -> bool:
         return self.recording.nodes[self.value(tensor)].fixed
 
-    def _nodes(self, value: Any) -> tuple[int | None, ...]:
-        if isinstance(value, Tensor):
-            return (self.value(value),)
-        leaves = tree_leaves(value)
-        return tuple([self.value(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves])
+    def _node_of(self, leaf: Any) -> int | None:
+        return self.value(leaf) if isinstance(leaf, Tensor) else None
 
     def enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A module is called."""
         calls = self.recording.calls
         parent = self._open[-1][0].index if self._open else None
-        # Before the call opens, so that its arguments count as made outside of it.
-        given = self._nodes((args, kwargs))
+        # Now: its arguments count as made outside of it, and a list may be longer when it returns.
+        placed = [(place, self._node_of(leaf)) for place, leaf in placed_leaves(args, kwargs)]
         kind = getattr(type(module), "gated_from", type(module))
         call = Call(len(calls), name, kind, parent, len(self.recording.nodes))
-        # Now: a list among them may be longer when the call returns.
-        call.given, call.places = given, tuple([place for place, _ in placed_leaves(args, kwargs)])
+        call.places, call.given = tuple(p for p, _ in placed), tuple(node for _, node in placed)
         call.signature = signature(args, kwargs)
         call.form = tuple([(p, kind_of_value(v)) for p, v in [*enumerate(args), *kwargs.items()]])
         calls.append(call)
         if parent is not None:
-            self.recording.children.setdefault(parent, []).append(call)
+            calls[parent].children.append(call)
         self._open.append((call, Before(module, args, kwargs)))
         self._call = call.index
         if self._recurrent is None and isinstance(module, RECURRENT):
@@ -288,7 +284,8 @@ class Watcher(TorchDispatchMode):
         if self._recurrent is call:
             self._recurrent = None
             self.__enter__()  # type: ignore[no-untyped-call]
-            inputs = tuple(i for i in self._nodes([args, kwargs, *module.parameters()]) if i)
+            weights = map(self.value, module.parameters())
+            inputs = (*(node for node in call.given if node is not None), *weights)
             for tensor in results:
                 self._add(tensor, "recurrence", Kind.OTHER, inputs)
         is_alone = isinstance(output, Tensor) and not module._modules
@@ -296,8 +293,9 @@ class Watcher(TorchDispatchMode):
             # Dropout of rate 0, Identity and their like return their very input. A value of its
             # own shows on which side of the addition such a module stands.
             output = torch.ops.aten.alias.default(output)
-        call.outputs = self._nodes(output)
+        call.outputs = tuple(map(self._node_of, tree_leaves(output)))
         call.end = len(self.recording.nodes)
+        call.inside = range(call.index, len(self.recording.calls))
         call.template = describe(output, args, kwargs)
         call.effects = tuple(
             (f"{effect} (in {call.module or 'the model'})", -1 if v is None else self.value(v))

@@ -150,7 +150,7 @@ def _roles(
     roles: dict[str, list[Role | None]] = {}
 
     def visit(call: Call) -> None:
-        for child in recording.children.get(call.index, ()):
+        for child in call.children:
             if child.module in names:
                 roles.setdefault(child.module, []).append(wanted.get(child.index))
             if child.index not in wanted:
