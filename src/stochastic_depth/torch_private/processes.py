@@ -78,14 +78,11 @@ def mesh_of(module: nn.Module) -> tuple[tuple[int, ...] | None, int]:
 
     None and 0 where they are no distributed tensors.
     """
-    ranks, dims = None, 0
-    parameter: Any
-    for parameter in module.parameters():
-        if is_part(parameter):
-            ranks = tuple(sorted(parameter.device_mesh.mesh.flatten().tolist()))
-            shards = [p for p in getattr(parameter, "placements", ()) if p.is_shard()]
-            dims = max(dims, len(shards))
-    return ranks, dims
+    parts: list[Any] = [parameter for parameter in module.parameters() if is_part(parameter)]
+    if not parts:
+        return None, 0
+    ranks = tuple(sorted(parts[-1].device_mesh.mesh.flatten().tolist()))
+    return ranks, max(sum(dim.is_shard() for dim in part.placements) for part in parts)
 
 
 def is_in_a_pipeline() -> bool:
