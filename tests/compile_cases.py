@@ -95,6 +95,17 @@ def data_parallel(
     compare(DistributedDataParallel(model), depth, alone, shape)
 
 
+def wrapper_compiled() -> None:
+    """DistributedDataParallel itself, by its user."""
+    maker, shape = NETWORKS["resnet"]
+    alone = settled(maker)
+    model, x = copy.deepcopy(alone), torch.randn(shape)
+    gated(alone, x)
+    depth = gated(model, x)
+    wrapped: Any = torch.compile(DistributedDataParallel(model), backend="aot_eager")
+    compare(wrapped, depth, alone, shape)
+
+
 def sharded(network: str, *, before: bool) -> None:
     maker, shape = NETWORKS[network]
     alone = settled(maker)
@@ -159,6 +170,7 @@ def cases() -> dict[str, Callable[[], None]]:
             data_parallel, "pre-norm", different, checkpoints=True
         ),
         "data parallel, rows": partial(data_parallel, "pre-norm", alike, mode="sample"),
+        "data parallel, the wrapper compiled": wrapper_compiled,
         "compiled, sharded": partial(sharded, "resnet", before=True),
         "sharded, compiled": partial(sharded, "pre-norm", before=False),
     }

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stochastic_depth.torch_private.backward import after_backward
 from stochastic_depth.torch_private.processes import TAKES_THE_OUTPUT, known
+from stochastic_depth.torch_private.tracing import begins_no_graph, ends_a_graph
 from stochastic_depth.torch_private.trees import tree_flatten, tree_unflatten
 
 _on_cpu: dict[tuple[Any, tuple[int, ...]], Any] = {}
@@ -67,13 +68,14 @@ class Forward:
         self.wrapper = wrapper
         self.skipped: dict[Tensor, None] = {}
         self.ranks_differ = False
-        self.reduces = wrapper.require_backward_grad_sync
         known(wrapper, TAKES_THE_OUTPUT)
         vars(wrapper)[TAKES_THE_OUTPUT] = self
 
+    @ends_a_graph("parameters are hung on the output of DistributedDataParallel outside of graphs")
     def __call__(self, output: Any) -> Any:
         """The output, with the skipped parameters hung on its graph."""
         del vars(self.wrapper)[TAKES_THE_OUTPUT]
+        self.reduces = self.wrapper.require_backward_grad_sync
         if self.skipped or self.ranks_differ:
             leaves, spec = tree_flatten(output)
             places = [n for n, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
@@ -109,11 +111,12 @@ class _Anchor(torch.autograd.Function):
     """Hands values on, and hangs parameters on their graph that get no gradient."""
 
     @staticmethod
+    @begins_no_graph
     def forward(ctx: Any, taken_by: Forward, values: int, *tensors: Tensor) -> Any:
         ctx.set_materialize_grads(False)
         ctx.forward, ctx.parameters = taken_by, len(tensors) - values
         # A tensor of its own, no view: what comes next may change it in place.
-        return tuple([tensor.detach() for tensor in tensors[:values]])
+        return tuple(map(Tensor.detach, tensors[:values]))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
