@@ -19,7 +19,7 @@ from stochastic_depth.discovery.batch import MORE, with_more_rows
 from stochastic_depth.discovery.example import Example, telling
 from stochastic_depth.discovery.undisturbed import Mode, undisturbed
 from stochastic_depth.discovery.unmaterialised import Alone, is_unmaterialised, without_values
-from stochastic_depth.gating.block import Decision, carry_out, run_in_part
+from stochastic_depth.gating.block import carry_out, decision_of, run_in_part
 from stochastic_depth.gating.gate import ModuleCall, running
 from stochastic_depth.gating.ranks import ALONE
 from stochastic_depth.plan import Plan
@@ -40,69 +40,11 @@ def prove(model: nn.Module, found: Discovery, plan: Plan, example: Example) -> N
     Raises:
         RefusedBlockError: A block cannot be skipped exactly.
     """
-    mode = found.recording.mode
+    mode: Mode = found.recording.mode
     if plan.mode == "sample":
-        (example, _), mode = with_more_rows(telling(example)), "eval"
-    reasons: dict[str, str] = {}
-    if not is_unmaterialised(model):
-        reasons = _what_fails(model, plan, example, mode)
-    elif plan.mode == "sample":
-        for name, calls in _calls_without_values(model, plan, example):
-            reasons |= _what_fails(
-                Alone(model.get_submodule(name), calls, plan), plan, ((), {}), mode
-            )
-    if reasons:
-        raise refuse(reasons, plan.blocks, found=found)
-
-
-def _under(
-    call: ModuleCall, units: Sequence[int], *, kept: bool = True, rows: Rows | None = None
-) -> Any:
-    """What a block's call comes to where these units are dropped, or run on these rows."""
-    gate = call.gate
-    mine = [unit in units for unit in gate.units]
-    of_rows = tuple(rows if own else None for own in mine) if rows is not None else None
-    decision = Decision(gate, tuple(kept or not own for own in mine), None, of_rows, ALONE)
-    if gate.batch is not None:
-        args, kwargs = tree_map(_apart, (call.args, call.kwargs))
-        call = call._replace(args=args, kwargs=kwargs)
-    # Where some of its units may be dropped, its branches are left out one by one.
-    return (carry_out if len(set(gate.units)) == 1 else run_in_part)(call, decision)
-
-
-def _differs(call: ModuleCall, unit: int) -> str | None:
-    """Why a unit of a block cannot be dropped, or run on some rows."""
-    gate, batch = call.gate, call.gate.batch
-    doing = "with it dropped the forward fails"
-    try:
-        closed = _under(call, [unit], kept=False)
-        if batch is None:
-            return None
-        doing = 'mode="sample": it fails on some rows of the batch alone'
-        opened, size = _under(call, [unit]), batch.size(call.args, call.kwargs)
-        if _are_scattered(call, size):
-            return 'mode="sample": the rows of an example do not lie side by side'
-        for rows in _windows(size, lone=gate.plan.counts[gate.plan.block_of[unit]].lone):
-            found = _under(call, [unit], rows=rows)
-            if why := _unlike(batch.outputs, rows, opened, closed, found):
-                return f'mode="sample": {why}'
-    except Exception as error:
-        return f"{doing}: {error}"
-    return None
-
-
-def _are_scattered(call: ModuleCall, size: int) -> bool:
-    """Whether the rows of an example do not lie side by side: the first example comes twice."""
-    for leaf, dim, each in call.gate.batch.leaves(call.args, call.kwargs):
-        if each > 1 and leaf.shape[dim] == each * size:
-            again = leaf.narrow(dim, (size - MORE) * each, each)
-            if not close(again, leaf.narrow(dim, 0, each)):
-                return True
-    return False
-
-
-def _what_fails(model: nn.Module, plan: Plan, example: Example, mode: Mode) -> dict[str, str]:
-    """Which blocks cannot be dropped, or run on some rows, and why, by name."""
+        example, mode = with_more_rows(telling(example))[0], "eval"
+    elif is_unmaterialised(model):
+        return
     reasons: dict[str, str] = {}
     name_of = [plan.blocks[number].name for number in plan.block_of]
     is_nested = any(block.nesting for block in plan.blocks)
@@ -112,7 +54,7 @@ def _what_fails(model: nn.Module, plan: Plan, example: Example, mode: Mode) -> d
         units, together = list(dict.fromkeys(call.gate.units)), {}
         if plan.mode == "batch":
             try:
-                closed = _under(call, units, kept=False)
+                closed = _under(call, units, runs=False)
                 return None if is_nested else closed
             except Exception as error:
                 together = {name_of[units[0]]: f"with it dropped the forward fails: {error}"}
@@ -120,20 +62,20 @@ def _what_fails(model: nn.Module, plan: Plan, example: Example, mode: Mode) -> d
         reasons.update({**(alone or together), **reasons})
         return None
 
+    whole = [(model, example)]
     try:
-        _at_each_call(model, plan, example, mode, look)
+        for tried, given in _alone(model, plan, example) if is_unmaterialised(model) else whole:
+            _at_each_call(tried, plan, given, mode, look)
     except Exception as error:
         if plan.mode == "sample":
             raise
-        first = plan.blocks[0].name
-        reasons[first] = f"with all blocks dropped the forward fails: {error}"
-    return reasons
+        reasons[name_of[0]] = f"with all blocks dropped the forward fails: {error}"
+    if reasons:
+        raise refuse(reasons, plan.blocks, found=found)
 
 
-def _calls_without_values(
-    model: nn.Module, plan: Plan, example: Example
-) -> list[tuple[str, list[Any]]]:
-    """For each block's module, the arguments of its calls."""
+def _alone(model: nn.Module, plan: Plan, example: Example) -> Iterator[tuple[nn.Module, Example]]:
+    """Each block of a model without weights on its own, and what to call it with."""
     calls: dict[str, list[Any]] = {}
 
     def note(call: ModuleCall) -> None:
@@ -141,7 +83,8 @@ def _calls_without_values(
 
     with without_values(model, example) as fake:
         _at_each_call(model, plan, fake, "eval", note)
-    return sorted(calls.items())
+    for name in sorted(calls):
+        yield Alone(model.get_submodule(name), calls[name], plan), ((), {})
 
 
 def _at_each_call(
@@ -150,21 +93,55 @@ def _at_each_call(
     """Call the model once and look at each call of a block, which is open unless that says else."""
 
     def trial(call: ModuleCall) -> Any:
-        instead, running.trial = None, None
-        if call.gate.plan is plan:
-            instead = look(call)
+        running.trial = None
+        instead = look(call) if call.gate.plan is plan else None
         running.trial = trial
-        if instead is not None:
-            return instead
-        everything = Decision(call.gate, (True,) * len(call.gate.units), None, None, ALONE)
-        return carry_out(call, everything)
+        return _under(call, (), runs=True) if instead is None else instead
 
     running.trial = trial
     try:
-        with plan.force({}), undisturbed(model, mode), torch.no_grad():  # none goes the fast way
+        # Forced, so that no call goes the fast way.
+        with plan.force({}), undisturbed(model, mode), torch.no_grad():
             model(*example[0], **example[1])
     finally:
         running.trial = None
+
+
+def _under(call: ModuleCall, units: Sequence[int], *, runs: Rows | bool) -> Any:
+    """What a block's call comes to where these units run, are dropped, or run on these rows."""
+    gate = call.gate
+    chosen = [runs if unit in units else True for unit in gate.units]
+    # Where some of its units may be dropped, its branches are left out one by one.
+    in_part = runs is not True and len(set(gate.units)) > 1
+    return (run_in_part if in_part else carry_out)(call, decision_of(gate, chosen, None, ALONE))
+
+
+def _differs(call: ModuleCall, unit: int) -> str | None:
+    """Why a unit of a block cannot be dropped, or run on some rows."""
+    plan, batch = call.gate.plan, call.gate.batch
+
+    def outcome(*, runs: Rows | bool) -> Any:
+        args, kwargs = tree_map(_apart, (call.args, call.kwargs))
+        return _under(call._replace(args=args, kwargs=kwargs), [unit], runs=runs)
+
+    doing = "with it dropped the forward fails"
+    try:
+        closed = outcome(runs=False)
+        if batch is None:
+            return None
+        doing = 'mode="sample": it fails on some rows of the batch alone'
+        opened, size = outcome(runs=True), batch.size(call.args, call.kwargs)
+        for leaf, dim, each in batch.leaves(call.args, call.kwargs):
+            if each > 1 and leaf.shape[dim] == each * size:  # the first example comes twice
+                twice = [leaf.narrow(dim, n * each, each) for n in (0, size - MORE)]
+                if not _close(*twice):
+                    return 'mode="sample": the rows of an example do not lie side by side'
+        for rows in _windows(size, lone=plan.counts[plan.block_of[unit]].lone):
+            if why := _unlike(batch.outputs, rows, opened, closed, outcome(runs=rows)):
+                return f'mode="sample": {why}'
+    except Exception as error:
+        return f"{doing}: {error}"
+    return None
 
 
 def _windows(size: int, *, lone: bool) -> Iterator[Rows]:
@@ -193,10 +170,11 @@ def _unlike(
             continue
         expected = whole
         if number in outputs:
-            expected = _where(rows, outputs[number], whole, skipped)
+            dim = outputs[number]
+            expected = rows.join(rows.cut(whole, dim)[0], dim, rows.cut(skipped, dim)[1])
         if not bool(expected.isfinite().all()):
             return "with these weights it computes inf or NaN, which tells nothing about its rows"
-        if not close(mine, expected):
+        if not _close(mine, expected):
             return (
                 "it computes something else on some rows of the batch alone: its rows depend on "
                 "each other, or something that holds the batch reaches it unseen"
@@ -204,20 +182,9 @@ def _unlike(
     return None
 
 
-def _where(rows: Rows, dim: int, kept: Tensor, dropped: Tensor) -> Tensor:
-    mask = torch.zeros(rows.batch, dtype=torch.bool, device=kept.device)
-    mask[list(rows.numbers)] = True
-    shape = [1] * kept.ndim
-    shape[dim] = -1
-    each = kept.shape[dim] // rows.batch
-    return torch.where(mask.repeat_interleave(each).view(shape), kept, dropped)
-
-
-def close(ours: Tensor, theirs: Tensor) -> bool:
+def _close(ours: Tensor, theirs: Tensor) -> bool:
     """Whether two results are the same but for the rounding of other batch sizes."""
-    if ours.shape != theirs.shape:
-        return False
-    if not ours.is_floating_point():
+    if ours.shape != theirs.shape or not ours.is_floating_point():
         return torch.equal(ours, theirs)
     # Other batch sizes take other kernels; a mix-up of rows is as large as the values themselves.
     bound = 1e-3 if ours.dtype.itemsize >= 4 else 5e-2

@@ -47,25 +47,28 @@ class Rows:
 
     def join(self, kept: Tensor, dim: int, rest: Any) -> Tensor:
         """The tensor that was cut, with these rows in the places of the kept ones."""
-        first, middle, last = rest
-        order = _order(kept)
-        if not self._wraps():
-            return _one_format(_joined([first, kept, last], dim, order), order)
-        head, tail = kept.split([first.shape[dim], last.shape[dim]], dim)
-        return _one_format(_joined([head, middle, tail], dim, order), order)
+        return _one_format(self._with_rest(kept, dim, *rest), _order(kept))
 
     def spread(self, kept: Tensor, dim: int) -> Tensor:
         """Zeros with the kept rows in their places."""
-        each = kept.shape[dim] // self.count
         shape = list(kept.shape)
+        each = shape[dim] // self.count
         shape[dim] = each * (self.batch - self.count)
-        gap = _zeros(kept, shape)
-        if self._wraps():
-            end = (self.start + self.count - self.batch) * each
-            head, tail = kept.split([end, kept.shape[dim] - end], dim)
-            return _joined([head, gap, tail], dim, _order(kept))
-        before, behind = gap.split([each * self.start, shape[dim] - each * self.start], dim)
-        return _joined([before, kept, behind], dim, _order(kept))
+        gap, start = _zeros(kept, shape), each * self.start
+        ends = (gap, gap) if self._wraps() else gap.split([start, shape[dim] - start], dim)
+        return self._with_rest(kept, dim, ends[0], gap, ends[1])
+
+    def _with_rest(
+        self, kept: Tensor, dim: int, first: Tensor, middle: Tensor, last: Tensor
+    ) -> Tensor:
+        """The kept rows as the middle between two parts, or around the middle as both ends."""
+        if not self._wraps():
+            return _joined([first, kept, last], dim, _order(kept))
+        each = kept.shape[dim] // self.count
+        ends = kept.split(
+            [each * (self.start + self.count - self.batch), each * (self.batch - self.start)], dim
+        )
+        return _joined([ends[0], middle, ends[1]], dim, _order(kept))
 
     def _wraps(self) -> bool:
         return self.start + self.count > self.batch

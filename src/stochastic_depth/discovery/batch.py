@@ -34,7 +34,7 @@ class Batches:
 
     few: Recording
     many: Recording
-    rows: tuple[int, int]
+    rows: int  # in the first
 
     def dims(self, values: Sequence[int | None]) -> dict[int, int]:
         """The batch dimension of each of these values, by position, where it has one."""
@@ -43,11 +43,11 @@ class Batches:
 
     def _dim(self, node: int) -> int | None:
         few, many = self.few.nodes[node].shape, self.many.nodes[node].shape
-        differ = [d for d, (one, other) in enumerate(zip(few, many, strict=False)) if one != other]
-        if len(few) != len(many) or len(differ) != 1 or few[differ[0]] % self.rows[0]:
+        grown = [d for d, (one, other) in enumerate(zip(few, many, strict=False)) if one != other]
+        if len(few) != len(many) or len(grown) != 1:
             return None
-        grows = few[differ[0]] * self.rows[1] == many[differ[0]] * self.rows[0]
-        return differ[0] if grows else None
+        each, rest = divmod(few[grown[0]], self.rows)
+        return grown[0] if not rest and many[grown[0]] == each * (self.rows + MORE) else None
 
 
 def watch_more_rows(model: nn.Module, recording: Recording, example: Example) -> Batches:
@@ -60,16 +60,15 @@ def watch_more_rows(model: nn.Module, recording: Recording, example: Example) ->
     try:
         many = watch_once(model, more)
     except Exception as error:
-        raise _cannot_tell(
-            model, f"fails on {rows[1]} rows instead of {rows[0]}: {error}"
-        ) from error
+        why = f"fails on {rows + MORE} rows instead of {rows}: {error}"
+        raise _cannot_tell(model, why) from error
     if [node.op for node in many.nodes] != [node.op for node in recording.nodes]:
-        raise _cannot_tell(model, f"takes another way for {rows[1]} rows than for {rows[0]}")
+        raise _cannot_tell(model, f"takes another way for {rows + MORE} rows than for {rows}")
     return Batches(recording, many, rows)
 
 
-def with_more_rows(example: Example) -> tuple[Example, tuple[int, int]]:
-    """An example of more rows, and how many it had and has.
+def with_more_rows(example: Example) -> tuple[Example, int]:
+    """An example of more rows, and how many it had.
 
     A tensor whose first dimension is as long as that of the first one holds the batch.
     """
@@ -86,7 +85,7 @@ def with_more_rows(example: Example) -> tuple[Example, tuple[int, int]]:
         return made.setdefault(id(leaf), torch.cat([leaf, *new]))
 
     args, kwargs = tree_unflatten([longer(leaf) for leaf in leaves], spec)
-    return (args, kwargs), (few, few + MORE)
+    return (args, kwargs), few
 
 
 def allowed_counts(model: nn.Module, found: Discovery, block: ResidualBlock) -> Counts:

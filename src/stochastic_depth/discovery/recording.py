@@ -68,8 +68,7 @@ class Call:
 
     def place_of(self, node: int) -> Given | None:
         """Where a value stands among the arguments."""
-        found = [place for place, own in zip(self.places, self.given, strict=True) if own == node]
-        return min(found, key=lambda place: place.leaf is not None, default=None)
+        return self.places[self.given.index(node)] if node in self.given else None
 
     def children_within(self, first: int, last: int) -> list[Call]:
         """The calls made directly in it that ran between two nodes."""

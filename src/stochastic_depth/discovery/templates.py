@@ -13,14 +13,8 @@ import torch
 from torch import Tensor
 
 from stochastic_depth.errors import ChangedModelError
-from stochastic_depth.torch_private.trees import (
-    PLAIN_VALUES,
-    TreeSpec,
-    tree_flatten,
-    tree_leaves,
-    tree_outline,
-    tree_unflatten,
-)
+from stochastic_depth.torch_private import trees
+from stochastic_depth.torch_private.trees import PLAIN_VALUES, tree_flatten, tree_leaves
 
 Place = int | str  # where an argument stands in a call: its position or its keyword
 
@@ -29,7 +23,7 @@ class Given(NamedTuple):
     """A leaf of an argument; in an output: handed through."""
 
     place: Place
-    leaf: int | None = None  # which of the argument's leaves; None: the argument itself
+    leaf: int = 0  # which of the argument's leaves; that of a tensor is the tensor itself
 
     def find(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], positional: tuple[str, ...]
@@ -40,8 +34,7 @@ class Given(NamedTuple):
             place = positional[place]
         elif isinstance(place, str) and place not in kwargs:
             place = positional.index(place)
-        argument = args[place] if isinstance(place, int) else kwargs[place]
-        return argument if self.leaf is None else tree_leaves(argument)[self.leaf]
+        return tree_leaves(args[place] if isinstance(place, int) else kwargs[place])[self.leaf]
 
 
 class Made(NamedTuple):
@@ -75,7 +68,7 @@ class Template:
     """The leaves of an output and the structure around them."""
 
     leaves: tuple[Given | Made | Constant | Opaque, ...]
-    spec: TreeSpec
+    spec: trees.TreeSpec
 
     @property
     def is_leaf(self) -> bool:
@@ -138,14 +131,12 @@ class Template:
                     expected="tensors, plain values and arguments that are handed through",
                     instead="leave the block out with blocks=",
                 )
-        return leaves[0] if self.is_leaf else tree_unflatten(leaves, self.spec)
+        return leaves[0] if self.is_leaf else trees.tree_unflatten(leaves, self.spec)
 
 
 def describe(output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Template:
     """The template of an output that was made from these arguments."""
-    # Where a value is given twice, an argument itself counts before a part of one.
-    given = sorted(placed_leaves(args, kwargs), key=lambda placed: placed[0].leaf is None)
-    places = {id(value): place for place, value in given}
+    places = {id(value): place for place, value in reversed(placed_leaves(args, kwargs))}
     leaves, spec = tree_flatten(output)
 
     def leaf(value: Any) -> Given | Made | Constant | Opaque:
@@ -160,35 +151,35 @@ def describe(output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Temp
     return Template(tuple(leaf(value) for value in leaves), spec)
 
 
-def placed_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Given, Any]]:
-    """The leaves of a call's arguments, with where they stand."""
-    found: list[tuple[Given, Any]] = []
+def placed_leaves(
+    args: tuple[Any, ...], kwargs: dict[str, Any], positional: Sequence[str] = ()
+) -> list[tuple[Given, Any]]:
+    """The leaves of a call's arguments, with where they stand; by name, where names are given."""
     given: list[tuple[Place, Any]] = [*enumerate(args), *kwargs.items()]
-    for place, argument in given:
-        leaves = tree_leaves(argument)
-        is_leaf = len(leaves) == 1 and leaves[0] is argument
-        found += [(Given(place, None if is_leaf else n), leaf) for n, leaf in enumerate(leaves)]
-    return found
+    return [
+        (Given(named(place, positional), number), leaf)
+        for place, argument in given
+        for number, leaf in enumerate(tree_leaves(argument))
+    ]
 
 
 def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ...]:
     """What the shapes of a module's output may depend on, hashable."""
-    x = args[0] if len(args) == 1 and not kwargs else None
-    if isinstance(x, Tensor) and x.layout == torch.strided:  # the short way, for most
-        return x.shape, x.stride(), x.dtype, x.device, _autocast(x.device.type)
+    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):  # the short way, for most
+        return (*_describe_leaf(args[0]), _autocast(args[0].device.type))
     leaves = tree_leaves((args, kwargs))
     kinds = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
     return (
         *map(_describe_leaf, leaves),
         *map(_autocast, sorted(kinds)),
-        tree_outline((args, kwargs)),
+        trees.tree_outline((args, kwargs)),
     )
 
 
-def _describe_leaf(leaf: object) -> object:
+def _describe_leaf(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
-        strided = leaf.layout == torch.strided
-        return (leaf.shape, leaf.stride() if strided else None, leaf.dtype, leaf.device)
+        stride = leaf.stride() if leaf.layout == torch.strided else None
+        return leaf.shape, stride, leaf.dtype, leaf.device
     return kind_of_value(leaf)
 
 

@@ -16,8 +16,6 @@ from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.rows import Rows, change_leaves
 from stochastic_depth.torch_private.trees import PLAIN_VALUES, tree_flatten, tree_unflatten
 
-Leaf = tuple[Place, int]  # an argument's name, or its place, and which of its leaves
-
 
 @dataclass(frozen=True)
 class BatchDims:
@@ -31,9 +29,9 @@ class BatchDims:
         positional: The names of its forward's parameters.
     """
 
-    inputs: Mapping[Leaf, tuple[int, int]] = field(default_factory=dict)
+    inputs: Mapping[Given, tuple[int, int]] = field(default_factory=dict)
     outputs: Mapping[int, int] = field(default_factory=dict)
-    handed_on: Mapping[int, Leaf] = field(default_factory=dict)
+    handed_on: Mapping[int, Given] = field(default_factory=dict)
     name: str = ""
     positional: tuple[str, ...] = ()
 
@@ -43,22 +41,23 @@ class BatchDims:
 
     def leaves(self, args: Any, kwargs: Any) -> Iterator[tuple[Tensor, int, int]]:
         """The leaves of a call that hold the batch: the dimension, the rows of each example."""
-        for given, leaf in placed_leaves(args, kwargs):
-            known = self.inputs.get((named(given.place, self.positional), given.leaf or 0))
-            if known is not None and isinstance(leaf, Tensor):
-                yield leaf, *known
+        for given, leaf in placed_leaves(args, kwargs, self.positional):
+            if given in self.inputs and isinstance(leaf, Tensor):
+                yield leaf, *self.inputs[given]
 
     def size(self, args: Any, kwargs: Any) -> int:
         """The number of examples in the batch of a call."""
-        sizes = set()
-        for leaf, dim, each in self.leaves(args, kwargs):
-            if leaf.shape[dim] % each:
-                raise self._uneven("an argument", leaf.shape[dim], each)
-            sizes.add(leaf.shape[dim] // each)
+        sizes = {leaf.shape[dim] / each for leaf, dim, each in self.leaves(args, kwargs)}
         if len(sizes) == 2:
             sizes.discard(1)  # a leaf that has a single row holds for all rows
-        if len(sizes) > 1:
-            raise self._uneven("its arguments", sorted(sizes), 1)
+        if len(sizes) > 1 or any(size % 1 for size in sizes):
+            counts = " and ".join(f"{size:g}" for size in sorted(sizes))
+            raise ChangedModelError(
+                f'"{self.name}" is called with the rows of {counts} examples, each of which had as '
+                "many when it was watched",
+                expected="as many rows for every example (no packed or ragged sequences)",
+                instead='pass mode="batch", which takes no rows apart; or pad the sequences',
+            )
         if not sizes:
             raise ChangedModelError(
                 f'"{self.name}" is called without any argument that is known to hold the batch',
@@ -67,38 +66,30 @@ class BatchDims:
                 instead="pass example_inputs as in the training (with the mask, say), or "
                 'mode="batch"',
             )
-        return sizes.pop()
+        return int(sizes.pop())
 
-    def _uneven(self, what: str, found: object, each: int) -> ChangedModelError:
-        return ChangedModelError(
-            f'"{self.name}" is called with {found} rows in {what}, where each example had {each} '
-            "when it was watched",
-            expected="the same number of rows for every example (no packed or ragged sequences)",
-            instead='pass mode="batch", which takes no rows apart; or pad the sequences',
-        )
-
-    def take(self, rows: Rows, args: Any, kwargs: Any) -> tuple[Any, Any, dict[Leaf, Any]]:
+    def take(self, rows: Rows, args: Any, kwargs: Any) -> tuple[Any, Any, dict[Given, Any]]:
         """The arguments for the kept rows, and for each leaf what puts the others back.
 
         A leaf of a single row holds for all rows.
         """
-        rests: dict[Leaf, Any] = {}
+        rests: dict[Given, Any] = {}
 
         def some(place: Place, value: Any) -> Any:
             if isinstance(value, PLAIN_VALUES):
                 return value
             leaves, spec = ([value], None) if isinstance(value, Tensor) else tree_flatten(value)
-            name = named(place, self.positional)
             for number, leaf in enumerate(leaves):
-                dim, _ = self.inputs.get((name, number), (-1, 1))
+                given = Given(named(place, self.positional), number)
+                dim, _ = self.inputs.get(given, (-1, 1))
                 if dim >= 0 and isinstance(leaf, Tensor) and leaf.shape[dim] != 1:
-                    leaves[number], rests[name, number] = rows.cut(leaf, dim)
+                    leaves[number], rests[given] = rows.cut(leaf, dim)
             return leaves[0] if spec is None else tree_unflatten(leaves, spec)
 
         args = tuple([some(place, value) for place, value in enumerate(args)])
         return args, {name: some(name, value) for name, value in kwargs.items()}, rests
 
-    def put_back(self, rows: Rows, output: Any, rests: Mapping[Leaf, Any]) -> Any:
+    def put_back(self, rows: Rows, output: Any, rests: Mapping[Given, Any]) -> Any:
         """The output for the kept rows, with the arguments that dropped ones come to between."""
         places = {number: rests[leaf] for number, leaf in self.handed_on.items() if leaf in rests}
         return change_leaves(
@@ -120,13 +111,13 @@ def of_block(
     whole: Template | None,
 ) -> BatchDims:
     """Of a block, from its watched calls and what it returns when dropped."""
-    inputs: dict[Leaf, tuple[int, int]] = {}
+    inputs: dict[Given, tuple[int, int]] = {}
     outputs: dict[int, int] = {}
     for call in calls:
         inputs |= _inputs(batches, call, positional)
         outputs |= batches.dims(call.outputs)
     handed_on = {
-        number: (named(leaf.place, positional), leaf.leaf or 0)
+        number: Given(named(leaf.place, positional), leaf.leaf)
         for number, leaf in enumerate(whole.leaves if whole is not None else ())
         if isinstance(leaf, Given) and number in outputs
     }
@@ -169,11 +160,11 @@ def of_members(
 
 def _inputs(
     batches: Batches, call: Call, positional: Sequence[str], without: Collection[int] = ()
-) -> dict[Leaf, tuple[int, int]]:
-    found: dict[Leaf, tuple[int, int]] = {}
+) -> dict[Given, tuple[int, int]]:
+    found: dict[Given, tuple[int, int]] = {}
     for number, dim in batches.dims(call.given).items():
         node, (place, leaf) = call.given[number], call.places[number]
         if node is not None and node not in without:
-            each = batches.few.nodes[node].shape[dim] // batches.rows[0]
-            found[named(place, positional), leaf or 0] = dim, each
+            each = batches.few.nodes[node].shape[dim] // batches.rows
+            found[Given(named(place, positional), leaf)] = dim, each
     return found

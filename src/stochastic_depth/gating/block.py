@@ -126,7 +126,7 @@ def decide(gate: Gate, module: nn.Module, batch: Callable[[], int], holder: nn.M
         return _of_row(gate, row, setup, batch)
     factors = plan.at(step).factors[training and not disabled][gate.index]
     chosen = [disabled or (fixed or {}).get(plan.units[unit], True) for unit in gate.units]
-    return _decision(gate, chosen, factors, setup)
+    return decision_of(gate, chosen, factors, setup)
 
 
 def _of_row(gate: Gate, row: Row, setup: Setup, batch: Callable[[], int]) -> Decision:
@@ -138,10 +138,10 @@ def _of_row(gate: Gate, row: Row, setup: Setup, batch: Callable[[], int]) -> Dec
     gate.last_batch = size = batch()
     setup.check_rows(plan, gate, size)
     drawn = {unit: plan.rows_kept(row, unit, size) for unit in dict.fromkeys(gate.units)}
-    return _decision(gate, [drawn[unit] for unit in gate.units], factors, setup)
+    return decision_of(gate, [drawn[unit] for unit in gate.units], factors, setup)
 
 
-def _decision(
+def decision_of(
     gate: Gate, chosen: list[Any], factors: tuple[float, ...] | None, setup: Setup
 ) -> Decision:
     """Of whether each branch runs, on which rows, or on how many: on none or all."""

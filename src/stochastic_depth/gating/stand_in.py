@@ -41,14 +41,17 @@ def _without_values(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> Te
     """The template of the output of one run under fake tensors."""
     # The counters of BatchNorm hold real numbers under fake tensors, too, and count.
     counters = [(buffer, buffer.clone()) for buffer in module.buffers() if buffer.numel() == 1]
-    detached = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
-    with without_modes(), fake_mode() as mode, _full_parameters(module), torch.no_grad():
-        fake_args, fake_kwargs = tree_map(
-            lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, detached
-        )
+    mode = fake_mode()
+
+    def fake(value: Any) -> Any:
+        return mode.from_tensor(value.detach()) if isinstance(value, Tensor) else value
+
+    with without_modes(), torch.no_grad():
+        args, kwargs = tree_map(fake, (args, kwargs))
+    with without_modes(), mode, _full_parameters(module), torch.no_grad():
         running.open_all = True  # gated modules in it run as plain ones
         try:
-            output = module.forward(*fake_args, **fake_kwargs)
+            output = module.forward(*args, **kwargs)
         except Exception as error:
             raise ChangedModelError(
                 f'the shapes that "{gate.name}" hands out for an input of a new shape cannot be '
@@ -59,12 +62,11 @@ def _without_values(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> Te
             ) from error
         finally:
             running.open_all = False
-        template = describe(output, fake_args, fake_kwargs)
+        template = describe(output, args, kwargs)
     for buffer, before in counters:
         buffer.copy_(before)
-    for watched in [*gate.templates.values()][:1]:
-        template = template.handing_on(watched)
-    return template
+    watched = next(iter(gate.templates.values()), template)
+    return template.handing_on(watched)
 
 
 @contextmanager
