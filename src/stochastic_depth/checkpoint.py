@@ -75,30 +75,23 @@ def _differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
     if missing := [key for key in (*own, "step", "calls") if key not in saved]:
         return [f"it has no {key}" for key in missing]
     there, here = dict(saved["drop_rates"]), dict(own["drop_rates"])
-    options = [
+    differences = [
         f"{key} {saved[key]!r} there, {value!r} here"
         for key, value in own.items()
         if key != "drop_rates" and saved[key] != value
     ]
-    blocks = [
-        f'block "{name}" is gated {"here" if name in here else "there"} only'
-        for name in there | here
-        if name not in here or name not in there
-    ]
-    rates = [
-        f'drop rate of "{name}" {there[name]} there, {rate} here'
-        for name, rate in here.items()
-        if there.get(name, rate) != rate
-    ]
-    return options + blocks + rates
+    for name in there | here:
+        if name not in here or name not in there:
+            only = "here" if name in here else "there"
+            differences.append(f'block "{name}" is gated {only} only')
+        elif there[name] != here[name]:
+            text = f'drop rate of "{name}" {there[name]} there, {here[name]} here'
+            differences.append(text)
+    return differences
 
 
-def fold_factors(plan: Plan) -> dict[str, float]:
-    """For each parameter (by name in the model that was watched), what it is multiplied by.
-
-    Raises:
-        RefusedBlockError: A branch has no parameter that could take its factor.
-    """
+def _fold_factors(plan: Plan) -> dict[str, float]:
+    """For each parameter (by name in the model that was watched), what it is multiplied by."""
     factors: dict[str, float] = {}
     for block, now in zip(plan.blocks, gated_blocks(plan), strict=True):
         own: dict[str, float] = {}  # a layer that ends several branches takes their factor once
@@ -120,32 +113,30 @@ def fold_factors(plan: Plan) -> dict[str, float]:
     return factors
 
 
-def fold_into(model: nn.Module, factors: dict[str, float]) -> None:
-    """Multiply the parameters in place; nothing is written unless all results are finite."""
-    with torch.no_grad():
-        both = [(model.get_parameter(name), name, factor) for name, factor in factors.items()]
-        scaled = [(p, _finite(name, p * factor)) for p, name, factor in both]
-        for parameter, value in scaled:
-            parameter.copy_(value)
+def scaled_parameters(model: nn.Module, plan: Plan) -> dict[Tensor, Tensor]:
+    """The parameters that take the inference scale in, each with what it comes to.
+
+    Raises:
+        RefusedBlockError: A branch has none that could, or the result is not finite.
+    """
+    scaled: dict[Tensor, Tensor] = {}
+    for name, factor in _fold_factors(plan).items():
+        parameter = model.get_parameter(name)
+        scaled[parameter] = value = parameter.detach() * factor
+        if not value.is_meta and not bool(torch.isfinite(value).all()):
+            raise RefusedBlockError(
+                f'"{name}" holds values that are not finite, before or after folding',
+                expected="finite weights",
+                instead="fold a checkpoint from before the training diverged",
+            )
+    return scaled
 
 
-def folded(model: nn.Module, factors: dict[str, float]) -> dict[str, Any]:
+def folded(model: nn.Module, plan: Plan) -> dict[str, Any]:
     """The state dict of the folded model; the model itself is left alone."""
-    by_identity = {id(model.get_parameter(name)): factor for name, factor in factors.items()}
+    scaled = scaled_parameters(model, plan)
     state: dict[str, Any] = model.state_dict(keep_vars=True)
     for key, value in state.items():
-        if id(value) in by_identity:
-            state[key] = _finite(key, value.detach() * by_identity[id(value)])
-        elif isinstance(value, Tensor):  # a module's extra state need be none
-            state[key] = value.detach()
+        if isinstance(value, Tensor):  # a module's extra state need be none
+            state[key] = scaled[value] if value in scaled else value.detach()
     return state
-
-
-def _finite(name: str, tensor: Tensor) -> Tensor:
-    if tensor.is_meta or bool(torch.isfinite(tensor).all()):
-        return tensor
-    raise RefusedBlockError(
-        f'"{name}" holds values that are not finite, before or after folding',
-        expected="finite weights",
-        instead="fold a checkpoint from before the training diverged",
-    )

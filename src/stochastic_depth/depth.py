@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from torch import nn
 
-from stochastic_depth.discovery import Discovery, ResidualBlock, plain_model, watch
+from stochastic_depth.discovery import Discovery, ResidualBlock, own_drops, plain_model, watch
 from stochastic_depth.discovery.batch import allowed_counts, watch_more_rows
-from stochastic_depth.discovery.own_drops import OwnDrop, refuse_own_drops, switched_off
 from stochastic_depth.discovery.undisturbed import without_collecting
 from stochastic_depth.distributed import ranks_in
 from stochastic_depth.distributions import Distribution, DropRate, resolve_rates
@@ -24,10 +23,8 @@ from stochastic_depth.schedules import ScheduleFunction, resolve_schedule
 from stochastic_depth.selection import Selector, refuse_inexact, select
 from stochastic_depth.torch_private.tracing import is_wrapper
 
-Rates = Callable[
-    [nn.Module, Sequence[OwnDrop], Discovery, Sequence[ResidualBlock]], tuple[float, ...]
-]
-"""From a model, what it drops itself, what was found, the blocks to gate: the rates of these."""
+Rates = tuple[DropRate, str | Distribution | None] | None
+"""A drop rate and how it spreads over depth; None: what the model drops by itself."""
 
 _FEW_BLOCKS, _HIGH_RATE = 6, 0.2
 _SCALES: dict[Mode, Scale] = {"batch": "eval", "sample": "train"}
@@ -108,18 +105,8 @@ def apply_stochastic_depth(
         3
     """
     example = example_inputs, example_kwargs
-    rates = spread_over_depth(drop_rate, drop_distribution)
+    rates = drop_rate, drop_distribution
     return apply(model, rates, example, blocks, unit, mode, scale, schedule, draw)
-
-
-def spread_over_depth(drop_rate: DropRate, drop_distribution: str | Distribution | None) -> Rates:
-    """The rates that the user gives the blocks of a model that drops nothing by itself."""
-
-    def rates(_: Any, drops: Any, __: Any, chosen: Sequence[ResidualBlock]) -> tuple[float, ...]:
-        refuse_own_drops(drops)
-        return resolve_rates(drop_rate, drop_distribution, [block.name for block in chosen])
-
-    return rates
 
 
 def apply(
@@ -133,10 +120,7 @@ def apply(
     schedule: ScheduleFunction | Mapping[str, ScheduleFunction] | None,
     draw: Draw,
 ) -> StochasticDepth:
-    """Puts stochastic depth on a model at the rates that a function of the chosen blocks returns.
-
-    The other arguments are those of `apply_stochastic_depth`.
-    """
+    """Puts stochastic depth on a model; the arguments are those of `apply_stochastic_depth`."""
     check_choice("unit=", unit, ("block", "branch"))
     check_choice("mode=", mode, ("batch", "sample"))
     check_choice("scale=", scale, ("auto", "eval", "train", "none"))
@@ -151,12 +135,16 @@ def apply(
     given, model = model, plain_model(model)
     refuse(model)
     refuse_parts(model)
-    with without_collecting(), switched_off(model) as drops:
+    with without_collecting(), own_drops.switched_off(model) as drops:
+        own_drops.check_own_drops(model, drops, wanted=rates is None)
         found, shown = watch(model, *example)
         chosen = select(model, found, blocks)
         _refuse_gated(model, chosen)
         _refuse_compiled(given, chosen)
-        own = rates(model, drops, found, chosen)
+        if rates is None:
+            own = own_drops.rates_taken_over(drops, found, chosen, named=blocks is not None)
+        else:
+            own = resolve_rates(*rates, [block.name for block in chosen])
         scale = _SCALES[mode] if scale == "auto" else scale
         plan = Plan(chosen, own, unit, mode, scale, resolve_schedule(None, []), draw)
         plan.schedule = resolve_schedule(schedule, plan.units)

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -192,7 +193,9 @@ class StochasticDepth:
                 something outside; nothing is changed then.
         """
         self._check_gates()
-        checkpoint.fold_into(self.model, checkpoint.fold_factors(self._plan))
+        with torch.no_grad():
+            for parameter, value in checkpoint.scaled_parameters(self.model, self._plan).items():
+                parameter.copy_(value)
         return self.remove()
 
     def folded_state_dict(self) -> dict[str, Tensor]:
@@ -202,7 +205,7 @@ class StochasticDepth:
             RefusedBlockError: As `fold()`.
         """
         self._check_gates()
-        return checkpoint.folded(self.model, checkpoint.fold_factors(self._plan))
+        return checkpoint.folded(self.model, self._plan)
 
     def remove(self) -> nn.Module:
         """Take the gates out.

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, Literal
 
 from torch import nn
 
 from stochastic_depth.arguments import Number
-from stochastic_depth.depth import Rates, apply, spread_over_depth
-from stochastic_depth.discovery.own_drops import rates_taken_over
+from stochastic_depth.depth import Rates, apply
 from stochastic_depth.draw import Draw
 from stochastic_depth.handle import StochasticDepth
 from stochastic_depth.schedules import Progressive, Schedule, ScheduleFunction
@@ -95,7 +93,7 @@ def apply_drop_path(
         [0.0, 0.05, 0.1, 0.15, 0.2]
     """
     example = example_inputs, example_kwargs
-    rates = _rates(drop_rate, "linear_from_zero", blocks)
+    rates = _rates(drop_rate, "linear_from_zero")
     return apply(model, rates, example, blocks, "branch", "sample", "train", schedule, draw)
 
 
@@ -155,7 +153,7 @@ def apply_layer_drop(
         [0.2, 0.2, 0.2, 0.2, 0.2, 0.2]
     """
     example = example_inputs, example_kwargs
-    rates = _rates(drop_rate, "uniform", blocks)
+    rates = _rates(drop_rate, "uniform")
     return apply(model, rates, example, blocks, "block", "batch", "none", schedule, draw)
 
 
@@ -220,7 +218,7 @@ def apply_progressive_layer_dropping(
     """
     floor, speed = _THETA.read(theta, "theta"), _GAMMA.read(gamma, "gamma")
     example = example_inputs, example_kwargs
-    rates = spread_over_depth(1.0 - floor, _below_the_rate)
+    rates = 1.0 - floor, _below_the_rate
     product = _times(Schedule((Progressive(speed),)), schedule)
     return apply(model, rates, example, blocks, "block", "batch", "train", product, draw)
 
@@ -241,8 +239,8 @@ def _times(factor: Schedule, schedule: Any) -> Any:
     return rest | {key: factor * own if callable(own) else own for key, own in schedule.items()}
 
 
-def _rates(drop_rate: object, distribution: str, blocks: object) -> Rates:
-    """A number spread over the blocks, or the model's own rates."""
+def _rates(drop_rate: object, distribution: str) -> Rates:
+    """A number spread over the blocks, or None for the model's own rates."""
     if isinstance(drop_rate, str) and drop_rate == "model":
-        return partial(rates_taken_over, chosen=blocks is not None)
-    return spread_over_depth(_RATE.read(drop_rate, "drop_rate"), distribution)
+        return None
+    return _RATE.read(drop_rate, "drop_rate"), distribution

@@ -8,7 +8,7 @@ runs the layers, or of its configuration.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +25,7 @@ _DROP_PATH_RATES = ("drop_prob", "p", "drop_rate")
 # Modules read the first from their configuration; the second they copy when they are built.
 _LAYERDROPS = ("layerdrop", "speech_encoder_layerdrop")
 _COPIED_LAYERDROPS = ("encoder_layerdrop", "decoder_layerdrop")
-Known = dict[
-    str, frozenset[str] | None
-]  # the name of an attribute -> the lists whose layers it skips
+Known = dict[str, frozenset[str] | None]  # attribute -> the lists whose layers it skips
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,12 +64,11 @@ def own_drops(model: nn.Module) -> list[OwnDrop]:
         children = module.named_children()
         lists = frozenset(f"{prefix}{n}" for n, m in children if isinstance(m, nn.ModuleList))
         known: Known = dict.fromkeys(_LAYERDROPS + _COPIED_LAYERDROPS, lists)
-        known["sample_drop_ratio"] = None
-        if type(module).__name__.endswith(_DROP_PATHS):
-            known |= dict.fromkeys(_DROP_PATH_RATES)
-        shared: Known = dict.fromkeys(_LAYERDROPS + _COPIED_LAYERDROPS, frozenset())
-        if not hasattr(module, "layerdrop"):
-            shared |= dict.fromkeys(_LAYERDROPS, lists)
+        is_path = type(module).__name__.endswith(_DROP_PATHS)
+        known |= dict.fromkeys(("sample_drop_ratio", *(_DROP_PATH_RATES if is_path else ())))
+        read = frozenset[str]() if hasattr(module, "layerdrop") else lists
+        shared: Known = dict.fromkeys(_COPIED_LAYERDROPS, frozenset())
+        shared |= dict.fromkeys(_LAYERDROPS, read)
         config = getattr(module, "config", None)
         drops += [
             OwnDrop(holder, owner, attribute, rate, skipped)
@@ -95,9 +92,17 @@ def switched_off(model: nn.Module) -> Iterator[list[OwnDrop]]:
             drop.set(drop.rate)
 
 
-def refuse_own_drops(drops: Sequence[OwnDrop]) -> None:
-    """Raises where the model's own drop path or layerdrop is active, naming what to set to 0."""
-    if drops:
+def check_own_drops(model: nn.Module, drops: Sequence[OwnDrop], *, wanted: bool) -> None:
+    """Raises where a model does not drop anything by itself though that is wanted, or does."""
+    if wanted and not drops:
+        raise OptionError(
+            'drop_rate is "model", but no drop path or layerdrop of '
+            f"{type(model).__name__} is above 0",
+            expected="a model that drops branches of its own accord",
+            instead="build the model with it (drop_path_rate=0.1, stochastic_depth_prob=0.1, "
+            "layerdrop=0.1), or pass a number as drop_rate",
+        )
+    if drops and not wanted:
         first = drops[0]
         preset = "apply_layer_drop" if "layerdrop" in first.attribute else "apply_drop_path"
         raise ActiveDropPathError(
@@ -111,47 +116,33 @@ def refuse_own_drops(drops: Sequence[OwnDrop]) -> None:
 
 
 def rates_taken_over(
-    model: nn.Module,
-    drops: Sequence[OwnDrop],
-    found: Discovery,
-    gated: Sequence[ResidualBlock],
-    *,
-    chosen: bool,
+    drops: Sequence[OwnDrop], found: Discovery, gated: Sequence[ResidualBlock], *, named: bool
 ) -> tuple[float, ...]:
     """The model's own rate of each gated block, 0 where it has none.
 
     Args:
-        model: The model that was watched.
         drops: What the model drops by itself.
         found: What was found in the model.
         gated: The blocks to gate.
-        chosen: Whether the user chose them; then what is dropped elsewhere is given up.
+        named: Whether the user named them; then what is dropped elsewhere is given up.
 
     Raises:
-        OptionError: The model drops nothing by itself.
         ActiveDropPathError: A block has two rates, or something is dropped that is no gated block.
     """
-    if not drops:
-        raise OptionError(
-            'drop_rate is "model", but no drop path or layerdrop of '
-            f"{type(model).__name__} is above 0",
-            expected="a model that drops branches of its own accord",
-            instead="build the model with it (drop_path_rate=0.1, stochastic_depth_prob=0.1, "
-            "layerdrop=0.1), or pass a number as drop_rate",
-        )
     dropped = {drop: _branches_of(drop, found) for drop in drops}
     rates: dict[str, float] = {}
     partly: list[str] = []
     for block in gated:
         names = {branch.name for branch in block.branches}
         if acting := [drop for drop in drops if dropped[drop] & names]:
-            rates[block.name] = _common_rate(block, acting)
+            rates[block.name] = acting[0].rate
+            _refuse_two_rates(block, {drop.rate: drop for drop in acting})
             partly += [block.name] if names.difference(*(dropped[drop] for drop in acting)) else []
     if not rates:
         to_zero = f"set {_all_to_zero(drops)} and pass a number as drop_rate"
         raise _not_taken_over(drops[0], "it drops none of the gated blocks", to_zero)
     kept = {branch.name for block in gated for branch in block.branches}
-    for drop, branches in ({} if chosen else dropped).items():
+    for drop, branches in ({} if named else dropped).items():
         affine = sorted(branches - kept)
         # Others are built and never called (EfficientNet).
         if affine or (not branches and drop.owner in found.recording.calls_of):
@@ -186,18 +177,15 @@ def _branches_of(drop: OwnDrop, found: Discovery) -> set[str]:
     return {branch for depth, branch in around if depth == innermost}
 
 
-def _common_rate(block: ResidualBlock, acting: Sequence[OwnDrop]) -> float:
-    first = acting[0]
-    other = next((drop for drop in acting if drop.rate != first.rate), None)
-    if other is None:
-        return first.rate
-    raise ActiveDropPathError(
-        f'block "{block.name}" has two rates of its own: {first.path} is {first.rate}, '
-        f"{other.path} is {other.rate}",
-        expected="one rate for a block",
-        instead=f'set them to the same rate; or leave the block out, blocks=["!{block.name}"], '
-        "which sets both to 0",
-    )
+def _refuse_two_rates(block: ResidualBlock, acting: Mapping[float, OwnDrop]) -> None:
+    if len(acting) > 1:
+        raise ActiveDropPathError(
+            f'block "{block.name}" has two rates of its own: '
+            + ", ".join(f"{drop.path} is {drop.rate}" for drop in acting.values()),
+            expected="one rate for a block",
+            instead="set them to the same rate; or leave the block out, "
+            f'blocks=["!{block.name}"], which sets both to 0',
+        )
 
 
 def _not_taken_over(drop: OwnDrop, why: str, instead: str) -> ActiveDropPathError:
