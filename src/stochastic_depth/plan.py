@@ -134,6 +134,7 @@ class Plan:
         self.handle: weakref.ref[Any] | None = None
         self.setups: dict[str, Any] = {}  # by gate: how several processes train its block
         self.ranks_differed = False  # whether ranks may have skipped other blocks than each other
+        self.gates_before: dict[str, bool | tuple[int, ...]] = {}  # the counts were set
         self.agreed: set[str] = set()  # gates called since ranks last compared their draws
 
     def units_of(self, block: int) -> list[int]:
@@ -218,7 +219,7 @@ class Plan:
 
     def last_gates(self) -> dict[str, bool | tuple[int, ...]]:
         """What the last training call of each gate came to, by unit."""
-        found: dict[str, bool | tuple[int, ...]] = {}
+        found = dict(self.gates_before)
         for gate in (gate for gate in self.gates if gate.calls):
             row = self.drawn(gate.step, gate.calls - 1)
             for unit in gate.units:
@@ -231,6 +232,7 @@ class Plan:
 
     def go_to(self, step: int, calls: Mapping[str, int]) -> None:
         """Go on from another place: an optimizer step, and the calls of gates in it so far."""
+        self.gates_before = self.last_gates()
         self.clock.set(step)  # copies that follow this clock come along
         self.row = _NO_ROW
         self.drawn.cache_clear()
