@@ -20,14 +20,10 @@ _RATE = Number(
     instead="pass 0.1, say; sd.apply_stochastic_depth takes a rate for each block",
 )
 _THETA = Number(
-    lambda theta: 0 < theta <= 1,
-    expected="the survival probability in the end, above 0 and at most 1",
-    instead="pass 0.5, as the paper does; 1 drops nothing",
+    lambda p: 0 < p <= 1, expected="a probability above 0 and at most 1", instead="pass 0.5, say"
 )
 _GAMMA = Number(
-    lambda gamma: gamma >= 0,
-    expected="how fast the dropping sets in, per optimizer step, 0 or more",
-    instead="pass 100 / T for a training of T optimizer steps",
+    lambda gamma: gamma >= 0, expected="0 or more, per step", instead="pass 100 / T for T steps"
 )
 
 
