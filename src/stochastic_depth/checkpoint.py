@@ -60,13 +60,9 @@ def _identity(plan: Plan) -> dict[str, Any]:
     """What the sequence of draws, and what is done with them, depends on."""
     blocks = zip(plan.blocks, plan.rates, strict=True)
     return {
-        "seed": plan.draw.seed,
-        "sampling": plan.draw.sampling,
+        **{name: getattr(plan.draw, name) for name in ("seed", "sampling", "redraw")},
+        **{name: getattr(plan, name) for name in ("unit", "mode", "scale")},
         "across_ranks": "different" if plan.ranks_differ else "same",
-        "redraw": plan.draw.redraw,
-        "unit": plan.unit,
-        "mode": plan.mode,
-        "scale": plan.scale,
         "drop_rates": [[block.name, rate] for block, rate in blocks],
     }
 
@@ -75,18 +71,14 @@ def _differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
     if missing := [key for key in (*own, "step", "calls") if key not in saved]:
         return [f"it has no {key}" for key in missing]
     there, here = dict(saved["drop_rates"]), dict(own["drop_rates"])
-    differences = [
-        f"{key} {saved[key]!r} there, {value!r} here"
-        for key, value in own.items()
-        if key != "drop_rates" and saved[key] != value
-    ]
+    options = [key for key in own if key != "drop_rates" and saved[key] != own[key]]
+    differences = [f"{key} {saved[key]!r} there, {own[key]!r} here" for key in options]
     for name in there | here:
         if name not in here or name not in there:
             only = "here" if name in here else "there"
             differences.append(f'block "{name}" is gated {only} only')
         elif there[name] != here[name]:
-            text = f'drop rate of "{name}" {there[name]} there, {here[name]} here'
-            differences.append(text)
+            differences.append(f'drop rate of "{name}" {there[name]} there, {here[name]} here')
     return differences
 
 

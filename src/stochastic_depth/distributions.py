@@ -111,15 +111,12 @@ def _spread_over_depth(
     rate: float, distribution: str | Distribution | None, names: Sequence[str]
 ) -> tuple[float, ...]:
     known = f"one of {', '.join(_BY_NAME)}, or a function (num_blocks, drop_rate)"
-    function = linear if distribution is None else distribution
-    if isinstance(function, str):
-        if function not in _BY_NAME:
-            raise SelectionError(
-                f'drop_distribution is "{function}"',
-                expected=known,
-                instead=nearest(function, _BY_NAME),
-            )
-        function = _BY_NAME[function]
+    name = "linear" if distribution is None else distribution
+    if isinstance(name, str) and name not in _BY_NAME:
+        raise SelectionError(
+            f'drop_distribution is "{name}"', expected=known, instead=nearest(name, _BY_NAME)
+        )
+    function = _BY_NAME[name] if isinstance(name, str) else name
     if not callable(function):
         raise wrong_value(
             "drop_distribution",

@@ -60,9 +60,7 @@ class Draw:
     def __post_init__(self) -> None:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise OptionError(
-                f"Draw(seed={self.seed!r})",
-                expected="an integer",
-                instead="pass any integer; the same one gives the same draws",
+                f"Draw(seed={self.seed!r})", expected="an integer", instead="pass any, seed=1, say"
             )
         check_choice("Draw(sampling=...)", self.sampling, get_args(Sampling))
         check_choice("Draw(across_ranks=...)", self.across_ranks, get_args(AcrossRanks))
@@ -78,10 +76,9 @@ class Draw:
 def check_choice(option: str, value: object, known: tuple[str, ...]) -> None:
     """Raises unless the value is one of the known ones."""
     if value not in known:
+        text = " or ".join(f'"{choice}"' for choice in known)
         raise OptionError(
-            f"{option} got {value!r}",
-            expected=" or ".join(f'"{choice}"' for choice in known),
-            instead=nearest(str(value), known),
+            f"{option} got {value!r}", expected=text, instead=nearest(str(value), known)
         )
 
 

@@ -117,10 +117,9 @@ class StochasticDepth:
             SelectionError: A name that no gate has.
         """
         plan, forced = self._plan, dict[str, bool]()
-        units = {unit: [unit] for unit in plan.units} | {
-            block.name: [plan.units[unit] for unit in plan.units_of(number)]
-            for number, block in enumerate(plan.blocks)
-        }
+        units = {unit: [unit] for unit in plan.units}
+        for number, block in enumerate(plan.blocks):
+            units[block.name] = [plan.units[unit] for unit in plan.units_of(number)]
         for name, is_open in gates.items():
             if name not in units:
                 raise SelectionError(

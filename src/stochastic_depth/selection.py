@@ -73,18 +73,17 @@ def _chosen(
     if isinstance(selector, type):
         modules = dict(model.named_modules())
         chosen = [n for n in _names(usual) if isinstance(modules.get(n), selector)]
-        kinds = ", ".join(sorted({block.kind for block in usual}))
-        what = f"class {selector.__name__}"
-        choices = f"pass a class of theirs: the blocks are of class {kinds}"
     else:
         chosen = [block.name for block in usual if selector(block)]
-        what = f"predicate {selector!r}"
-        choices = "print sd.find_residual_blocks(model, ...): it is called with each found block"
     if not chosen:
+        what, choices = f"predicate {selector!r}", "it is called with each found block"
+        if isinstance(selector, type):
+            kinds = ", ".join(sorted({block.kind for block in usual}))
+            what, choices = f"class {selector.__name__}", f"the blocks are of class {kinds}"
         raise SelectionError(
             f"blocks= holds the {what}, which matches none of {len(usual)} residual blocks",
             expected="a selector that matches at least one block",
-            instead=choices,
+            instead=f"print sd.find_residual_blocks(model, ...) and choose: {choices}",
         )
     return chosen
 

@@ -31,7 +31,7 @@ def attach(model: nn.Module, found: Discovery, plan: Plan, batches: Batches | No
         batches: For mode "sample": where each value holds the batch.
     """
     gates = _gates_of_blocks(plan)
-    plan.setups, plan.gates = {}, list(gates.values())
+    plan.gates = list(gates.values())
     plan.forget()
     plan.one_to_one = [gate.units for gate in plan.gates] == [(n,) for n in range(len(plan.units))]
     watched = [gate for gate in gates.values() if not gate.is_residual]
