@@ -73,12 +73,10 @@ def _differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
     there, here = dict(saved["drop_rates"]), dict(own["drop_rates"])
     options = [key for key in own if key != "drop_rates" and saved[key] != own[key]]
     differences = [f"{key} {saved[key]!r} there, {own[key]!r} here" for key in options]
-    for name in there | here:
-        if name not in here or name not in there:
-            only = "here" if name in here else "there"
-            differences.append(f'block "{name}" is gated {only} only')
-        elif there[name] != here[name]:
-            differences.append(f'drop rate of "{name}" {there[name]} there, {here[name]} here')
+    only = sorted(there.keys() ^ here.keys())
+    differences += [f'block "{n}" is gated {"here" if n in here else "there"} only' for n in only]
+    rates = [n for n in here if there.get(n, here[n]) != here[n]]
+    differences += [f'drop rate of "{n}" {there[n]} there, {here[n]} here' for n in rates]
     return differences
 
 

@@ -63,7 +63,7 @@ class Counted:
 class AtStep(NamedTuple):
     """What the rates come to under the schedules."""
 
-    schedules: list[float] | None  # what each of them returned
+    asked: dict[Any, float] | None  # what each schedule returned
     rates: tuple[float, ...]  # of each unit
     limits: tuple[int, ...]  # of each unit: the rates, for the integers that are drawn
     factors: tuple[Factors, Factors]  # in inference, in training
@@ -126,8 +126,9 @@ class Plan:
         self.clock.owner = weakref.ref(self)
         self.row, self._at = _NO_ROW, _NO_STEP  # the last ones
         self.drawn = lru_cache(_MANY_ROWS)(self._drawn)
-        self._schedules = list(dict.fromkeys(self.schedule.by_name.values()))
-        self.needs_steps = bool(self._schedules) or self.draw.redraw == "step"
+        by_name = self.schedule.by_name
+        self._name_of: dict[Any, str] = {schedule: name for name, schedule in by_name.items()}
+        self.needs_steps = bool(by_name) or self.draw.redraw == "step"
         self._thread = threading.local()
         self.forcing = 0  # how many `fixed` and `disabled` are in force, in any thread
         self.following: Any = None  # the handle of the hook on the optimizer
@@ -146,17 +147,16 @@ class Plan:
 
     def at(self, step: int) -> AtStep:
         """The rates of a step: the same object as long as the schedules return the same."""
+        if self._at is not _NO_STEP and not self._name_of:
+            return self._at
         # A schedule may look at more than the step: it is asked every time.
-        asked = [schedule(step) for schedule in self._schedules]
-        if self._at.schedules != asked:
-            rates = tuple([self._rate(unit, step) for unit in range(len(self.units))])
+        asked = {one: self.schedule(step, name) for one, name in self._name_of.items()}
+        if self._at.asked != asked:
+            of_units = zip(self.base_rates, map(self.schedule.by_name.get, self.units), strict=True)
+            rates = tuple([rate * asked.get(one, 1.0) for rate, one in of_units])
             factors = self._factors(rates, training=False), self._factors(rates, training=True)
             self._at = AtStep(asked, rates, tuple(map(limit, rates)), factors)
         return self._at
-
-    def _rate(self, unit: int, step: int) -> float:
-        rate = self.base_rates[unit]
-        return rate and rate * self.schedule(step, self.units[unit])
 
     def _factors(self, rates: tuple[float, ...], *, training: bool) -> Factors:
         if self.scale != ("train" if training else "eval"):
@@ -174,7 +174,8 @@ class Plan:
         """What one gate multiplies by in inference, in a way that torch.compile can follow."""
         if self.scale != "eval":
             return None
-        return tuple([1.0 - self._rate(unit, self.clock.step) for unit in units])
+        rates = [(self.base_rates[unit], self.units[unit]) for unit in units]
+        return tuple([1.0 - rate * self.schedule(self.clock.step, name) for rate, name in rates])
 
     # The row of a forward.
 
