@@ -20,7 +20,7 @@ from stochastic_depth.gating import hooks
 from stochastic_depth.gating.branch import Passage
 from stochastic_depth.gating.compiled import Compiled, let_rows_vary, run_compiled
 from stochastic_depth.gating.gate import KEY, Gate, ModuleCall, changed, running
-from stochastic_depth.gating.ranks import ALONE, Setup, refuse, refuse_talk, setup_of
+from stochastic_depth.gating.ranks import ALONE, Setup, may_run_alone, refuse, refuse_talk, setup_of
 from stochastic_depth.gating.recomputation import remembered
 from stochastic_depth.plan import Row
 from stochastic_depth.rows import Rows
@@ -88,10 +88,11 @@ def begin(gate: Gate, module: nn.Module, number: int) -> Row:
         refuse(module, f'block "{gate.name}"')
     plan = gate.plan
     row = plan.row_for(number)
+    if is_running():  # those that look closer do not go the fast way
+        alone = may_run_alone(plan)
+        plan.row = row = row._replace(states=[(runs and alone) or None for runs in row.states])
     if plan.needs_steps and not plan.clock.expect_steps(gate.name, module):
         plan.row = row._replace(number=-1)  # the next gate comes here, too
-    if is_running() and any(state is not None for state in row.states):
-        plan.row = row = row._replace(states=(None,) * len(plan.gates))  # none goes the fast way
     return row
 
 

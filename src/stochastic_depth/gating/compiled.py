@@ -59,7 +59,7 @@ def compile_blocks(model: nn.Module, plan: Plan, options: Mapping[str, Any]) -> 
     Raises:
         OptionError: None of them can.
     """
-    gated = [(module, gate) for module in model.modules() if (gate := gate_of(module)) is not None]
+    gated = [(module, gate) for module in model.modules() if (gate := gate_of(module))]
     blocks = [(module, gate) for module, gate in gated if gate.plan is plan and gate.units]
     for module, _ in blocks:
         release(module)
@@ -132,11 +132,10 @@ def run_compiled(call: ModuleCall, factors: tuple[float, ...] | None) -> Any:
         module._compiled_call_impl = Compiled(gate.name, gate, module, graph)
     if compiler is None or is_compiled(module):
         return original(module, *args, **kwargs)
-    if module not in _functions:
-        _functions[module] = _shared_function(_kind(module))
-    function = _functions[module]
-    running.compiler = None
-    before = set_compiler(compiler)
+    function = _functions.get(module)
+    if function is None:
+        function = _functions[module] = _shared_function(_kind(module))
+    before, running.compiler = set_compiler(compiler), None
     try:
         return function(original, module, *args, **kwargs)
     finally:

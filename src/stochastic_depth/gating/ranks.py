@@ -156,6 +156,18 @@ def setup_of(plan: Plan, gate: Counted, module: nn.Module) -> Setup:
     return setup
 
 
+def may_run_alone(plan: Plan) -> bool:
+    """Whether blocks that run need nothing of this module: under a wrapper, where all draw alike.
+
+    Their setups are known then, and a wrapper's module is taken apart no more.
+    """
+    differ = plan.ranks_differ or plan.ranks_differed or plan.talks
+    if differ or processes.inside_ddp() is None:
+        return False
+    setups = [plan.setups.get(gate.name) for gate in plan.gates]
+    return all(setup is not None and not setup.in_parts for setup in setups)
+
+
 def _settled(plan: Plan, gate: Counted, module: nn.Module, key: object) -> Setup:
     refuse(module, f'block "{gate.name}"')
     sharded = processes.is_managed_by_fsdp(module)
@@ -198,18 +210,20 @@ def _apart(gate: Counted, kind: str, instead: str) -> SetupError:
 def refuse(module: nn.Module, what: str = "the model") -> None:
     """Raises where a module is trained in a way in which nothing can be skipped exactly."""
     is_replica = isinstance(module, nn.DataParallel) or "_is_replica" in module.__dict__
+    ddp = "DistributedDataParallel"
+    shard = f"torch.distributed.fsdp.fully_shard, or {ddp}"
     is_zero_3 = any(hasattr(parameter, "ds_id") for parameter in module.parameters())
     for is_so, kind, instead in (
-        (is_replica, "torch.nn.DataParallel", "torchrun --nproc-per-node N, on one device, too"),
-        (is_zero_3, "DeepSpeed's ZeRO-3", "torch.distributed.fsdp.fully_shard"),
-        (processes.is_in_fsdp1(module), "FullyShardedDataParallel (FSDP1)", "fully_shard"),
-        (processes.is_in_a_pipeline(), "a pipeline of torch.distributed.pipelining", "no stages"),
+        (is_replica, "torch.nn.DataParallel", f"{ddp}, on one device, too: torchrun"),
+        (is_zero_3, "DeepSpeed's ZeRO-3", shard),
+        (processes.is_in_fsdp1(module), "FullyShardedDataParallel (FSDP1)", shard),
+        (processes.is_in_a_pipeline(), "a pipeline of torch.distributed.pipelining", shard),
     ):
         if is_so:
             raise SetupError(
                 f"{what} is trained under {kind}, where blocks cannot be skipped exactly",
-                expected="one process, DistributedDataParallel, fully_shard or tensor parallel",
-                instead=f"use DistributedDataParallel or fully_shard: {instead}",
+                expected=f"one process, {ddp}, fully_shard or tensor parallel",
+                instead=f"use {instead}",
             )
 
 
