@@ -79,8 +79,7 @@ class Setup:
             raise SetupError(
                 f'ranks do not draw the same in the forward that begins with "{gate.name}": {key} '
                 f"is {reprlib.repr(first[key])} on one, {reprlib.repr(other[key])} on another",
-                expected="the same seed, rates, steps and calls on all ranks, as their parameters "
-                "are sharded over all of them",
+                expected="the same seed, rates, steps and calls on ranks that share parameters",
                 instead="step, force (fixed, disabled) and load the same on all ranks",
             )
 
@@ -92,8 +91,7 @@ class Setup:
                 raise SetupError(
                     f'block "{gate.name}" has a drop rate of {rate:g} for a batch of {batch} under '
                     "fully_shard, where each rank draws its own rows",
-                    expected="at least one row (with BatchNorm two) that every rank keeps, as it "
-                    "gathers and reduces the block's weights with the others",
+                    expected="at least one row (with BatchNorm two) that every rank keeps",
                     instead='use a larger batch or a lower rate, or mode="batch"',
                 )
 
@@ -147,7 +145,12 @@ def setup_of(plan: Plan, gate: Counted, module: nn.Module) -> Setup:
         forward = _taken_by(wrapper)
         if not isinstance(forward, Forward):
             if wrapper.static_graph:
-                raise _static_graph(gate)
+                raise SetupError(
+                    f'block "{gate.name}" is trained under DistributedDataParallel('
+                    "static_graph=True), which takes the first step's graph for that of every step",
+                    expected="a graph that may change: the gradients would silently be wrong",
+                    instead="leave static_graph=True out; find_unused_parameters is not needed",
+                )
             forward = Forward(wrapper)
         if setup.is_apart or plan.forcing:
             # For good, as gradients may be left that one rank has and another has not.
@@ -246,8 +249,7 @@ def refuse_talk(plan: Plan, gate: Counted) -> None:
         raise SetupError(
             f'block "{gate.name}" holds {plan.talks[gate.name]}, and ranks may drop it '
             "differently: one that runs it would wait forever for one that does not",
-            expected="the same draws on every rank where they talk to each other inside of a "
-            "branch",
+            expected="the same draws on every rank, where they talk inside of a branch",
             instead='pass mode="batch" with Draw(across_ranks="same"); or, where only ranks '
             "that train on the same data talk there, Draw(process_group=...), the group of "
             "those that do not; or leave the block out with blocks=",
@@ -257,12 +259,3 @@ def refuse_talk(plan: Plan, gate: Counted) -> None:
 def _taken_by(wrapper: nn.Module) -> object:
     """Who takes the output of a forward, in the place of the wrapper itself."""
     return wrapper.__dict__.get(processes.TAKES_THE_OUTPUT)
-
-
-def _static_graph(gate: Counted) -> SetupError:
-    return SetupError(
-        f'block "{gate.name}" is trained under DistributedDataParallel(static_graph=True)',
-        expected="a wrapper that does not take the first step's graph for that of every step: "
-        "stochastic depth changes it, and the gradients would silently be wrong",
-        instead="leave static_graph=True out; find_unused_parameters is not needed either",
-    )
