@@ -91,8 +91,7 @@ MERGES = frozenset(
     "masked_scatter slice_scatter select_scatter copy".split()
 )
 """May put a branch beside what it was computed from, as a sum does: nobody can tell."""
-IN_PLACE = frozenset("alias clone contiguous _to_copy lift_fresh add sum".split())
-"""Moves that leave every element where it is."""
+_STAYS = frozenset("alias clone contiguous _to_copy lift_fresh add sum".split())
 _DEPENDING = SPELLINGS | FILLED | {"div", "constant_pad_nd", "masked_fill", "stack", "sum", "mean"}
 
 
@@ -104,6 +103,7 @@ class Operation:
         kind: Its kind, where the arguments do not tell otherwise.
         depends: Whether they may.
         written: The position and the name of what it changes in place.
+        stays: Whether every element stays where it is, if it is a move.
         is_view: Whether it shares memory with its first input.
         is_local: Whether no other process takes part in it.
     """
@@ -112,7 +112,7 @@ class Operation:
         schema, name = func._schema, func.overloadpacket.__name__
         self.name: str = name.removesuffix("_") if schema.is_mutable else name
         self.kind = _KINDS.get(self.name, Kind.OTHER)
-        self.depends = self.name in _DEPENDING
+        self.depends, self.stays = self.name in _DEPENDING, self.name in _STAYS
         self.written = tuple(
             (place, argument.name)
             for place, argument in enumerate(schema.arguments)
@@ -138,7 +138,7 @@ def kind_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Kind:
     if name == "div" and kwargs.get("rounding_mode") is not None:
         return Kind.OTHER
     if name in ("constant_pad_nd", "masked_fill"):
-        value = args[2] if len(args) > 2 else kwargs.get("value", 0)
+        value = (*args, 0)[2]
         return Kind.SHIFT if isinstance(value, Tensor) or value else kind
     return kind
 

@@ -103,34 +103,16 @@ class Recording:
         return None
 
     def reaches(self, earlier: int, later: int) -> bool:
-        """Whether the later value was computed from the earlier one.
-
-        The search goes on from both ends in turn, so that it costs twice the smaller side.
-        """
-        if later <= earlier:
-            return False
-        nodes, consumers = self.nodes, self.consumers
-        back, ahead = [later], [earlier]
-        behind, before = {later}, {earlier}
-        while back and ahead:
-            for source in nodes[back.pop()].inputs:
-                if source in before:
-                    return True
-                if source > earlier and source not in behind:
-                    behind.add(source)
-                    back.append(source)
-            for user in consumers[ahead.pop()]:
-                if user in behind:
-                    return True
-                if user < later and user not in before:
-                    before.add(user)
-                    ahead.append(user)
-        return False
+        """Whether the later value was computed from the earlier one."""
+        return later > earlier and earlier in self._back([later], earlier)
 
     def behind(self, ends: Sequence[int], first: int) -> set[int]:
         """The values that these ends were computed from, and the ends, from number `first` on."""
+        return set(self._back(ends, first))
+
+    def _back(self, ends: Sequence[int], first: int) -> Iterator[int]:
         nodes = self.nodes
-        return set(reached(ends, lambda value: [i for i in nodes[value].inputs if i >= first]))
+        return reached(ends, lambda value: [i for i in nodes[value].inputs if i >= first])
 
     def data_of(self, node: Node) -> list[int]:
         """The inputs of an operation that are not made of weights and constants alone."""
@@ -158,10 +140,8 @@ class Recording:
 
     def innermost(self, first: int, last: int) -> Call:
         """The innermost call that holds the nodes `first` to `last`."""
-        for call in self.enclosing(self.nodes[last].call):
-            if call.start <= first:
-                return call
-        return self.calls[0]
+        around = self.enclosing(self.nodes[last].call)
+        return next((call for call in around if call.start <= first), self.calls[0])
 
     def is_state(self, node: int) -> bool:
         """Whether a value was written into a buffer, where the next call finds it."""

@@ -20,9 +20,7 @@ from stochastic_depth.discovery.effects import Before, memory_of
 from stochastic_depth.discovery.example import Example
 from stochastic_depth.discovery.operations import (
     FILLED,
-    IN_PLACE,
     Kind,
-    Operation,
     Term,
     kind_of,
     operation_of,
@@ -44,10 +42,9 @@ def watch_once(model: nn.Module, example: Example) -> Recording:
     everything else, are put into inference where it fails.
     """
     with without_values(model, example) as given:
-        with suppress(Exception):  # what fails in inference, too, is raised there
-            return record(model, given, "train")
-        with suppress(Exception):
-            return record(model, given, "train but BatchNorm")
+        for mode in ("train", "train but BatchNorm"):
+            with suppress(Exception):  # what fails in inference, too, is raised there
+                return record(model, given, mode)
         return record(model, given, "eval")
 
 
@@ -86,8 +83,8 @@ class Watcher(TorchDispatchMode):
         self._open: list[tuple[Call, Before]] = []
         self._call = 0  # the number of the innermost one
         self._recurrent: Call | None = None  # a recurrent module: one operation for all its steps
-        self._parameters = {id(p): name for name, p in model.named_parameters()}
-        self._buffers = {id(buffer) for buffer in model.buffers()}
+        self._parameters: dict[int, str | None] = {id(b): None for b in model.buffers()}
+        self._parameters |= {id(p): name for name, p in model.named_parameters()}
         self._values: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._writes: dict[int, int] = {}
         self._stacked: dict[int, int] = {}  # what `stack` made: along which dimension
@@ -106,10 +103,10 @@ class Watcher(TorchDispatchMode):
         """The node of a tensor as it is now."""
         known = self._values.get(id(tensor))
         if known is None or known[0]() is not tensor:
-            parameter = self._parameters.get(id(tensor))
             node = self._add(tensor, "", Kind.SOURCE, ())
-            node.parameter, node.of_parameters = parameter, parameter is not None
-            node.fixed = node.of_parameters or id(tensor) in self._buffers
+            node.parameter = self._parameters.get(id(tensor))
+            node.of_parameters = node.parameter is not None
+            node.fixed = id(tensor) in self._parameters
             return node.index
         if not self._writes:
             return known[1]
@@ -128,10 +125,7 @@ class Watcher(TorchDispatchMode):
         for index in inputs:
             source = nodes[index]
             fixed = fixed and source.fixed
-            if source.of_parameters:
-                weights = True
-            else:
-                data = True
+            weights, data = weights or source.of_parameters, data or not source.of_parameters
         if inputs and not dtype.is_floating_point and nodes[inputs[0]].dtype.is_floating_point:
             kind = Kind.OTHER  # it rounds
         node = Node(len(nodes), op, kind, inputs, self._call, like.shape, dtype, like.device)
@@ -140,13 +134,7 @@ class Watcher(TorchDispatchMode):
         nodes.append(node)
         return node
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         operation = operation_of(func)
         name, kind, replay = operation.name, operation.kind, None
@@ -160,8 +148,8 @@ class Watcher(TorchDispatchMode):
         out = func(*args, **kwargs)
         made = [out] if isinstance(out, Tensor) else _tensors((out,))
         if operation.depends:
-            name, kind, inputs = self._as_called(operation, args, kwargs, inputs, made)
-        if kind is Kind.MOVE and name not in IN_PLACE:
+            name, kind, inputs = self._as_called(name, args, kwargs, inputs, made[0])
+        if kind is Kind.MOVE and not operation.stays:
             replay = _replay(func, args[1:], kwargs)
         first = len(self.recording.nodes)
         for tensor in {id(t): t for t in (*made, *written)}.values() if written else made:
@@ -175,25 +163,18 @@ class Watcher(TorchDispatchMode):
         return out
 
     def _as_called(
-        self,
-        operation: Operation,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        inputs: tuple[int, ...],
-        made: Sequence[Tensor],
+        self, name: str, args: tuple[Any, ...], kwargs: Any, inputs: tuple[int, ...], out: Tensor
     ) -> tuple[str, Kind, tuple[int, ...]]:
         """Name, kind and inputs of an operation that depend on what it is called with."""
-        name, nodes, out = operation.name, self.recording.nodes, made[0]
+        nodes = self.recording.nodes
         if name in FILLED and not all(nodes[index].of_parameters for index in inputs):
-            return name, operation.kind, ()  # as large as a weight is: made of weights alone
+            return name, Kind.OTHER, ()  # as large as a weight is: made of weights alone
         if name == "stack":
-            self._stacked[len(nodes)] = (
-                args[1] if len(args) > 1 else kwargs.get("dim", 0)
-            ) % out.ndim
+            self._stacked[len(nodes)] = (*args, 0)[1] % out.ndim
         if name in ("sum", "mean") and inputs[0] in self._stacked:
-            total = self._unstacked(inputs[0], args, out)
+            total = self._unstacked(inputs[0], (*args, ())[1], out)
             if total is not None:
-                return name, Kind.MOVE if name == "sum" else operation.kind, (total,)
+                return name, Kind.MOVE if name == "sum" else Kind.LINEAR, (total,)
         terms = terms_of(name, args, kwargs)
         if terms is not None and self._is_sum(terms, out):
             return "add", Kind.SUM, tuple([self._term(term, out) for term in terms])
@@ -203,7 +184,7 @@ class Watcher(TorchDispatchMode):
         """Not a product with a bias."""
         product = terms[1].op in ("mm", "bmm")
         first = terms[0].tensors[0]
-        return not product or (first.shape == out.shape and id(first) not in self._parameters)
+        return not product or (first.shape == out.shape and self._parameters.get(id(first)) is None)
 
     def _term(self, term: Term, out: Tensor) -> int:
         """The node of one term of a sum; a product in it counts as an operation of its own."""
@@ -215,16 +196,14 @@ class Watcher(TorchDispatchMode):
             node.shape = max((tensor.shape for tensor in term.tensors), key=torch.Size.numel)
         return node.index
 
-    def _unstacked(self, stack: int, args: tuple[Any, ...], out: Tensor) -> int | None:
+    def _unstacked(self, stack: int, along: Any, out: Tensor) -> int | None:
         """The sum of tensors that were stacked before, as additions of one after the other.
 
         Returns:
             The node of the sum; None where it goes along another dimension.
         """
-        stacked = self.recording.nodes[stack]
-        along = args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ()
-        ndim = len(stacked.shape)
-        if [dim % ndim for dim in along] != [self._stacked[stack]] or out.ndim == ndim:
+        stacked, ndim = self.recording.nodes[stack], out.ndim + 1
+        if [d % ndim for d in along or ()] != [self._stacked[stack]] or len(stacked.shape) != ndim:
             return None
         total, *parts = stacked.inputs
         for part in parts:
