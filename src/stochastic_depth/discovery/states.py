@@ -96,7 +96,7 @@ def keep_states(site: Site) -> str | None:
     """
     stream = {*site.path, *(addition.root for addition in site.additions)}
     for member in site.members:
-        if member.template is None:
+        if member.template is None or set(site.call.outputs).isdisjoint(member.outputs):
             continue
         leaves, taken = list(member.template.leaves), set(stream)
         for number, node in enumerate(member.outputs):
