@@ -211,6 +211,52 @@ def forced_otherwise(network: str) -> None:
     train(network, Setup(microbatches=2), DRAWS["same"], patterns=other_patterns(network))
 
 
+@dataclass
+class Output:
+    """As transformers' models return."""
+
+    logits: Tensor
+    states: dict[str, Tensor]
+
+
+class Returning(nn.Module):
+    """Returns what its body does in another form."""
+
+    def __init__(self, body: nn.Module, form: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.body, self.form = body, form
+
+    def forward(self, x: Tensor) -> Any:
+        return self.form(self.body(x))
+
+
+RETURNED: list[tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = [
+    (lambda out: (out.detach(), [out], 3), lambda result: result[1][0]),
+    (lambda out: {"unused": 2 * out, "used": out}, lambda result: result["used"]),
+    (lambda out: Output(2 * out, {"last": out}), lambda result: result.states["last"]),
+]
+
+
+def whatever_the_forward_returns() -> None:
+    """The loss may take a part of it, and change that in place."""
+    for form, taken in RETURNED:
+        body, shape = build("resnet", Setup())
+        model = Returning(body, form)
+        sd.apply_stochastic_depth(body, 0.5, "uniform", example_inputs=torch.randn(shape))
+        alone = copy.deepcopy(model)
+        wrapped = wrap(model, Setup())
+        for step in range(STEPS):
+            torch.manual_seed(100 * step + dist.get_rank())
+            x = torch.randn(shape)
+            for net in (wrapped, alone):
+                net.zero_grad()
+                taken(net.train()(x)).mul_(2).square().mean().backward()
+            expected = averaged(alone)
+            assert any(gradient is None for gradient in expected.values())
+            for name, parameter in model.named_parameters():
+                assert same(parameter.grad, expected[name]), f"step {step}, {name}"
+
+
 def refuses_a_static_graph() -> None:
     model, shape = build("resnet", Setup())
     sd.apply_stochastic_depth(model, 0.2, example_inputs=torch.randn(shape))
@@ -284,11 +330,12 @@ def cases(ranks: int) -> dict[str, Callable[[], None]]:
     singles = (
         refuses_a_static_graph,
         same_draws_need_no_talk,
+        whatever_the_forward_returns,
         different_draws_differ,
         balanced_draws_share_the_load,
         a_group_of_its_own,
     )
-    chosen = singles if ranks > 1 else singles[:2]  # one rank differs from no other
+    chosen = singles if ranks > 1 else singles[:3]  # one rank differs from no other
     return {**found, **{case.__name__.replace("_", " "): case for case in chosen}}
 
 
