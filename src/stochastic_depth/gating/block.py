@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from stochastic_depth.discovery.undisturbed import eagerly
 from stochastic_depth.distributed import is_running
 from stochastic_depth.errors import SetupError, warn
-from stochastic_depth.gating import hooks
 from stochastic_depth.gating.branch import Passage
 from stochastic_depth.gating.compiled import Compiled, let_rows_vary, run_compiled
 from stochastic_depth.gating.gate import KEY, Gate, ModuleCall, changed, running
 from stochastic_depth.gating.ranks import ALONE, Setup, may_run_alone, refuse, refuse_talk, setup_of
 from stochastic_depth.gating.recomputation import remembered
+from stochastic_depth.gating.stand_in import around, library_hooks, show
 from stochastic_depth.plan import Row
 from stochastic_depth.rows import Rows
 from stochastic_depth.torch_private.tracing import is_compiled, is_traced_by_fx
@@ -188,11 +188,11 @@ def _run_on_rows(call: ModuleCall, decision: Decision) -> Any:
     assert rows is not None
     some, named, rests = gate.batch.take(rows, args, kwargs)
     let_rows_vary(gate, module, some, named)
-    library_hooks = hooks.of_library(module)
-    run = hooks.around(library_hooks, module, run)
+    hooks = library_hooks(module)
+    run = around(hooks, module, run)
     output = _run(ModuleCall(gate, module, run, some, named), decision._replace(rows=None))
     output = gate.batch.put_back(rows, output, rests)
-    hooks.show(library_hooks, module, args, kwargs, output)
+    show(hooks, module, args, kwargs, output)
     return output
 
 
@@ -225,7 +225,7 @@ def _skip_value(call: ModuleCall, setup: Setup) -> Any:
     if gate.returns_copy:
         value = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
     value = setup.skipped(value, module)
-    hooks.show(hooks.of_library(module), module, args, kwargs, value)
+    show(library_hooks(module), module, args, kwargs, value)
     return value
 
 

@@ -2,6 +2,8 @@
 
 The shapes for the watched inputs are known. For inputs of other shapes the module is run once
 without values (under fake tensors), which takes some milliseconds, and the result is kept.
+
+And what forward hooks see by which a model's own library collects what its layers come to.
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ from torch import Tensor, nn
 
 from stochastic_depth.discovery.templates import Template, describe, signature
 from stochastic_depth.errors import ChangedModelError
-from stochastic_depth.gating.gate import Gate, Role, running
+from stochastic_depth.gating.gate import Gate, Original, Role, running
 from stochastic_depth.torch_private.processes import is_part
 from stochastic_depth.torch_private.tracing import fake_mode, without_modes
 from stochastic_depth.torch_private.trees import tree_map
 
+_OTHERS = ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _KEPT = 1024  # shapes; beyond that the oldest are forgotten
 
 
@@ -83,3 +86,34 @@ def _full_parameters(module: nn.Module) -> Iterator[None]:
     finally:
         for part, own in before:
             part._parameters.update(own)
+
+
+def library_hooks(module: nn.Module) -> dict[int, Any]:
+    """The hooks that come out of the package which the module's class is from.
+
+    transformers collects hidden states so. A user's hook does not fire where nothing runs; these
+    are a part of the model: a layer that is skipped shows them what it hands on, and one that runs
+    on some rows what it comes to on all.
+    """
+    hooks = module._forward_hooks
+    if not hooks:
+        return {}
+    # Not a script's own, and no hook of torch's, which do not collect.
+    packages = {kind.__module__.partition(".")[::2] for kind in type(module).__mro__}
+    of = tuple(f"{package}." for package, rest in packages if rest and package != "torch")
+    return {n: hook for n, hook in hooks.items() if getattr(hook, "__module__", "").startswith(of)}
+
+
+def show(hooks: dict[int, Any], module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    """Let them see an output."""
+    for number, hook in hooks.items():
+        given = (args, kwargs) if number in module._forward_hooks_with_kwargs else (args,)
+        hook(module, *given, output)
+
+
+def around(hooks: dict[int, Any], module: nn.Module, original: Original) -> Original:
+    """The module's call without these hooks, where it has no others."""
+    others = any(getattr(module, name) for name in _OTHERS)
+    if not hooks or others or len(module._forward_hooks) > len(hooks):
+        return original
+    return type(module).forward
