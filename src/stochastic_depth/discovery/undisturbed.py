@@ -8,7 +8,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -31,31 +31,39 @@ def undisturbed(model: nn.Module, mode: Mode = "eval") -> Iterator[None]:
         mode: As it trains, as it trains but for BatchNorm, or as in inference. Gated modules are
             as in inference, where they are open.
     """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    buffers = {id(b): (b, b._version, b.detach().clone()) for b in model.buffers()}
-    copies = {key: saved.clone() for key, (_, _, saved) in buffers.items()}
-    scripted = {m: m.training for m in model.modules() if isinstance(m, torch.jit.ScriptModule)}
+    scripted = {m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)}
     unseen = {id(buffer) for module in scripted for buffer in module.buffers()}
-    with held(model), _generators_held(model), eagerly(), warnings.catch_warnings():
+    versions = {b: -1 if id(b) in unseen else b._version for b in model.buffers()}
+    saved = {buffer: buffer.detach().clone() for buffer in versions}
+    copies = {id(buffer): value.clone() for buffer, value in saved.items()}
+    cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    mha, numpy = torch.backends.mha, sys.modules.get("numpy")
+    with ExitStack() as stack:
+        stack.enter_context(held(model))
+        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        stack.callback(random.setstate, random.getstate())
+        if numpy:
+            stack.callback(numpy.random.set_state, numpy.random.get_state())
+        stack.enter_context(eagerly())
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # what there is to warn about comes again in the training
+        stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+        mha.set_fastpath_enabled(False)  # it hides the modules' calls
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
+            is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+            trains = mode == "train" or (mode != "eval" and not is_norm)
+            module.training = trains and not _may_draw(module)
+            if module not in scripted:
+                own = {k: b for k, b in module._buffers.items() if b is not None}
+                module._buffers.update({k: copies[id(b)] for k, b in own.items()})
         try:
-            torch.backends.mha.set_fastpath_enabled(False)  # it hides the modules' calls
-            for module in model.modules():
-                is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-                trains = mode == "train" or (mode != "eval" and not is_norm)
-                module.training = trains and not _may_draw(module)
-                if module not in scripted:
-                    own = {k: b for k, b in module._buffers.items() if b is not None}
-                    module._buffers.update({k: copies[id(b)] for k, b in own.items()})
             yield
         finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
-            for module, training in scripted.items():
-                module.training = training
             with torch.no_grad():
-                for key, (buffer, version, saved) in buffers.items():
-                    if buffer._version != version or key in unseen:
-                        buffer.copy_(saved)
+                for buffer, version in versions.items():
+                    if buffer._version != version:
+                        buffer.copy_(saved[buffer])
 
 
 def _may_draw(module: nn.Module) -> bool:
@@ -79,22 +87,6 @@ def held(model: nn.Module) -> Iterator[None]:
             for added in table.keys() - were.keys():
                 del table[added]
             table.update(were)
-
-
-@contextmanager
-def _generators_held(model: nn.Module) -> Iterator[None]:
-    """The random generators of torch, Python and numpy are afterwards as they were."""
-    cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy else None
-    python_state = random.getstate()
-    with torch.random.fork_rng(devices=cuda):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            if numpy:
-                numpy.random.set_state(numpy_state)
 
 
 @contextmanager

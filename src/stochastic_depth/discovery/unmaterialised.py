@@ -71,17 +71,10 @@ class Alone(nn.Module):
 
     def __init__(self, block: nn.Module, calls: Arguments, plan: Any) -> None:
         super().__init__()
-        self.calls = calls
-        self.block = copy.deepcopy(block, {id(plan): plan}).to_empty(device="cpu")
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for tensor in (*self.block.parameters(), *self.block.buffers()):
-                if tensor.is_floating_point():  # positive: a variance may be among them
-                    tensor.uniform_(0.01, 0.1, generator=generator)
-                else:
-                    tensor.zero_()
-        for module in self.block.modules():  # tensors that are neither parameters nor buffers
-            vars(module).update({key: _some(value) for key, value in vars(module).items()})
+        self.calls, self.block = calls, copy.deepcopy(block, {id(plan): plan})
+        for module in self.block.modules():
+            for table in (module._parameters, module._buffers, vars(module)):
+                table.update({key: _some(value) for key, value in table.items()})
 
     def forward(self) -> list[Any]:
         """All calls, one after the other."""
@@ -89,11 +82,11 @@ class Alone(nn.Module):
 
 
 def _some(like: Any) -> Any:
-    """Random numbers of a tensor's shape; what is no tensor stays."""
+    """Random numbers in the form of a tensor; what is no tensor stays."""
     if not isinstance(like, Tensor):
         return like
-    if like.is_floating_point():  # not below zero: it may come out of a ReLU
+    if like.is_floating_point():  # above zero: a variance is, and what comes out of a ReLU
         generator = torch.Generator().manual_seed(0)
-        return torch.randn(like.shape, generator=generator, device="cpu").abs().to(like.dtype)
+        return torch.rand(like.shape, generator=generator, device="cpu").add(0.01).to(like.dtype)
     # A mask lets everything through; a number may be an index.
     return torch.full(like.shape, int(like.dtype is torch.bool), dtype=like.dtype, device="cpu")

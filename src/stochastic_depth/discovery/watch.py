@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -63,7 +63,7 @@ def record(model: nn.Module, example: Example, mode: Mode) -> Recording:
                 stack.callback(first.remove)
                 stack.callback(last.remove)
         stack.enter_context(torch.no_grad())
-        stack.enter_context(watcher.noting_functions())
+        stack.callback(watcher.note_functions())
         stack.enter_context(watcher)
         model(*args, **kwargs)
     return watcher.recording
@@ -210,9 +210,11 @@ class Watcher(TorchDispatchMode):
             total = self._node(out, "add", Kind.SUM, (total, part)).index
         return total
 
-    @contextmanager
-    def noting_functions(self) -> Iterator[None]:
-        """While every `torch.autograd.Function` shows: it may do something else in the backward."""
+    def note_functions(self) -> Callable[[], None]:
+        """Have every `torch.autograd.Function` show: it may do something else in the backward.
+
+        Returns what ends it.
+        """
         kind, thread = torch.autograd.Function, threading.get_ident()
         original = kind.__dict__["apply"]
 
@@ -225,10 +227,7 @@ class Watcher(TorchDispatchMode):
             return out
 
         kind.apply = classmethod(apply)
-        try:
-            yield
-        finally:
-            kind.apply = original
+        return lambda: setattr(kind, "apply", original)
 
     def _is_constant(self, tensor: Tensor) -> bool:
         return self.recording.nodes[self.value(tensor)].fixed

@@ -1,14 +1,13 @@
 """Ways through a recording: what they reach, and which values every way back leads through.
 
 The latter are dominators, kept as a forest. A value's parent is the youngest value that all of its
-data comes through; a value that is made by an operation which the way may not pass has none. The
-forest grows with the recording in logarithmic time for each value, by pointers that jump over many
-parents at once.
+data comes through; a value that is made by an operation which the way may not pass has none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
 
 
 def reached(starts: Iterable[int], onwards: Callable[[int], Iterable[int]]) -> Iterator[int]:
@@ -33,28 +32,10 @@ class Ways:
 
     def __init__(self) -> None:
         self._parent: list[int] = []
-        self._depth: list[int] = []
-        self._jump: list[int] = []
 
     def add(self, sources: Sequence[int]) -> None:
         """Add the next value, whose data comes from these; none: the way ends there."""
-        value, parent = len(self._parent), -1
-        if sources:
-            parent = sources[0]
-            for other in sources[1:]:
-                parent = self._common(parent, other)
-        self._parent.append(parent)
-        if parent < 0:
-            self._depth.append(0)
-            self._jump.append(value)
-            return
-        self._depth.append(self._depth[parent] + 1)
-        far = self._jump[parent]
-        even = (
-            self._depth[parent] - self._depth[far]
-            == self._depth[far] - self._depth[self._jump[far]]
-        )
-        self._jump.append(self._jump[far] if even else parent)
+        self._parent.append(reduce(self._common, sources) if sources else -1)
 
     def from_value(self, value: int) -> Iterator[int]:
         """The value itself and all that every way back from it leads through, youngest first."""
@@ -64,9 +45,8 @@ class Ways:
 
     def _common(self, one: int, other: int) -> int:
         """The youngest value that all ways back from both lead through, or -1."""
-        while one != other and min(one, other) >= 0:
-            if one < other:
-                one, other = other, one
-            jump = self._jump[one]
-            one = jump if other <= jump < one else self._parent[one]
-        return one if one == other else -1
+        while one != other:
+            if min(one, other) < 0:
+                return -1
+            one, other = min(one, other), self._parent[max(one, other)]
+        return one
