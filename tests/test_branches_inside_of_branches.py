@@ -98,10 +98,10 @@ def test_one_module_that_ends_two_branches(joint: type[nn.Module]) -> None:
     found, _ = watch(model, example, None)
     for block in found.blocks:
         assert block.branches_leak  # so that both are drawn together
-        assert block.leaks_to is None
+        assert block.refusal is None
         ends = [(b.modules[place], own) for b in block.branches for place, own in b.scaled]
         attn = f"{block.name}.attn"
-        assert ends == [(attn, frozenset({0})), (attn, frozenset({1}))]
+        assert ends == [(attn, 0), (attn, 1)]
         assert [branch.unscalable for branch in block.branches] == [None, None]
         parts = ("a", "b") if joint is Joint else ("q", "q")
         assert [branch.fold.parameters for branch in block.branches] == [

@@ -34,10 +34,10 @@ def ends_of(found: Discovery, block: sd.ResidualBlock) -> Iterator[End]:
     ]
     for addition, branch in zip(site.additions, block.branches, strict=True):
         calls = addition.members
-        for place, leaves in branch.scaled:
+        for place, leaf in branch.scaled:
             alike = [call for call in inside if call.module == calls[place].module]
             position = alike.index(calls[place])
-            yield End(block.container, calls[place].module, position, leaves)
+            yield End(block.container, calls[place].module, position, frozenset([leaf]))
 
 
 @contextmanager

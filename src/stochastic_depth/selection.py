@@ -99,23 +99,11 @@ def refuse_inexact(found: Discovery, plan: Plan) -> None:
 
 
 def _refusal(block: ResidualBlock, *, unit: Unit, scale: Scale) -> str | None:
-    if block.leaks_to is not None:
-        return (
-            f'"{block.leaks_to}" computes with a value made inside of it (a loss that a module of '
-            "the branch returns as one number works)"
-        )
-    if block.irregular:
-        return "its module is called several times with different structure"
-    if block.lost_state is not None:
-        return (
-            f'it hands out a state of "{block.lost_state}", which would be lost: pass example '
-            "inputs with the states, so that it is given one of the same form"
-        )
+    if block.refusal is not None:
+        return block.refusal
     if unit == "branch" and block.branches_leak:
         return 'one of its branches computes with a value of another (try unit="block")'
     for branch in block.branches:
-        if not branch.vanishes:
-            return f"{branch.name} is not zero when its modules are dropped"
         if branch.unscalable and scale != "none":
             return f'{branch.name} cannot be scaled: {branch.unscalable} (scale="none" works)'
     return None

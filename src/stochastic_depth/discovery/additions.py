@@ -82,8 +82,7 @@ class Search:
             found = self._residual(node) if node.kind is Kind.SUM else None
             data = self._data(node) if node.kind in _SKIPS else []
             if found is not None:
-                coupled = self._coupled(found)
-                for addition in (found,) if coupled is None else (coupled, found):
+                for addition in filter(None, (self._coupled(found), found)):
                     addition.put_in(addition.container, recording)
                     self.additions.append(addition)
                 self._through[node.index] = found.skip
@@ -165,23 +164,18 @@ class Search:
     def _coupled(self, found: Addition) -> Addition | None:
         """The other sum of a coupling, which then is what the branch of this one starts from."""
         recording, nodes = self.recording, self.recording.nodes
-        call = recording.calls[nodes[found.node].call]
-        path = set(found.path)
+        call, path = recording.calls[nodes[found.node].call], set(found.path)
         for index in found.path:
             node, users = nodes[index], recording.consumers[index]
-            is_stream = index in call.outputs or any(
-                nodes[user].kind is Kind.JOIN and user in call.outputs for user in users
-            )
-            if node.kind is not Kind.SUM or node.call != call.index or not is_stream:
-                continue
+            stream = {index, *(user for user in users if nodes[user].kind is Kind.JOIN)}
             others = [value for value in node.inputs if value not in path]
+            if node.kind is not Kind.SUM or node.call != call.index or len(others) != 1:
+                continue
+            if stream.isdisjoint(call.outputs) or not self._comes_from_outside(others[0], call):
+                continue
             before = recording.between(found.root, index)[:-1]
             behind = recording.between(index, found.branch)
-            if (
-                len(others) == 1
-                and self._comes_from_outside(others[0], call)
-                and path == {*before, index, *behind}
-            ):
+            if path == {*before, index, *behind}:
                 coupled = Addition(index, others[0], found.root, before, found.container)
                 found.root, found.path = index, behind
                 return coupled

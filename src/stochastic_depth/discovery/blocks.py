@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -30,11 +30,11 @@ class ResidualBranch:
 
     name: str
     modules: tuple[str, ...]
-    scaled: tuple[tuple[int, frozenset[int]], ...] = field(default=(), repr=False)
-    """Which of the modules make up the branch's value, and in which leaves of their outputs."""
+    scaled: tuple[tuple[int, int], ...] = field(default=(), repr=False)
+    """What makes up the branch's value: positions of modules, and leaves of their outputs."""
     unscalable: str | None = field(default=None, repr=False)
-    in_line_parameters: tuple[str, ...] = field(default=(), repr=False)
     vanishes: bool = field(default=True, repr=False)  # is zero where its modules are
+    in_line_parameters: frozenset[str] = field(default=frozenset(), repr=False)
     fold: Fold = field(default=Fold(), repr=False, compare=False)
 
 
@@ -52,12 +52,11 @@ class ResidualBlock:
     kind: str = field(repr=False)  # the name of its module's class
     container: str = field(repr=False)  # the module whose call decides about it
     nesting: int = field(default=0, repr=False, compare=False)  # how many blocks it lies inside of
-    leaks_to: str | None = field(default=None, repr=False, compare=False)
-    """Who else computes with its values."""
+    refusal: str | None = field(default=None, repr=False, compare=False)
+    """Why it cannot be skipped exactly, with any options."""
     branches_leak: bool = field(default=False, repr=False, compare=False)
     """One branch feeds another."""
     affine: bool = field(default=False, repr=False)  # left out unless it is asked for by name
-    irregular: bool = field(default=False, repr=False)  # its calls differ in structure
     explicit: bool = field(default=False, repr=False)  # made of `Residual`s
     whole: Template | None = field(default=None, repr=False, compare=False)
     """What it returns where all of it is dropped and its forward need not run then."""
@@ -65,8 +64,6 @@ class ResidualBlock:
     """Then it has to be a copy: its input is held by others, or changed later."""
     left_out: tuple[str, ...] = field(default=(), repr=False, compare=False)
     """The modules of branches inside of its own branches: those are not gated."""
-    lost_state: str | None = field(default=None, repr=False, compare=False)
-    """A recurrent module whose state it hands out, and to which none was given."""
     keeps: str | None = field(default=None, repr=False, compare=False)
     """Where it keeps a value of its branch, which is zero when that is dropped."""
 
@@ -87,11 +84,11 @@ class Discovery:
 
 def explicit_residuals(model: nn.Module) -> tuple[str, ...]:
     """The names of all modules that are a residual connection (`sd.Residual`), and nothing else."""
-    return tuple(name for name, module in model.named_modules() if _is_residual(type(module)))
-
-
-def _is_residual(kind: type) -> bool:
-    return bool(getattr(kind, "_is_stochastic_depth_residual", False))
+    return tuple(
+        name
+        for name, module in model.named_modules()
+        if getattr(type(module), "_is_stochastic_depth_residual", False)
+    )
 
 
 def discover(recording: Recording, model: nn.Module) -> Discovery:
@@ -136,53 +133,61 @@ def discover(recording: Recording, model: nn.Module) -> Discovery:
 def _block(model: nn.Module, calls: list[Site], nesting: int, folding: Folding) -> ResidualBlock:
     first, count = calls[0], max(len(site.additions) for site in calls)
     folds = folding.folds(
-        [[(a, s.sums) for s in calls for a in s.additions[n : n + 1]] for n in range(count)]
+        [[a for s in calls for a in s.additions[n : n + 1]] for n in range(count)]
     )
-    shown = [(site.call.module, _branches(site, folds)) for site in calls]
     skips = [Skip(site) for site in calls]
     whole = skips[0].template if all(s.template == skips[0].template for s in skips) else None
-    leaks_to = _first(side_effects(site, site.additions) for site in calls)
-    several = [site for site in calls if len(site.additions) > 1]
-    lone = ((site, [addition]) for site in several for addition in site.additions)
+    shown = [_branches(site, folds) for site in calls]
+    refusal = next(_refusals(calls, shown), None)
+    several = [(site, a) for site in calls for a in site.additions if len(site.additions) > 1]
+    alone = (Site(site.recording, site.name, site.call, [a]) for site, a in several)
     return ResidualBlock(
         name=first.name,
-        branches=shown[0][1],
+        branches=shown[0],
         kind=type(model.get_submodule(first.name)).__name__,
         container=first.call.module,
         nesting=nesting,
-        leaks_to=leaks_to,
-        branches_leak=leaks_to is None and any(side_effects(*branch) for branch in lone),
+        refusal=refusal,
+        branches_leak=refusal is None and any(map(side_effects, alone)),
         affine=first.additions[0].affine,
-        irregular=any(other != shown[0] for other in shown),
         whole=whole,
         copies_input=whole is not None and any(skip.copies for skip in skips),
         left_out=tuple(module for a in first.additions for module in a.left_out),
-        lost_state=_first([keep_states(site) for site in calls]),  # all of them
-        keeps=_first(map(keeps_branch, calls)),
+        keeps=next(filter(None, map(keeps_branch, calls)), None),
     )
 
 
-def _first(found: Iterable[str | None]) -> str | None:
-    return next(filter(None, found), None)
+def _refusals(calls: Sequence[Site], shown: Sequence[tuple[ResidualBranch, ...]]) -> Iterator[str]:
+    """Why a block cannot be skipped exactly, with any options."""
+    for user in filter(None, map(side_effects, calls)):
+        yield (
+            f'"{user}" computes with a value made inside of it (a loss that a module of the branch '
+            "returns as one number works)"
+        )
+    if len({site.call.module for site in calls}) > 1 or len(set(shown)) > 1:
+        yield "its module is called several times with different structure"
+    for state in filter(None, map(keep_states, calls)):
+        yield (
+            f'it hands out a state of "{state}", which would be lost: pass example inputs with the '
+            "states, so that it is given one of the same form"
+        )
+    for branch in shown[0]:
+        if not branch.vanishes:
+            yield f"{branch.name} is not zero when its modules are dropped"
 
 
 def _branches(site: Site, folds: Sequence[Fold]) -> tuple[ResidualBranch, ...]:
-    recording, branches = site.recording, []
-    for number, (addition, fold) in enumerate(zip(site.additions, folds, strict=False)):
-        in_line = recording.not_held(addition.path, addition.members)
-        scaled, unscalable, vanishes = ends_of(site, addition)
-        branches.append(
-            ResidualBranch(
-                name=f"{site.name}:{number}",
-                modules=tuple(call.module for call in addition.members),
-                scaled=scaled,
-                unscalable=unscalable,
-                in_line_parameters=tuple(sorted(parameters_at(recording, in_line))),
-                vanishes=vanishes,
-                fold=fold,
-            )
+    recording = site.recording
+    return tuple(
+        ResidualBranch(
+            f"{site.name}:{number}",
+            tuple(call.module for call in addition.members),
+            *ends_of(site, addition),
+            parameters_at(recording, recording.not_held(addition.path, addition.members)),
+            fold,
         )
-    return tuple(branches)
+        for number, (addition, fold) in enumerate(zip(site.additions, folds, strict=False))
+    )
 
 
 def _explicit_blocks(
@@ -198,17 +203,17 @@ def _explicit_blocks(
         around = name.rpartition(".")[0]
         holder = type(model.get_submodule(around))
         is_list = issubclass(holder, nn.Sequential | nn.ModuleList | nn.ModuleDict)
-        is_layer = uses[holder] > 1 and not is_list and not _is_residual(holder)
+        is_layer = uses[holder] > 1 and not is_list and around not in names
         layers.setdefault(around if is_layer else name, []).append(name)
     for layer, own in layers.items():
         calls = [recording.calls_of.get(name, []) for name in own]
-        sums = [[(a, {a.node}) for call in c if (a := _sum(recording, call))] for c in calls]
+        sums = [[a for call in each if (a := _sum(recording, call))] for each in calls]
         branches = tuple(
             ResidualBranch(f"{layer}:{number}", (name,), fold=fold)
             for number, (name, fold) in enumerate(zip(own, folding.folds(sums), strict=True))
         )
         kind = type(model.get_submodule(layer)).__name__
-        place = calls[0][0].start if calls[0] else len(recording.nodes)
+        place = next((call.start for call in calls[0]), len(recording.nodes))
         yield place, ResidualBlock(layer, branches, kind, container=own[0], explicit=True)
 
 

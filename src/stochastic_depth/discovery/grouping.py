@@ -8,39 +8,40 @@ each addition is a block of its own, named after the modules of its branch.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
-from functools import cached_property
 
 from torch import nn
 
 from stochastic_depth.discovery.additions import Addition
+from stochastic_depth.discovery.effects import effects_of
 from stochastic_depth.discovery.recording import Call, Recording
 from stochastic_depth.torch_private.tracing import is_wrapper
 
 
-@dataclass(eq=False)
 class Site:
-    """One call of a block's module, and the additions in it that make the block."""
+    """One call of a block's module.
 
-    recording: Recording
-    name: str
-    call: Call
-    additions: list[Addition]
+    Args:
+        recording: The watched forward.
+        name: The block's name.
+        call: The call.
+        additions: The additions in it that make the block.
 
-    @cached_property
-    def members(self) -> list[Call]:
-        """The calls of the branches' modules."""
-        return [call for addition in self.additions for call in addition.members]
+    Attributes:
+        members: The calls of its branches' modules, in order.
+        sums: The sums of its additions.
+        path: The values of its branches.
+        effects: What the call does besides its output, outside of these modules, and the value.
+    """
 
-    @cached_property
-    def sums(self) -> set[int]:
-        """The sums of its additions."""
-        return {addition.node for addition in self.additions}
-
-    @cached_property
-    def path(self) -> list[int]:
-        """The values of its branches, in order."""
-        return sorted({value for addition in self.additions for value in addition.path})
+    def __init__(
+        self, recording: Recording, name: str, call: Call, additions: list[Addition]
+    ) -> None:
+        self.recording, self.name, self.call = recording, name, call
+        self.additions = sorted(additions, key=lambda addition: addition.node)
+        self.members = [call for addition in self.additions for call in addition.members]
+        self.sums = {addition.node for addition in additions}
+        self.path = {value for addition in additions for value in addition.path}
+        self.effects = effects_of(recording, call, self.members)
 
 
 class Grouping:
@@ -69,10 +70,7 @@ class Grouping:
             key = addition.container.index, self._name(addition)
             gathered.setdefault(key, []).append(addition)
         self._merge_into_layers(gathered)
-        found = [
-            Site(recording, name, recording.calls[call], sorted(own, key=lambda a: a.node))
-            for (call, name), own in gathered.items()
-        ]
+        found = [Site(recording, n, recording.calls[c], own) for (c, n), own in gathered.items()]
         self.sites = sorted(found, key=lambda site: site.additions[0].node)
 
     def _has_parameters(self, call: Call) -> bool:
@@ -103,26 +101,22 @@ class Grouping:
         sums = {a.node for a in additions}
         outer = [a for a in additions if not sums.isdisjoint(a.path)]
 
-        def look_alike(one: Addition, other: Addition) -> bool:
-            if one.container.parent is not None:
-                same_class = one.container.kind is other.container.kind
-                return same_class and one.container.module != other.container.module
-            # A loop in the model's own forward, over a list of modules.
-            (first, number), (second, place) = (
-                self._name(addition).rpartition(".")[::2] for addition in (one, other)
-            )
-            return number.isdigit() and place.isdigit() and first == second and number != place
+        def place(addition: Addition) -> tuple[object, str]:
+            """What may repeat, and at which of its repetitions the addition stands."""
+            if addition.container.parent is not None:
+                return addition.container.kind, addition.container.module
+            # In the model's own forward: a loop over a list of modules.
+            around, _, number = self._name(addition).rpartition(".")
+            return around if number.isdigit() else addition, number
+
+        places = {addition: place(addition) for addition in outer}
 
         def repeats(addition: Addition) -> bool:
-            return any(
-                look_alike(addition, other)
-                and not addition.contains(other)
-                and not other.contains(addition)
-                for other in outer
-                if other is not addition
-            )
+            what, number = places[addition]
+            alike = [a for a, place in places.items() if place[0] == what and place[1] != number]
+            return not all(addition.contains(a) or a.contains(addition) for a in alike)
 
-        return [a for a in additions if sums.isdisjoint(a.path) or repeats(a)]
+        return [a for a in additions if a not in places or repeats(a)]
 
     def _name(self, addition: Addition) -> str:
         """The container's name, or what the names of the branch's modules begin with."""

@@ -73,6 +73,33 @@ POSITIVE = frozenset({Kind.POSITIVE, Kind.RELU, Kind.MAX_POOL})
 AFFINE = HOMOGENEOUS | PRODUCTS | SUMS | {Kind.SHIFT, Kind.BATCH_NORM}
 """Affine in their data where only one operand depends on it (for sums: any number)."""
 
+# What multiplying some values by s multiplies another one by: a degree n >= 0 stands for s ** n.
+# What is not multiplied so may still be zero where they are.
+VANISHES, UNKNOWN = -1, -2
+
+
+def degree(kind: Kind, name: str, given: Sequence[int]) -> int:
+    """The degree of what an operation makes, from those of its inputs."""
+    if not any(given):
+        return 0
+    found: int | None = None
+    zeros = [own not in (0, UNKNOWN) for own in given]
+    if kind in SUMS:
+        found, vanishes = given[0] if len(set(given)) == 1 else None, all(zeros)
+    elif kind in PRODUCTS and len(given) > 2:
+        bias = given[0] if name in ("addmm", "baddbmm") else given[2]
+        found, vanishes = bias if 2 * bias == sum(given) else None, False
+    elif kind in PRODUCTS:
+        found, vanishes = sum(given), any(zeros)
+    else:
+        is_homogeneous = kind in HOMOGENEOUS | POSITIVE
+        found = given[0] if is_homogeneous and not any(given[1:]) else None
+        vanishes = zeros[0] and (is_homogeneous or name in ZERO_AT_ZERO)
+    if found is not None and min(given) >= 0:
+        return found
+    return VANISHES if vanishes else UNKNOWN
+
+
 FILLED = frozenset(
     "new_empty new_empty_strided new_full new_ones new_zeros empty_like full_like ones_like "
     "rand_like randint_like randn_like zeros_like".split()

@@ -10,62 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import nn
 
 from stochastic_depth.discovery.additions import Addition
 from stochastic_depth.discovery.grouping import Site
-from stochastic_depth.discovery.operations import (
-    HOMOGENEOUS,
-    NORMS,
-    POSITIVE,
-    PRODUCTS,
-    SUMS,
-    ZERO_AT_ZERO,
-    Kind,
-)
+from stochastic_depth.discovery.operations import NORMS, PRODUCTS, SUMS, UNKNOWN, Kind, degree
 from stochastic_depth.discovery.recording import Node, Recording
 from stochastic_depth.discovery.ways import reached
 
-# What multiplying the ends of a branch by s multiplies a value by: a degree n >= 0 stands for
-# s ** n. One value that is not multiplied so is zero where they are, of another that is not known.
-_VANISHES, _UNKNOWN = -1, -2
 
+def ends_of(site: Site, addition: Addition) -> tuple[tuple[tuple[int, int], ...], str | None, bool]:
+    """Where to multiply a branch: the outputs that its sum is made of without a module between.
 
-def _degree(node: Node, given: Sequence[int]) -> int:
-    """The degree of an operation's result, from those of its inputs."""
-    if not any(given):
-        return 0
-    zeros, product = [degree not in (0, _UNKNOWN) for degree in given], sum(given)
-    if node.kind in SUMS:
-        if len(set(given)) == 1:
-            return given[0]
-        return _VANISHES if all(zeros) else _UNKNOWN
-    if node.kind in PRODUCTS and len(given) > 2:
-        bias = given[0] if node.op in ("addmm", "baddbmm") else given[2]
-        return bias if min(given) >= 0 and 2 * bias == product else _UNKNOWN
-    if node.kind in PRODUCTS:
-        if min(given) >= 0:
-            return product
-        return _VANISHES if any(zeros) else _UNKNOWN
-    if node.kind in HOMOGENEOUS | POSITIVE and not any(given[1:]):
-        return given[0]
-    if node.kind in HOMOGENEOUS | POSITIVE or node.op in ZERO_AT_ZERO:
-        return _VANISHES if zeros[0] else _UNKNOWN
-    return _UNKNOWN
-
-
-class Ends(NamedTuple):
-    """Where a branch ends."""
-
-    scaled: tuple[tuple[int, frozenset[int]], ...]  # members, and which leaves of their outputs
-    unscalable: str | None  # why multiplying there would not multiply the branch exactly once
-    vanishes: bool  # whether the branch is known to be zero where all of its ends are
-
-
-def ends_of(site: Site, addition: Addition) -> Ends:
-    """Where to multiply a branch: the outputs that its sum is made of without a module between."""
+    Returns:
+        Positions of its modules, and leaves of their outputs; why multiplying there would not
+        multiply the branch exactly once, or None; whether the branch is known to be zero where all
+        of these outputs are.
+    """
     nodes, path = site.recording.nodes, set(addition.path)
     place_of = {
         index: (position, number)
@@ -79,26 +41,23 @@ def ends_of(site: Site, addition: Addition) -> Ends:
 
     values = set(reached([addition.branch], onwards))
     ends, in_line = values & place_of.keys(), sorted(values - place_of.keys())
-    degrees = _degrees(site.recording, ends, in_line)
-    vanishes = degrees.get(addition.branch, 0) not in (0, _UNKNOWN)
-    why = _not_once(site, addition, degrees, in_line)
     final = max((place_of[index][0] for index in ends), default=0)
-    one = {index for index in ends if place_of[index][0] == final}
-    of_one = _degrees(site.recording, one, in_line)
+    last = {index for index in ends if place_of[index][0] == final}
+    of_all, of_last = (_degrees(site.recording, own, in_line) for own in (ends, last))
+    vanishes = of_all.get(addition.branch, 0) not in (0, UNKNOWN)
+    why = _not_once(site, addition, of_all, in_line)
     # A product of two modules' outputs is scaled by scaling one of them.
-    if why is not None and _not_once(site, addition, of_one, in_line) is None:
-        ends, why = one, None
-    places = sorted({place_of[index][0] for index in ends})
-    leaves = [{n for p, n in map(place_of.__getitem__, ends) if p == place} for place in places]
-    return Ends(tuple(zip(places, map(frozenset, leaves), strict=True)), why, vanishes)
+    if why is not None and _not_once(site, addition, of_last, in_line) is None:
+        ends, why = last, None
+    return tuple(sorted(place_of[index] for index in ends)), why, vanishes
 
 
 def _degrees(recording: Recording, ends: Iterable[int], in_line: list[int]) -> dict[int, int]:
     """The degrees of the values in line behind the ends, and of these."""
     degrees = dict.fromkeys(ends, 1)
-    for index in in_line:
-        node = recording.nodes[index]
-        degrees[index] = _degree(node, [degrees.get(source, 0) for source in node.inputs])
+    for node in map(recording.nodes.__getitem__, in_line):
+        given = [degrees.get(source, 0) for source in node.inputs]
+        degrees[node.index] = degree(node.kind, node.op, given)
     return degrees
 
 
@@ -110,7 +69,7 @@ def _not_once(
     if degrees.get(addition.branch) != 1:
         op = recording.nodes[in_line[-1]].op if in_line else "nothing"
         return f"it ends in {op}, computed in line behind its last module"
-    for index in [index for index, degree in degrees.items() if degree]:
+    for index in [index for index, power in degrees.items() if power]:
         for user in recording.consumers[index]:
             # Another form of a value, with which nobody computes, does not count.
             is_form = recording.nodes[user].kind in (Kind.MOVE, Kind.JOIN)
@@ -145,64 +104,53 @@ class Folding:
         for node in recording.nodes:
             for name in parameters_at(recording, [node.index]) if node.meets_parameter else ():
                 self._uses.setdefault(name, set()).add(node.operation)
-        holders: dict[nn.Parameter, list[str]] = {}
+        self._parameters = dict(model.named_parameters())
+        self._holders: dict[nn.Parameter, list[str]] = {}
         for holder, module in model.named_modules():
             for parameter in module.parameters(recurse=False):
-                holders.setdefault(parameter, []).append(holder)
-        self._idle = {  # parameters of several modules, one of which was not called
-            name: holder
-            for name, parameter in model.named_parameters()
-            for holder in holders[parameter]
-            if len(holders[parameter]) > 1 and holder not in recording.calls_of
-        }
+                self._holders.setdefault(parameter, []).append(holder)
 
-    def folds(self, branches: Sequence[Sequence[tuple[Addition, set[int]]]]) -> list[Fold]:
+    def folds(self, branches: Sequence[Sequence[Addition]]) -> list[Fold]:
         """What the factors of a block's branches can go into.
 
         Args:
-            branches: For each branch, its addition in each call of the block, and the sums of all
-                branches in that call, which have one factor.
+            branches: For each branch, its addition in each call of the block.
         """
-        found = [[self._taken(*addition) for addition in calls] for calls in branches]
-        uses = [own for calls in found for own in calls if isinstance(own, dict)]
-        inside = {use for own in uses for use in own.values()}
-        return [self._together(calls, inside) for calls in found]
+        sums = {addition.node for calls in branches for addition in calls}
+        taken = [self._taken(calls, sums) for calls in branches]
+        inside = {use for own in taken if isinstance(own, dict) for use in own}
+        return [
+            Fold(obstacle=own) if isinstance(own, str) else self._exclusive(own, inside)
+            for own in taken
+        ]
 
-    def _together(self, calls: Sequence[dict[str, int] | str], inside: set[int]) -> Fold:
-        """The fold of a branch, whose parameters must not be used outside of the block's folds."""
-        names: dict[str, int] = {}
-        for own in calls:
-            if isinstance(own, str):
-                return Fold(obstacle=own)
-            for name in own:
-                if name in self._idle:
-                    holder = self._idle[name]
-                    return Fold(obstacle=f"{name} is shared with {holder}, which was not called")
-                for use in sorted(self._uses[name] - inside):
-                    where = self.recording.module_at(use)
-                    return Fold(obstacle=f"{name} is shared with {where}")
-            names |= own
-        if not calls:
-            return Fold(obstacle="its branch was not watched: pass example_inputs to apply")
+    def _exclusive(self, taken: dict[int, list[str]], inside: set[int]) -> Fold:
+        """The fold, or the obstacle that a parameter is used outside of the block's folds."""
+        names = dict.fromkeys(name for own in taken.values() for name in own)
+        for name in names:
+            holders = self._holders[self._parameters[name]]
+            idle = [holder for holder in holders if holder not in self.recording.calls_of]
+            if idle and len(holders) > 1:
+                return Fold(obstacle=f"{name} is shared with {idle[-1]}, which was not called")
+            for use in sorted(self._uses[name] - inside):
+                return Fold(obstacle=f"{name} is shared with {self.recording.module_at(use)}")
         return Fold(tuple(names))
 
-    def _taken(self, addition: Addition, sums: set[int]) -> dict[str, int] | str:
-        """The parameters that scale a branch in one call, and where they do; or an obstacle."""
-        recording, nodes, path = self.recording, self.recording.nodes, set(addition.path)
-        taken: dict[str, int] = {}
+    def _taken(self, calls: Sequence[Addition], sums: set[int]) -> dict[int, list[str]] | str:
+        """For each operation that scales a branch, the parameters that do; or an obstacle."""
+        if not calls:
+            return "its branch was not watched: pass example_inputs to apply"
+        recording, nodes = self.recording, self.recording.nodes
+        path = {value for addition in calls for value in addition.path}
+        taken: dict[int, list[str]] = {}
 
         def onwards(value: int) -> list[int]:
-            if value not in path:
-                raise _ObstacleError("a value that bypasses its parameters reaches the sum")
             names, data = self._step(nodes[value], path)
-            for name in names:
-                if name in taken:
-                    raise _ObstacleError(f"{name} is used in it twice")
-                taken[name] = nodes[value].operation
+            taken.update({nodes[value].operation: names} if names else {})
             return data
 
         try:
-            seen = list(reached([addition.branch], onwards))
+            seen = list(reached([addition.branch for addition in calls], onwards))
         except _ObstacleError as obstacle:
             return str(obstacle)
         walked = {nodes[index].operation for index in (*seen, *sums)}
@@ -229,9 +177,10 @@ class Folding:
             return names, []
         if node.kind in PRODUCTS and own and len(own) + 1 == len(node.inputs):
             return names, []
-        added = own if node.kind in SUMS else []  # are scaled with what they are added to
-        if _degree(node, [int(index in (*data, *added)) for index in node.inputs]) == 1:
-            return names if added else [], data
+        # What is added to data is scaled with it.
+        scaled = {*data, *own} if node.kind in SUMS else set(data)
+        if degree(node.kind, node.op, [int(index in scaled) for index in node.inputs]) == 1:
+            return names if node.kind in SUMS else [], data
         raise _ObstacleError(
             f"its last operation, {node.op} in {where}, is not affine in parameters of its own"
         )
@@ -246,7 +195,7 @@ class Folding:
         return node.parameter
 
 
-def parameters_at(recording: Recording, nodes: Iterable[int]) -> set[str]:
+def parameters_at(recording: Recording, nodes: Iterable[int]) -> frozenset[str]:
     """The parameters that these operations meet, at first hand or made into something else."""
     made_of = [
         source
@@ -256,4 +205,4 @@ def parameters_at(recording: Recording, nodes: Iterable[int]) -> set[str]:
         if recording.nodes[source].of_parameters
     ]
     found = (recording.nodes[index].parameter for index in recording.behind(made_of, 0))
-    return {name for name in found if name is not None}
+    return frozenset(name for name in found if name is not None)

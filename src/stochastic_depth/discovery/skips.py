@@ -7,11 +7,12 @@ run, and returns that input. A ReLU may lie on the way where the input is the ou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import reduce
 
 import torch
 
-from stochastic_depth.discovery.effects import effects_of, within
+from stochastic_depth.discovery.effects import within
 from stochastic_depth.discovery.grouping import Site
 from stochastic_depth.discovery.operations import Kind
 from stochastic_depth.discovery.recording import Node
@@ -28,7 +29,7 @@ class Skip:
     """
 
     def __init__(self, site: Site) -> None:
-        self.recording, self.call, self.members = site.recording, site.call, site.members
+        self.site, self.recording, self.call = site, site.recording, site.call
         self.skips = {addition.node: addition.skip for addition in site.additions}
         self.walked: set[int] = set()
         self.template = None
@@ -41,36 +42,30 @@ class Skip:
     def _template(self) -> Template | None:
         watched = self.call.template
         assert watched is not None
-        leaves: list[Given | Constant] = []
-        for node, leaf in zip(self.call.outputs, watched.leaves, strict=True):
-            # An argument may be handed out that was changed in place.
-            found = leaf if node is None else self._argument(node)
-            if not isinstance(found, Given | Constant):
-                return None
-            leaves.append(found)
-        skips = any(isinstance(leaf, Given) for leaf in leaves)
-        return Template(tuple(leaves), watched.spec) if skips else None
+        # An argument may be handed out that was changed in place.
+        found = (
+            leaf if node is None else self._argument(node)
+            for node, leaf in zip(self.call.outputs, watched.leaves, strict=True)
+        )
+        leaves = tuple(leaf for leaf in found if isinstance(leaf, Given | Constant))
+        if len(leaves) < len(watched.leaves) or not any(isinstance(n, Given) for n in leaves):
+            return None
+        return Template(leaves, watched.spec)
 
     def _argument(self, output: int) -> Given | None:
         """The argument that an output is when the branches are dropped."""
-        nodes, way, relu = self.recording.nodes, [output], False
-        node = nodes[output]
-        while node.index not in self.call.given:
-            if node.index in self.skips:
-                source = self.skips[node.index]
-            elif node.kind is Kind.MOVE and node.inputs:
-                source = node.inputs[0]
-            elif node.kind is Kind.RELU:
-                source, relu = node.inputs[0], True
-            else:
+        nodes, way = self.recording.nodes, [output]
+        while way[-1] not in self.call.given:
+            node = nodes[way[-1]]
+            passes = node.kind in (Kind.MOVE, Kind.RELU) and node.inputs
+            if not passes and node.index not in self.skips:
                 return None
-            node = nodes[source]
-            way.append(source)
-        way.reverse()
+            way.append(self.skips.get(node.index, node.inputs[0]))
         self.walked.update(way)
-        if not _is_same(nodes, way) or (relu and not self._comes_from_relu(way[0])):
+        relu = any(nodes[index].kind is Kind.RELU for index in way[:-1])
+        if not _is_same(nodes, way[::-1]) or (relu and not self._comes_from_relu(way[-1])):
             return None
-        return self.call.place_of(way[0])
+        return self.call.place_of(way[-1])
 
     def _comes_from_relu(self, value: int) -> bool:
         """Whether a value is the output of a ReLU, or of a max-pool of one."""
@@ -92,10 +87,8 @@ class Skip:
 
     def _acts(self) -> bool:
         """Whether the call does something besides its output that is no part of a branch."""
-        if effects_of(self.recording, self.call, self.members):
-            return True
-        left = within(self.members)
-        return any(
+        left = within(self.site.members)
+        return bool(self.site.effects) or any(
             target < self.call.start and node.index not in self.walked
             for node in self.recording.nodes[self.call.start : self.call.end]
             if node.overwrites and node.call not in left
@@ -104,28 +97,24 @@ class Skip:
 
     def _must_copy(self) -> bool:
         """Whether an output is written to later, or the input is the model's own or its output."""
-        recording = self.recording
-        own = {index for index in self.call.given if index is not None} & self.walked
-        if any(set(recording.nodes[index].overwrites) & own for index in self.walked):
+        recording, own = self.recording, self.walked.intersection(self.call.given)
+        if any(not own.isdisjoint(recording.nodes[index].overwrites) for index in self.walked):
             return False  # the block itself hands out its very input
-        root = recording.calls[0]
-        held = {self._base(index) for index in (*root.given, *root.outputs) if index is not None}
-        if any(self._base(index) in held for index in own):
+        root, writes = recording.calls[0], recording.writes
+        if self._memories(own) & self._memories((*root.given, *root.outputs)):
             return True
-        outputs = {self._base(index) for index in self.call.outputs if index is not None}
-        return any(
-            self._base(target) in outputs
-            for node in recording.writes
-            if node.index >= self.call.end
-            for target in node.overwrites
-        )
+        later = [i for node in writes if node.index >= self.call.end for i in node.overwrites]
+        return bool(self._memories(self.call.outputs) & self._memories(later))
 
-    def _base(self, index: int) -> int:
-        """The value whose memory this one is a view of."""
-        node = self.recording.nodes[index]
-        while node.is_view and node.inputs:
-            node = self.recording.nodes[node.inputs[0]]
-        return node.index
+    def _memories(self, values: Iterable[int | None]) -> set[int]:
+        """The values whose memory these lie in: they are these or views of them."""
+        found: set[int] = set()
+        for value in [value for value in values if value is not None]:
+            node = self.recording.nodes[value]
+            while node.is_view and node.inputs:
+                node = self.recording.nodes[node.inputs[0]]
+            found.add(node.index)
+        return found
 
 
 def _is_same(nodes: Sequence[Node], way: Sequence[int]) -> bool:
@@ -135,11 +124,8 @@ def _is_same(nodes: Sequence[Node], way: Sequence[int]) -> bool:
         return False
     if any(torch.promote_types(first.dtype, nodes[i].dtype) != nodes[i].dtype for i in way):
         return False  # rounded in between
-    moved = [nodes[index] for index in way[1:] if nodes[index].replay is not None]
-    if not moved:
+    replays = [replay for index in way[1:] if (replay := nodes[index].replay) is not None]
+    if not replays:
         return True
-    numbers = value = torch.arange(first.shape.numel(), device="cpu").view(first.shape)
-    for node in moved:
-        assert node.replay is not None
-        value = node.replay(value)
-    return torch.equal(value, numbers)
+    numbers = torch.arange(first.shape.numel(), device="cpu").view(first.shape)
+    return torch.equal(reduce(lambda value, replay: replay(value), replays, numbers), numbers)

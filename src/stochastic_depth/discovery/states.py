@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import permutations
 
-from stochastic_depth.discovery.additions import Addition
-from stochastic_depth.discovery.effects import effects_of
 from stochastic_depth.discovery.grouping import Site
 from stochastic_depth.discovery.operations import HOMOGENEOUS, MERGES, PRODUCTS, SUMS, Kind
 from stochastic_depth.discovery.recording import RECURRENT, Call, Recording
@@ -19,26 +16,24 @@ def unread_outputs(recording: Recording, call: Call, members: list[Call]) -> fro
     """The outputs of a member whose values only other members compute with."""
     handed_out = {node for outer in recording.enclosing(call.parent) for node in outer.outputs}
 
-    def unread(node: int) -> bool:
-        users = recording.consumers[node]
-        return (
-            bool(users)
-            and node not in handed_out
-            and all(
-                recording.nodes[user].kind is Kind.MOVE
-                and not recording.nodes[user].overwrites
-                and unread(user)
-                for user in recording.not_held(users, members)
-            )
+    def in_line(value: int) -> list[int]:
+        return recording.not_held(recording.consumers[value], members)
+
+    def is_unread(output: int) -> bool:
+        return all(
+            recording.consumers[value]
+            and value not in handed_out
+            and (value == output or recording.nodes[value].kind is Kind.MOVE)
+            for value in reached([output], in_line)
         )
 
     return frozenset(
-        number for number, node in enumerate(call.outputs) if node is not None and unread(node)
+        n for n, node in enumerate(call.outputs) if node is not None and is_unread(node)
     )
 
 
-def side_effects(site: Site, additions: Sequence[Addition]) -> str | None:
-    """Who else, outside of these branches, computes with a value made in their modules.
+def side_effects(site: Site) -> str | None:
+    """Who else, outside of the branches, computes with a value made in their modules.
 
     Returns:
         The name of a module that does, or None. Values that only leave as outputs (attention
@@ -46,18 +41,16 @@ def side_effects(site: Site, additions: Sequence[Addition]) -> str | None:
         them and hands out does.
     """
     recording, nodes, container = site.recording, site.recording.nodes, site.call
-    members = [call for addition in additions for call in addition.members]
-    sums = {addition.node for addition in additions}
     made = {
         index
-        for call in members
+        for call in site.members
         for index in range(call.start, call.end)
         if nodes[index].op  # not the parameters, buffers and inputs met on the way
     }
-    outputs = {index for call in members for index in call.outputs if index is not None}
+    outputs = {index for call in site.members for index in call.outputs if index is not None}
     terms = {index for index in outputs if _is_loss_term(recording, index)}
-    own = made | recording.behind([a.branch for a in additions], container.start)
-    for index in sorted({index for addition in additions for index in addition.path}):
+    own = made | recording.behind([a.branch for a in site.additions], container.start)
+    for index in sorted(site.path):
         if not made.isdisjoint(nodes[index].inputs):  # what is computed in line from that
             made.add(index)
     users = {
@@ -65,9 +58,9 @@ def side_effects(site: Site, additions: Sequence[Addition]) -> str | None:
         for index in made
         if index not in terms and not recording.is_state(index)
         for user in recording.consumers[index]
-        if user not in own and user not in sums
+        if user not in own and user not in site.sums
     }
-    ends = sums | set(recording.calls[0].outputs)
+    ends = site.sums | set(recording.calls[0].outputs)
     for index in reached(sorted(users), recording.consumers.__getitem__):
         if index >= container.end or index in ends or nodes[index].op == "":
             return recording.module_at(index)
@@ -94,45 +87,31 @@ def keep_states(site: Site) -> str | None:
     A state is computed from an argument of its own form, which takes its place in the template of
     the module. The name of a recurrent module is returned that was given none.
     """
-    stream = {*site.path, *(addition.root for addition in site.additions)}
+    recording, nodes = site.recording, site.recording.nodes
+    stream = site.path | {addition.root for addition in site.additions}
+    handed_out = {node for node in site.call.outputs if node is not None} - stream
     for member in site.members:
-        if member.template is None or set(site.call.outputs).isdisjoint(member.outputs):
+        if member.template is None or handed_out.isdisjoint(member.outputs):
             continue
         leaves, taken = list(member.template.leaves), set(stream)
         for number, node in enumerate(member.outputs):
-            if node is None or node not in site.call.outputs or node in stream:
+            if node is None or node not in handed_out or not isinstance(leaves[number], Made):
                 continue
-            if not isinstance(leaves[number], Made):
-                continue
-            before = _state_before(site.recording, member, node, taken)
-            if before is not None:
-                taken.add(before)  # of several of one form each has its own
-                leaves[number] = member.place_of(before) or leaves[number]
-            elif _is_recurrent(site.recording, member, node):
-                return member.module
+            form = nodes[node].shape, nodes[node].dtype, nodes[node].device
+            for before in member.given:
+                given = None if before is None or before in taken else nodes[before]
+                if given is None or (given.shape, given.dtype, given.device) != form:
+                    continue
+                if not given.of_parameters and recording.reaches(given.index, node):
+                    taken.add(given.index)  # of several of one form each has its own
+                    leaves[number] = member.place_of(given.index) or leaves[number]
+                    break
+            else:
+                inside = [recording.calls[index] for index in member.inside]
+                if any(issubclass(c.kind, RECURRENT) and node in c.outputs for c in inside):
+                    return member.module
         member.template = replace(member.template, leaves=tuple(leaves))
     return None
-
-
-def _state_before(recording: Recording, member: Call, node: int, taken: set[int]) -> int | None:
-    own = recording.nodes[node]
-    for index in member.given:
-        if index is None or index in taken:
-            continue
-        given = recording.nodes[index]
-        alike = (given.shape, given.dtype, given.device) == (own.shape, own.dtype, own.device)
-        if alike and not given.of_parameters and recording.reaches(index, node):
-            return index
-    return None
-
-
-def _is_recurrent(recording: Recording, member: Call, node: int) -> bool:
-    """Whether a recurrent module in this call, or the called one, hands the value out."""
-    return any(
-        issubclass(recording.calls[index].kind, RECURRENT)
-        and node in recording.calls[index].outputs
-        for index in member.inside
-    )
 
 
 def keeps_branch(site: Site) -> str | None:
@@ -142,8 +121,8 @@ def keeps_branch(site: Site) -> str | None:
     def onwards(value: int) -> list[int]:
         return [i for i in nodes[value].inputs if i >= site.call.start and i not in site.sums]
 
-    for text, kept in effects_of(site.recording, site.call, site.members):
-        if kept >= 0 and not set(site.path).isdisjoint(reached([kept], onwards)):
+    for text, kept in site.effects:
+        if kept >= 0 and not site.path.isdisjoint(reached([kept], onwards)):
             return text
     return None
 

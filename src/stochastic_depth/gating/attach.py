@@ -131,13 +131,12 @@ def _roles(
     gate.stands_in = not as_one or any(branch.unscalable for branch in branches)
     wanted: dict[int, Role] = {}
     for number, (addition, branch) in enumerate(zip(additions, branches, strict=True)):
-        scaled = dict(branch.scaled)
         calls = addition.members
         rows = [BatchDims()] * len(calls)
         if batches is not None and not as_one:
-            rows = of_members(batches, addition, scaled)
+            rows = of_members(batches, addition, branch.scaled)
         for place, call in enumerate(calls):
-            ends = scaled.get(place, frozenset())
+            ends = [leaf for position, leaf in branch.scaled if position == place]
             if not gate.stands_in and not ends:
                 continue
             module = model.get_submodule(call.module)

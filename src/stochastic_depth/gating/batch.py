@@ -125,14 +125,14 @@ def of_block(
 
 
 def of_members(
-    batches: Batches, addition: Addition, ends: Mapping[int, frozenset[int]]
+    batches: Batches, addition: Addition, ends: Collection[tuple[int, int]]
 ) -> list[BatchDims]:
     """Of each module of a branch: where it takes the kept rows and where it puts them back.
 
     Args:
         batches: The two watches.
         addition: The branch's sum.
-        ends: Which leaves of which member (by position) make up the branch's value.
+        ends: What makes up the branch's value: positions of members, leaves of their outputs.
     """
     recording, found = batches.few, []
     kept_rows: set[int] = set()  # values that hold the kept rows alone
@@ -147,7 +147,7 @@ def of_members(
             number: dim
             for number, dim in batches.dims(call.outputs).items()
             for node in [call.outputs[number]]
-            if number in ends.get(place, ())
+            if (place, number) in ends
             # It leaves the block as an output, and nobody computes with it.
             or (node in handed_out and node is not None and not recording.consumers[node])
         }
