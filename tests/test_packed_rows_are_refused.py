@@ -91,3 +91,34 @@ def test_mode_batch_takes_them() -> None:
     ids, mask = example([2, 5, 4, 5])
     with depth.fixed({block.name: False for block in depth.blocks}):
         assert torch.equal(model.train()(ids, mask), model.embed(ids)[mask])
+
+
+class InWindows(nn.Module):
+    """A block that is given several rows for each example."""
+
+    def __init__(self, *, together: bool) -> None:
+        super().__init__()
+        self.block, self.together = Pointwise(), together
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = x.flatten(0, 1) if self.together else x.transpose(0, 1).flatten(0, 1)
+        out: Tensor = self.block(windows, x)
+        return out
+
+
+@pytest.mark.filterwarnings("ignore::stochastic_depth.StochasticDepthWarning")
+@pytest.mark.parametrize("together", [True, False])
+def test_the_rows_of_an_example_have_to_lie_side_by_side(together: bool) -> None:
+    model: Any = settled(lambda: InWindows(together=together)).train()
+    options: dict[str, Any] = {"mode": "sample", "example_inputs": torch.randn(2, 3, WIDTH)}
+    if not together:
+        with pytest.raises(sd.RefusedBlockError, match="do not lie side by side"):
+            sd.apply_stochastic_depth(model, 0.5, **options)
+        return
+    depth = sd.apply_stochastic_depth(model, 0.5, "uniform", scale="none", **options)
+    x = torch.randn(8, 3, WIDTH)
+    out = model(x).unflatten(0, (8, 3))
+    (kept,) = depth.last_gates.values()
+    assert isinstance(kept, tuple)
+    assert 0 < len(kept) < 8
+    assert [bool((out[row] != x[row]).any()) for row in range(8)] == [n in kept for n in range(8)]

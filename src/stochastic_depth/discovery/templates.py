@@ -25,17 +25,6 @@ class Given(NamedTuple):
     place: Place
     leaf: int = 0  # which of the argument's leaves; that of a tensor is the tensor itself
 
-    def find(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], positional: tuple[str, ...]
-    ) -> Any:
-        """The leaf, also where it is passed by keyword this time, or by position."""
-        place = self.place
-        if isinstance(place, int) and place >= len(args):
-            place = positional[place]
-        elif isinstance(place, str) and place not in kwargs:
-            place = positional.index(place)
-        return tree_leaves(args[place] if isinstance(place, int) else kwargs[place])[self.leaf]
-
 
 class Made(NamedTuple):
     """A tensor that the call makes."""
@@ -116,10 +105,12 @@ class Template:
             positional: The names of the parameters of the module's forward.
         """
         leaves: list[Any] = []
+        is_given = Given in map(type, self.leaves)
+        given = dict(placed_leaves(args, kwargs, positional)) if is_given else {}
         for number, leaf in enumerate(self.leaves):
             if isinstance(leaf, Given):
-                given = leaf.find(args, kwargs, positional)
-                leaves.append(torch.zeros_like(given) if number in zeros else given)
+                value = given[Given(named(leaf.place, positional), leaf.leaf)]
+                leaves.append(torch.zeros_like(value) if number in zeros else value)
             elif isinstance(leaf, Made):
                 leaves.append(leaf.new(unread=number in unread - zeros))
             elif isinstance(leaf, Constant):
@@ -165,18 +156,16 @@ def placed_leaves(
 
 def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ...]:
     """What the shapes of a module's output may depend on, hashable."""
-    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):  # the short way, for most
-        return (*_describe_leaf(args[0]), _autocast(args[0].device.type))
+    x = args[0] if len(args) == 1 and not kwargs else None
+    if isinstance(x, Tensor) and x.layout == torch.strided:  # the short way, for most
+        return x.shape, x.stride(), x.dtype, x.device, _autocast(x.device.type)
     leaves = tree_leaves((args, kwargs))
     kinds = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
-    return (
-        *map(_describe_leaf, leaves),
-        *map(_autocast, sorted(kinds)),
-        trees.tree_outline((args, kwargs)),
-    )
+    described = map(_describe_leaf, leaves)
+    return (*described, *map(_autocast, sorted(kinds)), trees.tree_outline((args, kwargs)))
 
 
-def _describe_leaf(leaf: Any) -> Any:
+def _describe_leaf(leaf: object) -> object:
     if isinstance(leaf, Tensor):
         stride = leaf.stride() if leaf.layout == torch.strided else None
         return leaf.shape, stride, leaf.dtype, leaf.device
