@@ -297,6 +297,18 @@ def test_eval_under_warmup_scales_by_the_rates_of_the_moment(name: str, unit: st
         depth.step()
 
 
+def test_a_schedule_that_looks_at_more_than_the_step_is_asked_every_time() -> None:
+    """Composer's time, say, which goes on within a step."""
+    factor = [1.0]
+    plain, model, x, depth = gated("pre-norm", schedule=lambda step: factor[0])
+    plain.eval()
+    model.eval()
+    for value in (1.0, 0.5, 0.0):
+        factor[0] = value
+        assert torch.equal(model(x), pre_norm(plain, x, survival(depth)))
+    assert torch.equal(model(x), plain(x))
+
+
 def test_each_branch_has_the_scale_of_its_own_schedule() -> None:
     plain, model, x, depth = gated(
         "pre-norm",
