@@ -52,11 +52,7 @@ def uniform(num_blocks: int, drop_rate: float) -> list[float]:
     return [drop_rate] * num_blocks
 
 
-_BY_NAME: dict[str, Distribution] = {
-    "linear": linear,
-    "linear_from_zero": linear_from_zero,
-    "uniform": uniform,
-}
+_BY_NAME: dict[str, Distribution] = {f.__name__: f for f in (linear, linear_from_zero, uniform)}
 
 
 def resolve_rates(
@@ -93,7 +89,7 @@ def resolve_rates(
             instead="leave drop_distribution out, or pass one number as drop_rate",
         )
     if not isinstance(drop_rate, Mapping):
-        return _one_per_block(drop_rate, names, source="drop_rate")
+        return _per_block(drop_rate, names, source="drop_rate")
     if not drop_rate:
         raise SelectionError(
             "drop_rate is an empty mapping",
@@ -132,12 +128,10 @@ def _spread_over_depth(
             expected="a list of rates, one per block",
             instead='return a list; for one rate everywhere, pass drop_distribution="uniform"',
         )
-    return _one_per_block(rates, names, source=source)
+    return _per_block(rates, names, source=source)
 
 
-def _one_per_block(
-    rates: Iterable[float], names: Sequence[str], *, source: str
-) -> tuple[float, ...]:
+def _per_block(rates: Iterable[float], names: Sequence[str], *, source: str) -> tuple[float, ...]:
     values = list(rates)
     if len(values) != len(names):
         raise OptionError(

@@ -101,7 +101,7 @@ def uniforms(
         >>> round(first, 4), round(second, 4)
         (0.1341, 0.1237)
     """
-    return tuple(map(uniform, integers(seed, step, call, Names(names), rank)))
+    return tuple(map(real, integers(seed, step, call, Names(names), rank)))
 
 
 class Names:
@@ -112,16 +112,14 @@ class Names:
         self.bytes, self.format = 8 * len(names), f"<{len(names)}Q"
 
 
-def integers(
-    seed: int, step: int, call: int, names: Names, rank: int | None = None
-) -> tuple[int, ...]:
+def integers(seed: int, step: int, call: int, names: Names, rank: int | None) -> tuple[int, ...]:
     """The same as integers of 64 bits."""
     key = f"{seed},{step},{call},{rank}".encode() + names.digest
     return struct.unpack(names.format, shake_128(key).digest(names.bytes))
 
 
-def uniform(number: int) -> float:
-    """One of these integers as a number in [0, 1)."""
+def real(number: int) -> float:
+    """One of these integers as a real number in [0, 1)."""
     return (number >> 11) * 2.0**-53  # the 53 bits of a float
 
 

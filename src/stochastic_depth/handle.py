@@ -139,7 +139,7 @@ class StochasticDepth:
 
     def disabled(self) -> AbstractContextManager[None]:
         """Every branch runs at its inference scale, in train mode too (`update_bn`)."""
-        return self._plan.force(disabled=True)
+        return self._plan.force(None, disabled=True)
 
     def state_dict(self) -> dict[str, Any]:
         """What it takes to continue the sequence of draws exactly; plain numbers and strings."""

@@ -19,16 +19,7 @@ from typing import Any, Literal, NamedTuple
 from stochastic_depth.clock import Clock
 from stochastic_depth.discovery.blocks import ResidualBlock
 from stochastic_depth.distributed import place
-from stochastic_depth.draw import (
-    Counts,
-    Draw,
-    Names,
-    balanced,
-    integers,
-    kept_count,
-    limit,
-    uniform,
-)
+from stochastic_depth.draw import Counts, Draw, Names, balanced, integers, kept_count, limit, real
 from stochastic_depth.rows import Rows
 from stochastic_depth.schedules import ResolvedSchedule
 
@@ -210,10 +201,10 @@ class Plan:
         if not rate:
             return batch
         allowed = self.counts[self.block_of[unit]]
-        count = kept_count(uniform(row.drawn[unit]), batch, rate, allowed)
+        count = kept_count(real(row.drawn[unit]), batch, rate, allowed)
         if count in (0, batch):
             return count
-        start = int(uniform(row.drawn[len(self.units) + unit]) * batch)
+        start = int(real(row.drawn[len(self.units) + unit]) * batch)
         if batch % count == 0:
             start -= start % count  # windows side by side: none wraps around, which costs a copy
         return Rows(batch, start, count)
@@ -262,9 +253,7 @@ class Plan:
         return getattr(self._thread, "forced", (None, False))
 
     @contextmanager
-    def force(
-        self, fixed: Mapping[str, Any] | None = None, *, disabled: bool = False
-    ) -> Iterator[None]:
+    def force(self, fixed: Mapping[str, Any] | None, *, disabled: bool = False) -> Iterator[None]:
         """Force gates in this thread, on top of what is forced already."""
         before = self.forced
         self._thread.forced = before[0] if fixed is None else fixed, before[1] or disabled

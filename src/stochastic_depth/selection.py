@@ -10,7 +10,7 @@ from torch import nn
 from stochastic_depth.arguments import matching
 from stochastic_depth.discovery import Discovery, ResidualBlock, none_found
 from stochastic_depth.errors import OptionError, RefusedBlockError, SelectionError
-from stochastic_depth.plan import Plan, Scale, Unit
+from stochastic_depth.plan import Plan
 
 Selector = str | type | ResidualBlock | Callable[[ResidualBlock], bool]
 
@@ -90,21 +90,19 @@ def _chosen(
 
 def refuse_inexact(found: Discovery, plan: Plan) -> None:
     """Raises where the watch shows that a block cannot be skipped exactly with these options."""
-    reasons = {
-        block.name: _refusal(block, unit=plan.unit, scale=plan.scale) for block in plan.blocks
-    }
+    reasons = {block.name: _refusal(block, plan) for block in plan.blocks}
     told = {name: why for name, why in reasons.items() if why is not None}
     if told:
         raise refuse(told, plan.blocks, found=found)
 
 
-def _refusal(block: ResidualBlock, *, unit: Unit, scale: Scale) -> str | None:
+def _refusal(block: ResidualBlock, plan: Plan) -> str | None:
     if block.refusal is not None:
         return block.refusal
-    if unit == "branch" and block.branches_leak:
+    if plan.unit == "branch" and block.branches_leak:
         return 'one of its branches computes with a value of another (try unit="block")'
     for branch in block.branches:
-        if branch.unscalable and scale != "none":
+        if branch.unscalable and plan.scale != "none":
             return f'{branch.name} cannot be scaled: {branch.unscalable} (scale="none" works)'
     return None
 
