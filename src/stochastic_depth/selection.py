@@ -123,7 +123,7 @@ def refuse(
     if left:
         them = "it" if len(reasons) == 1 else "them"
         instead = f"pass blocks={out if is_all else left!r} to leave {them} out"
-    elif "(try " in told or "works)" in told:
+    elif "(try " in told or '="none" works)' in told:
         instead = f"do what the reasons say, or {instead}"
     return RefusedBlockError(
         f"{told}{more}", expected="blocks that can be skipped exactly", instead=instead
