@@ -8,13 +8,13 @@ from typing import Any, Literal
 from torch import nn
 
 from stochastic_depth.discovery import Discovery, ResidualBlock, own_drops, plain_model, watch
-from stochastic_depth.discovery.batch import allowed_counts, watch_more_rows
 from stochastic_depth.discovery.undisturbed import without_collecting
 from stochastic_depth.distributed import ranks_in
 from stochastic_depth.distributions import Distribution, DropRate, resolve_rates
 from stochastic_depth.draw import Draw, check_choice
 from stochastic_depth.errors import OptionError, warn, wrong_value
 from stochastic_depth.gating.attach import attach, detach, gated_modules
+from stochastic_depth.gating.batch import allowed_counts, watch_more_rows
 from stochastic_depth.gating.ranks import refuse, refuse_parts
 from stochastic_depth.handle import StochasticDepth
 from stochastic_depth.plan import Mode, Plan, Scale, Unit

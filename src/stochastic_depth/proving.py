@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.discovery import Discovery
-from stochastic_depth.discovery.batch import MORE, with_more_rows
 from stochastic_depth.discovery.example import Example, telling
 from stochastic_depth.discovery.undisturbed import Mode, undisturbed
 from stochastic_depth.discovery.unmaterialised import Alone, is_unmaterialised, without_values
+from stochastic_depth.gating.batch import MORE, with_more_rows
 from stochastic_depth.gating.block import carry_out, decision_of, run_in_part
 from stochastic_depth.gating.gate import ModuleCall, running
 from stochastic_depth.gating.ranks import ALONE

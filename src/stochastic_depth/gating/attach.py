@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from stochastic_depth.discovery.batch import Batches
 from stochastic_depth.discovery.blocks import Discovery
 from stochastic_depth.discovery.recording import Call, Recording
 from stochastic_depth.discovery.states import unread_outputs
 from stochastic_depth.discovery.templates import Given
-from stochastic_depth.gating.batch import BatchDims, of_block, of_members
+from stochastic_depth.gating.batch import BatchDims, Batches, of_block, of_members
 from stochastic_depth.gating.block import Decision
 from stochastic_depth.gating.branch import Passage, weights_of
 from stochastic_depth.gating.gate import Gate, KnownCalls, Role, gate_of
