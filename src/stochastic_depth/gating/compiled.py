@@ -23,12 +23,7 @@ from stochastic_depth.errors import OptionError, warn
 from stochastic_depth.gating.gate import Gate, ModuleCall, Original, gate_of, running
 from stochastic_depth.gating.recomputation import remembered
 from stochastic_depth.plan import Plan
-from stochastic_depth.torch_private.tracing import (
-    is_compiled,
-    let_vary,
-    set_compiler,
-    without_modes,
-)
+from stochastic_depth.torch_private import tracing
 from stochastic_depth.torch_private.trees import tree_leaves
 
 _numbers = count()
@@ -88,7 +83,7 @@ def release(module: nn.Module) -> None:
 def _obstacle(module: nn.Module, gate: Gate) -> str | None:
     if gate.is_residual:
         return "what a Residual adds is known only when it is called"
-    if is_compiled(module):
+    if tracing.is_compiled(module):
         return "it was compiled on its own"
     if not gate.simple_ends and gate.plan.scale != "none":
         return "what one of its modules is differs from call to call"
@@ -130,24 +125,24 @@ def run_compiled(call: ModuleCall, factors: tuple[float, ...] | None) -> Any:
     gate.scales = None if factors is None else _scales(factors, args, kwargs)
     if graph is not None and module._compiled_call_impl is None:  # also of a copy
         module._compiled_call_impl = Compiled(gate.name, gate, module, graph)
-    if compiler is None or is_compiled(module):
+    if compiler is None or tracing.is_compiled(module):
         return original(module, *args, **kwargs)
     function = _functions.get(module)
     if function is None:
         function = _functions[module] = _shared_function(_kind(module))
-    before, running.compiler = set_compiler(compiler), None
+    before, running.compiler = tracing.set_compiler(compiler), None
     try:
         return function(original, module, *args, **kwargs)
     finally:
-        set_compiler(before)
+        tracing.set_compiler(before)
         running.compiler = compiler
 
 
 def let_rows_vary(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> None:
     """Have a graph that is made for some rows of the batch hold for any number of them."""
-    if gate.plan.graphs or running.compiler is not None or is_compiled(module):
+    if gate.plan.graphs or running.compiler is not None or tracing.is_compiled(module):
         for leaf, dim, _ in gate.batch.leaves(args, kwargs):
-            let_vary(leaf, dim)
+            tracing.let_vary(leaf, dim)
 
 
 def _scales(factors: tuple[float, ...], args: Any, kwargs: Any) -> tuple[Any, ...]:
@@ -162,5 +157,5 @@ def _scales(factors: tuple[float, ...], args: Any, kwargs: Any) -> tuple[Any, ..
 @lru_cache(maxsize=4096)
 def _scalar(factor: float, device: torch.device, dtype: torch.dtype) -> Tensor:
     """A factor as a graph's input, so that another one needs no other graph."""
-    with without_modes(), torch.inference_mode(False):  # noqa: FBT003
+    with tracing.without_modes(), torch.inference_mode(False):  # noqa: FBT003
         return torch.tensor(factor, dtype=dtype, device=device)
