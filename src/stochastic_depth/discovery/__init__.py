@@ -89,9 +89,8 @@ def plain_model(model: nn.Module) -> nn.Module:
             instead="pass the model itself",
         )
     while True:
-        inner = model._modules.get("_orig_mod")  # of torch.compile
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
-            inner = model.module
+        is_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
+        inner = model._modules.get("module" if is_ddp else "_orig_mod")  # of torch.compile
         if inner is None:
             return model
         model = inner
