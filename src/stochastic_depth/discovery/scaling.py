@@ -43,39 +43,33 @@ def ends_of(site: Site, addition: Addition) -> tuple[tuple[tuple[int, int], ...]
     ends, in_line = values & place_of.keys(), sorted(values - place_of.keys())
     final = max((place_of[index][0] for index in ends), default=0)
     last = {index for index in ends if place_of[index][0] == final}
-    of_all, of_last = (_degrees(site.recording, own, in_line) for own in (ends, last))
-    vanishes = of_all.get(addition.branch, 0) not in (0, UNKNOWN)
-    why = _not_once(site, addition, of_all, in_line)
+    power, why = _multiplied(site, addition.branch, ends, in_line)
     # A product of two modules' outputs is scaled by scaling one of them.
-    if why is not None and _not_once(site, addition, of_last, in_line) is None:
+    if why is not None and _multiplied(site, addition.branch, last, in_line)[1] is None:
         ends, why = last, None
-    return tuple(sorted(place_of[index] for index in ends)), why, vanishes
+    scaled = tuple(sorted(place_of[index] for index in ends))
+    return scaled, why, power not in (0, UNKNOWN)
 
 
-def _degrees(recording: Recording, ends: Iterable[int], in_line: list[int]) -> dict[int, int]:
-    """The degrees of the values in line behind the ends, and of these."""
+def _multiplied(
+    site: Site, branch: int, ends: Iterable[int], in_line: Sequence[int]
+) -> tuple[int, str | None]:
+    """The degree of a branch, and why a factor on the ends does not come out exactly once."""
+    recording, nodes, allowed = site.recording, site.recording.nodes, {*in_line, *site.sums}
     degrees = dict.fromkeys(ends, 1)
-    for node in map(recording.nodes.__getitem__, in_line):
+    for node in map(nodes.__getitem__, in_line):
         given = [degrees.get(source, 0) for source in node.inputs]
         degrees[node.index] = degree(node.kind, node.op, given)
-    return degrees
-
-
-def _not_once(
-    site: Site, addition: Addition, degrees: dict[int, int], in_line: list[int]
-) -> str | None:
-    """Why a factor on the ends does not come out at the sum exactly once, or None."""
-    recording, allowed = site.recording, {*in_line, *site.sums}
-    if degrees.get(addition.branch) != 1:
-        op = recording.nodes[in_line[-1]].op if in_line else "nothing"
-        return f"it ends in {op}, computed in line behind its last module"
+    if degrees.get(branch) != 1:
+        why = f"it ends in {nodes[branch].op}, computed in line behind its last module"
+        return degrees.get(branch, 0), why
     for index in [index for index, power in degrees.items() if power]:
         for user in recording.consumers[index]:
             # Another form of a value, with which nobody computes, does not count.
-            is_form = recording.nodes[user].kind in (Kind.MOVE, Kind.JOIN)
-            if user not in allowed and not (is_form and not recording.consumers[user]):
-                return f"{recording.module_at(user)} computes with what it ends in, too"
-    return None
+            is_form = nodes[user].kind in (Kind.MOVE, Kind.JOIN) and not recording.consumers[user]
+            if user not in allowed and not is_form:
+                return 1, f"{recording.module_at(user)} computes with what it ends in, too"
+    return 1, None
 
 
 @dataclass(frozen=True, slots=True)
