@@ -8,8 +8,8 @@ import ast
 import pathlib
 import sys
 
-MOST_LINES = 6_440
-MOST_FILES = 65
+MOST_LINES = 5_275
+MOST_FILES = 53
 CORE = pathlib.Path("src/stochastic_depth")
 
 
