@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import stochastic_depth as sd
 from networks import WIDTH, Residual, residuals, settled, vectors
@@ -81,3 +82,64 @@ def test_behind_a_stem_nothing_is_copied() -> None:
     model[0].register_forward_hook(lambda module, args, output: seen.append(output))
     with closed(depth):
         assert model.train()(x) is seen[0]
+
+
+class TwoLayers(nn.Module):
+    """A norm behind the sum, so that the block's own forward runs where it is dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
+        self.b, self.norm = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.b(self.between(self.a(x))))
+
+    def between(self, h: Tensor) -> Tensor:
+        return h.t().t()
+
+
+class MovedInPlace(TwoLayers):
+    """Between its layers the value itself is moved, and moved back."""
+
+    def between(self, h: Tensor) -> Tensor:
+        return h.t_().contiguous().t_()
+
+
+class ActsInPlace(TwoLayers):
+    def between(self, h: Tensor) -> Tensor:
+        return h.relu_().add_(1)
+
+
+class Counting(TorchDispatchMode):
+    """How much memory is taken."""
+
+    taken = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.taken += func.overloadpacket is torch.ops.aten.empty_strided
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [TwoLayers, MovedInPlace, ActsInPlace])
+@pytest.mark.parametrize("forced", [True, False])
+def test_a_dropped_layer_that_hands_its_input_on_leaves_it_alone(kind: Any, forced: bool) -> None:
+    model = settled(lambda: nn.Sequential(nn.Linear(3, WIDTH), *(kind() for _ in range(6))))
+    x = vectors(4, 3)
+    depth = sd.apply_stochastic_depth(
+        model, 0.999, "uniform", example_inputs=x, draw=sd.Draw(seed=1)
+    )
+    expected = model[0](x)
+    for block in model[1:]:
+        expected = block.norm(expected)
+    model.train()
+    with Counting() as counting:
+        if forced:
+            with closed(depth):
+                out = model(x)
+        else:
+            out = model(x)
+            assert not any(depth.last_gates.values())
+    assert torch.equal(out, expected)
+    # The branch's end is new memory, which may be added to in place; what leads to it need not be.
+    assert counting.taken == (6 if kind is TwoLayers else 12)

@@ -7,7 +7,7 @@ from itertools import permutations
 
 from stochastic_depth.discovery.grouping import Site
 from stochastic_depth.discovery.operations import HOMOGENEOUS, MERGES, PRODUCTS, SUMS, Kind
-from stochastic_depth.discovery.recording import RECURRENT, Call, Recording
+from stochastic_depth.discovery.recording import RECURRENT, Call, Node, Recording
 from stochastic_depth.discovery.templates import Made
 from stochastic_depth.discovery.ways import reached
 
@@ -19,11 +19,14 @@ def unread_outputs(recording: Recording, call: Call, members: list[Call]) -> fro
     def in_line(value: int) -> list[int]:
         return recording.not_held(recording.consumers[value], members)
 
+    def is_moved(node: Node) -> bool:
+        return node.kind is Kind.MOVE and not node.overwrites
+
     def is_unread(output: int) -> bool:
         return all(
             recording.consumers[value]
             and value not in handed_out
-            and (value == output or recording.nodes[value].kind is Kind.MOVE)
+            and (value == output or is_moved(recording.nodes[value]))
             for value in reached([output], in_line)
         )
 
