@@ -12,11 +12,11 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import product
 
 from stochastic_depth.discovery.operations import AFFINE, NORMS, SUMS, Kind
-from stochastic_depth.discovery.recording import Call, Node, Recording
-from stochastic_depth.discovery.ways import Ways, reached
+from stochastic_depth.discovery.recording import Call, Node, Recording, reached
 
 _SKIPS = (AFFINE | NORMS | {Kind.MAX_POOL}) - {Kind.PART}
 
@@ -64,6 +64,35 @@ class Addition:
                     yield child
 
         self.container, self.members = container, list(members(container))
+
+
+class Ways:
+    """Which values every way back from a value leads through: dominators, kept as a forest.
+
+    A value's parent is the youngest value that all of its data comes through; a value that is made
+    by an operation which the way may not pass has none.
+    """
+
+    def __init__(self) -> None:
+        self._parent: list[int] = []
+
+    def add(self, sources: Sequence[int]) -> None:
+        """Add the next value, whose data comes from these; none: the way ends there."""
+        self._parent.append(reduce(self._common, sources) if sources else -1)
+
+    def from_value(self, value: int) -> Iterator[int]:
+        """The value itself and all that every way back from it leads through, youngest first."""
+        while value >= 0:
+            yield value
+            value = self._parent[value]
+
+    def _common(self, one: int, other: int) -> int:
+        """The youngest value that all ways back from both lead through, or -1."""
+        while one != other:
+            if min(one, other) < 0:
+                return -1
+            one, other = min(one, other), self._parent[max(one, other)]
+        return one
 
 
 class Search:

@@ -8,7 +8,7 @@ the nodes from `start` to `end`.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from stochastic_depth.discovery.operations import Kind
 from stochastic_depth.discovery.templates import Given, Place, Template
 from stochastic_depth.discovery.undisturbed import Mode
-from stochastic_depth.discovery.ways import reached
 
 RECURRENT = (nn.RNNBase, nn.modules.rnn.RNNCellBase)
 """Modules whose steps count as one operation."""
@@ -182,3 +181,20 @@ class Recording:
     def writes(self) -> list[Node]:
         """The nodes that were made by changing others in place."""
         return [node for node in self.nodes if node.overwrites]
+
+
+def reached(starts: Iterable[int], onwards: Callable[[int], Iterable[int]]) -> Iterator[int]:
+    """These values, and those that the ways from them lead to, each once.
+
+    Args:
+        starts: Where the ways begin.
+        onwards: Where they lead to from a value.
+    """
+    waiting = list(starts)
+    seen = set(waiting)
+    while waiting:
+        yield (value := waiting.pop())
+        for other in onwards(value):
+            if other not in seen:
+                seen.add(other)
+                waiting.append(other)

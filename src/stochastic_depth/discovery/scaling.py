@@ -16,8 +16,7 @@ from torch import nn
 from stochastic_depth.discovery.additions import Addition
 from stochastic_depth.discovery.grouping import Site
 from stochastic_depth.discovery.operations import NORMS, PRODUCTS, SUMS, UNKNOWN, Kind, degree
-from stochastic_depth.discovery.recording import Node, Recording
-from stochastic_depth.discovery.ways import reached
+from stochastic_depth.discovery.recording import Node, Recording, reached
 
 
 def ends_of(site: Site, addition: Addition) -> tuple[tuple[tuple[int, int], ...], str | None, bool]:

@@ -7,9 +7,8 @@ from itertools import permutations
 
 from stochastic_depth.discovery.grouping import Site
 from stochastic_depth.discovery.operations import HOMOGENEOUS, MERGES, PRODUCTS, SUMS, Kind
-from stochastic_depth.discovery.recording import RECURRENT, Call, Node, Recording
+from stochastic_depth.discovery.recording import RECURRENT, Call, Node, Recording, reached
 from stochastic_depth.discovery.templates import Made
-from stochastic_depth.discovery.ways import reached
 
 
 def unread_outputs(recording: Recording, call: Call, members: list[Call]) -> frozenset[int]:
