@@ -201,9 +201,8 @@ def _only(model: OfExperts, layers: int) -> Any:
 
 
 def test_the_loss_of_experts_that_is_computed_in_line_is_refused_with_what_works() -> None:
-    with pytest.raises(sd.RefusedBlockError, match="returns as one number works") as caught:
+    with pytest.raises(sd.RefusedBlockError, match="returns as one number works"):
         sd.apply_stochastic_depth(OfExperts(InLine), 0.1, example_inputs=torch.randn(5, 4))
-    assert "do what the reasons say" in str(caught.value)
 
 
 class ReadsScores(nn.Module):
