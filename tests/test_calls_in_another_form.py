@@ -160,3 +160,52 @@ def test_more_branches_than_in_the_example_are_refused_in_training(unit: Any) ->
     ):
         model.eval()(x, x)
     assert torch.equal(model.eval()(x, x), copy.deepcopy(depth).remove().eval()(x, x))
+
+
+class Doubling(nn.Module):
+    """Hands on twice its input, unless it is told not to; or the first of two in a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+
+    def forward(self, x: Tensor | tuple[Tensor, Tensor], double: bool = True) -> Tensor:
+        x = x if isinstance(x, Tensor) else x[0]
+        x = 2 * x if double else x
+        return x + self.branch(x)
+
+
+class Doublings(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Doubling() for _ in range(6))
+
+    def forward(self, x: Tensor, *, paired: bool = False, **flags: bool) -> Tensor:
+        for layer in self.layers:
+            x = layer((x, x + 1) if paired else x, **flags)
+        return x
+
+
+def drawn_without_blocks(**example: bool) -> tuple[nn.Module, Tensor]:
+    """A model in training whose next forward drops every block, and its input."""
+    torch.manual_seed(0)
+    model, x = Doublings().train(), torch.randn(2, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", sd.StochasticDepthWarning)
+        depth = sd.apply_stochastic_depth(
+            model, 1 - 1e-9, "uniform", example_inputs=x, example_kwargs=example, scale="none"
+        )
+    assert str(depth).count("whole") == 6
+    return model, x
+
+
+@pytest.mark.filterwarnings("ignore:block .* is called with")
+def test_a_drawn_block_is_called_without_the_flag_that_it_was_watched_with() -> None:
+    model, x = drawn_without_blocks(double=False)
+    assert torch.equal(model(x, double=False), x)
+    assert torch.equal(model(x), 64 * x)
+
+
+def test_a_drawn_block_hands_on_a_tensor_out_of_its_argument() -> None:
+    model, x = drawn_without_blocks(double=False, paired=True)
+    assert torch.equal(model(x, double=False, paired=True), x)

@@ -10,7 +10,7 @@ from sys import modules
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from stochastic_depth.distributed import is_running
@@ -86,9 +86,12 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
             if row.number != number or row.step != step:
                 row = begin(gate, self, number)
             runs = row.states[gate.index]
-            is_usual = (len(args) == 1 and not kwargs) or gate.known.include(args, kwargs)
+            known = gate.known
+            is_one = known.with_one and len(args) == 1 and not kwargs
+            is_usual = is_one or known.include(args, kwargs)
             if runs is False and is_usual:
-                if gate.returns_first and args and not own["_forward_hooks"]:
+                hands_on = gate.returns_first and args and isinstance(args[0], Tensor)
+                if hands_on and not own["_forward_hooks"]:
                     return args[0]
                 passage = gate.closed
             if (not runs and passage is None) or "_compiled_call_impl" in own:

@@ -101,6 +101,7 @@ class KnownCalls:
             self._defaults | {p: v[1] for p, v in form.items() if self._is_flag(p)}
             for form in forms
         ]
+        self.with_one = self._defaults in self._flags  # whether one tensor alone is such a call
         self._known: dict[object, bool] = {}
 
     def include(self, args: Any, kwargs: Any) -> bool:
