@@ -495,3 +495,28 @@ def test_fixed_ends_where_its_body_fails() -> None:
     assert torch.equal(model(x), before)
     model.train()(x)
     assert depth.last_gates
+
+
+class Twice(nn.Module):
+    """Calls one module twice: the first time for another one, then for a product in line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skip, self.act = nn.Linear(8, 16), nn.GELU()
+        self.one, self.two, self.three = nn.Linear(8, 8), nn.Linear(8, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.two(self.act(self.one(x))))
+        skip: Tensor = self.skip(x)
+        return skip + self.three(y) * y
+
+
+def test_a_dropped_module_that_is_called_twice_hands_out_zeros_where_they_are_read() -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(*(m for _ in range(6) for m in (Twice(), nn.Linear(16, 8)))).train()
+    x = torch.randn(4, 8)
+    sd.apply_stochastic_depth(model, 1 - 1e-9, "uniform", example_inputs=x, scale="none")
+    expected = x
+    for twice, last in zip(model[::2], model[1::2], strict=True):
+        expected = last(twice.skip(expected))
+    assert torch.equal(model(x), expected)

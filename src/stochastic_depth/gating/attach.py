@@ -93,8 +93,8 @@ def _settle(model: nn.Module, gate: Gate, members: Sequence[Gate]) -> None:
         for member in members
         if any(role and role.ends for role in member.roles[gate.name])
     )
-    of_members = [role for member in members for role in member.roles[gate.name]]
-    is_simple = None not in of_members and all(member.owner is gate for member in members)
+    roles = [(member, role) for member in members for role in member.roles[gate.name]]
+    is_simple = all(m.owner is gate and r and r.unread == m.role.unread for m, r in roles)
     if is_simple and gate.stands_in and gate.simple_ends and gate.whole is None:
         everything = Decision(gate, (False,) * len(gate.units), None, None, ALONE)
         gate.closed = Passage(gate, everything, counts=None)
