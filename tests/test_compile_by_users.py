@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import stochastic_depth as sd
+from comparing import rates
 from networks import WIDTH, batch, make, settled, vectors
 from test_compile import (
     WARMUP,
@@ -203,3 +204,25 @@ def test_a_compiled_depth_in_a_compiled_model() -> None:
     model, x = make("resnet")
     eager, depth = compiled(model, x)
     assert_trains_alike(the_model(model), eager, depth, x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_modules_of_branches_that_are_compiled_go_on_running_as_graphs(training: bool) -> None:
+    model, x = make("pre-norm")
+    depth = sd.apply_stochastic_depth(model, 0.5, "uniform", example_inputs=x)
+    calls: list[str] = []
+
+    def noting(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            calls.append(name)
+            return run(*args)
+
+        return call
+
+    for name, layer in model.layers.named_children():
+        layer.mlp._compiled_call_impl = noting(f"layers.{name}", layer.mlp._call_impl)
+    for _ in range(4):
+        calls.clear()
+        model.train(training)(x)
+        gates = depth.last_gates if training else dict.fromkeys(rates(depth), True)
+        assert calls == [name for name in gates if gates[name]]

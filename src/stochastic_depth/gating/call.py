@@ -37,7 +37,7 @@ def part_call(original: Original) -> Original:
             return traced_call(self, original, args, kwargs)
         gate: Gate = self.__dict__[KEY]
         blocks = running.blocks
-        if blocks:
+        if blocks and "_compiled_call_impl" not in self.__dict__:
             owner, factors, passage = blocks[-1]
             if owner is gate.owner:
                 if passage is None and (factors is None or not gate.role.ends):
