@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -325,4 +326,58 @@ def test_a_branch_that_holds_a_block(unit: Any, reentrant: bool) -> None:
             model.train()(vectors(3, 4, seed=step)).square().sum().backward()
             depth.step()
         found.append([p.grad for p in model.parameters()])
+    assert same(*found)
+
+
+class Normed(nn.Module):
+    """A projection, and a branch that ends in a BatchNorm and may be checkpointed."""
+
+    def __init__(self, *, inner: bool) -> None:
+        super().__init__()
+        self.skip, self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.norm, self.inner = nn.BatchNorm1d(8), inner
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.norm(self.down(self.up(x).tanh()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = checkpoint(self.branch, x, use_reentrant=True) if self.inner else self.branch(x)
+        return self.skip(x) + branch
+
+
+@pytest.mark.parametrize("scale", ["none", "eval", "train"])
+@pytest.mark.parametrize("frozen", ["norms", "all"])
+def test_a_branch_checkpointed_with_frozen_modules(frozen: str, scale: Any) -> None:
+    """In eval mode a module looks the same as in inference without gradients."""
+    found = []
+    for inner in (False, True):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(4, 8), *(Normed(inner=inner) for _ in range(6)))
+        sd.apply_stochastic_depth(
+            network, 0.5, "uniform", example_inputs=torch.randn(2, 4), scale=scale
+        )
+        for module in network.modules():
+            module.train(frozen == "norms" and not isinstance(module, nn.BatchNorm1d))
+        for _ in range(3):
+            network(vectors(3, 4)).square().sum().backward()
+        found.append([p.grad for p in network.parameters()])
+    for one, other in zip(*found, strict=True):
+        zeros = torch.zeros(()) if one is None or other is None else torch.zeros_like(one)
+        torch.testing.assert_close(
+            zeros if other is None else other, zeros if one is None else one, rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("forced", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_blocks_checkpointed_in_eval_mode(reentrant: bool, forced: bool) -> None:
+    found = []
+    for walk in (plainly, each_block(reentrant)):
+        torch.manual_seed(0)
+        network = Network(walk).eval()
+        depth = sd.apply_stochastic_depth(network, 0.5, example_inputs=torch.randn(2, 4))
+        with depth.fixed({"layers.3": False, "layers.6": False}) if forced else nullcontext():
+            loss = network(vectors(3, 4).requires_grad_()).square().sum()
+        loss.backward()
+        found.append([p.grad for p in network.parameters()])
     assert same(*found)

@@ -59,7 +59,9 @@ def call_block(call: ModuleCall) -> Any:
     if is_traced_by_fx() and not _is_exporting():
         raise _no_trace(gate, "torch.fx")
     decision = remembered(
-        gate, lambda: decide(gate, module, lambda: gate.batch.size(call.args, call.kwargs), module)
+        gate,
+        lambda: decide(gate, module, lambda: gate.batch.size(call.args, call.kwargs), module),
+        is_certain=not module.training,
     )
     return carry_out(call, decision)
 
@@ -171,7 +173,7 @@ def _run(call: ModuleCall, decision: Decision) -> Any:
     if factors is not None and not gate.simple_ends:
         return run_in_part(call, decision)
     check_parts(gate, call.module)
-    running.blocks.append((gate, factors, None))
+    running.blocks.append((gate, factors, None, torch.is_grad_enabled()))
     try:
         if gate.plan.graphs or running.compiler is not None or is_compiled(call.module):
             return run_compiled(call, factors)
@@ -207,7 +209,7 @@ def run_in_part(call: ModuleCall, decision: Decision) -> Any:
             "example: where it is dropped its branches are computed all the same, and thrown away. "
             "Pass the example that you train with, as example_inputs and example_kwargs",
         )
-    running.blocks.append((gate, None, Passage(gate, decision)))
+    running.blocks.append((gate, None, Passage(gate, decision), torch.is_grad_enabled()))
     try:
         if not is_compiled(module) or isinstance(module._compiled_call_impl, Compiled):
             return call()

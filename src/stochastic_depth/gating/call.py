@@ -38,12 +38,12 @@ def part_call(original: Original) -> Original:
         gate: Gate = self.__dict__[KEY]
         blocks = running.blocks
         if blocks and "_compiled_call_impl" not in self.__dict__:
-            owner, factors, passage = blocks[-1]
+            owner, factors, passage, has_grad = blocks[-1]
             if owner is gate.owner:
                 if passage is None and (factors is None or not gate.role.ends):
                     return run(self, *args, **kwargs)
                 # A checkpoint inside of the block recomputes its modules without it.
-                if top_hooks(False) is None and (_grad_is_enabled() or not self.training):  # noqa: FBT003
+                if top_hooks(False) is None and _grad_is_enabled() is has_grad:  # noqa: FBT003
                     if passage is None:
                         call = ModuleCall(gate, self, run, args, kwargs)
                         return run_multiplied(call, gate.role, factors)
@@ -102,6 +102,7 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
             or nn.Module.__call__ is not _plain_call
             or "_compiled_call_impl" in own
             or is_running()
+            or backward_task() != -1  # a checkpoint, whose forward may have been forced
         ):
             return call_block(ModuleCall(gate, self, original, args, kwargs))
         else:
@@ -115,7 +116,7 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
         except (KeyError, AttributeError):  # replaced; or wrapped (for a checkpoint, say)
             check_parts(gate, self)
         blocks = running.blocks
-        blocks.append((gate, factors, passage))
+        blocks.append((gate, factors, passage, _grad_is_enabled()))
         try:
             return run(self, *args, **kwargs)
         finally:

@@ -153,8 +153,8 @@ class Running(threading.local):
 
     def __init__(self) -> None:
         # Calls of blocks, outermost first: its gate, what its branches are multiplied by where all
-        # run, and the passage where not all do, or on some rows.
-        self.blocks: list[tuple[Gate, Any, Any]] = []
+        # run, the passage where not all do, or on some rows, and whether it records a graph.
+        self.blocks: list[tuple[Gate, Any, Any, bool]] = []
         self.open_all = False  # while the shapes of an output are looked up
         self.compiler: Any = None  # what torch.compile does with frames, while a gate decides
         self.trial: Any = None  # what is tried at each call of a block, before apply returns

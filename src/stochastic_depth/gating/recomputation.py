@@ -15,18 +15,19 @@ from stochastic_depth.torch_private.backward import checkpoints
 T = TypeVar("T")
 
 
-def remembered(gate: Any, make: Callable[[], T]) -> T:
+def remembered(gate: Any, make: Callable[[], T], *, is_certain: bool = False) -> T:
     """`make()` in a forward; in a recomputation what it gave in the forward that is recomputed.
 
     Args:
         gate: Whose decision it is (compared by identity).
         make: Decides; counts as a call.
+        is_certain: Whether it decides the same again, where the forward noted nothing.
 
     Raises:
         RecomputationError: The recomputation calls it more often than the forward did.
     """
     logs, recomputed = checkpoints()
-    if recomputed is None:
+    if recomputed is None or (is_certain and gate not in recomputed[0]):
         value = make()
     else:
         log, cursor = recomputed
