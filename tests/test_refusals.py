@@ -582,6 +582,54 @@ def test_no_other_scale_is_promised_where_it_does_not_work() -> None:
         assert "works" not in str(caught.value)
 
 
+class EndsIn(EndsInLine):
+    def __init__(self, last: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.last, self.norm = last, nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.last(self.linear(x.relu())))
+
+
+@oldest
+@pytest.mark.parametrize(
+    "last",
+    [
+        lambda y: nn.functional.glu(torch.cat([y, y], -1)),
+        lambda y: y**2,
+        lambda y: y.clamp(-1, 1),
+        lambda y: torch.fft.fft(y).real,
+        lambda y: y.sort(-1).values,
+        lambda y: torch.where(y > 0, y, 0.1 * y),
+        lambda y: nn.functional.normalize(y, dim=-1),
+        lambda y: y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6),
+        lambda y: y * y.softmax(-1),
+    ],
+)
+def test_whatever_is_zero_where_its_modules_are_works_without_a_scale(last: Any) -> None:
+    model: Any = nn.Sequential(*residuals(5), EndsIn(last))
+    x = vectors(2, WIDTH)
+    depth, end = gate(model, scale="none"), model[5]
+    with depth.fixed({"5": False}):
+        out = model.train()(x)
+    torch.testing.assert_close(out, end.norm(model[:5](x)))
+
+
+@oldest
+@pytest.mark.parametrize(
+    "last",
+    [
+        lambda y: y / y.norm(dim=-1, keepdim=True),
+        lambda y: y * y.norm().reciprocal(),
+        lambda y: nn.functional.hardtanh(y, 0.1, 1.0),
+        lambda y: torch.where(y > 0, y, 0.1),
+    ],
+)
+def test_whatever_is_not_or_is_nan_is_refused(last: Any) -> None:
+    with pytest.raises(sd.RefusedBlockError, match="5:0 is not zero when its modules are"):
+        gate(nn.Sequential(*residuals(5), EndsIn(last)), scale="none")
+
+
 @oldest
 def test_a_value_in_an_object_is_scaled() -> None:
     model: Any = nn.Sequential(*residuals(5), InAnObject())

@@ -104,3 +104,39 @@ def test_outputs_and_gradients_equal_the_masking_reference(specimen: Specimen, u
                 continue
             difference = (mine.grad - other.grad).norm()
             assert difference <= 1e-4 * other.grad.norm() + 1e-7, name
+
+
+class Reads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        return x + self.branch(x + memory.sum(0))
+
+
+class Memory(nn.Module):
+    """Gives its blocks slots for each example, of which it has written the first alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks = nn.Linear(8, 8), nn.ModuleList(Reads() for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory = x.repeat(3, 1, 1)
+        memory[0] = 2 * x
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x, memory)
+        return x
+
+
+def test_a_view_that_was_written_to_does_not_say_where_the_rows_of_the_whole_are() -> None:
+    model, x = Memory(), torch.randn(BATCH, 8)
+    depth = sd.apply_stochastic_depth(model, 0.5, "uniform", example_inputs=x, mode="sample")
+    memory = torch.stack([2 * x, x, x])
+    out, kept = model.blocks[0].train()(x, memory), depth.last_gates["blocks.0"]
+    depth.remove()
+    rows = torch.zeros(BATCH, 1)
+    rows[list(kept)] = 2.0
+    torch.testing.assert_close(out, x + rows * (model.blocks[0](x, memory) - x))

@@ -51,6 +51,9 @@ SUMS: dict[str, Sum] = {
     "rsub": lambda block, x, y: torch.rsub(y, x),
     "addcmul": lambda block, x, y: torch.addcmul(x, block.gate, y),
     "addcmul with value": lambda block, x, y: torch.addcmul(x, y, block.gate, value=0.5),
+    "addcmul that broadcasts": lambda block, x, y: torch.addcmul(
+        x, y.mean(-1, keepdim=True), block.gate
+    ),
     "addcdiv": lambda block, x, y: torch.addcdiv(x, y, block.gate + 1),
     "lerp": lambda block, x, y: torch.lerp(x, y, 0.3),
     "lerp by a weight": lambda block, x, y: torch.lerp(x, y, block.gate),

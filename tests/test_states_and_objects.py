@@ -236,3 +236,34 @@ def test_a_dropped_expert_adds_nothing_to_the_loss() -> None:
     out, loss = closed(Experts(), x)
     assert torch.equal(out, x)
     assert float(loss) == 0.0
+
+
+class OfAPair(nn.Module):
+    """Takes the stream, and something else, in one argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+
+    def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        x, other = pair
+        return x + self.branch(x + other)
+
+
+class OfPairs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks = nn.Linear(3, 8), nn.ModuleList(OfAPair() for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        other, x = x.mean(-1, keepdim=True), self.stem(x)
+        for block in self.blocks:
+            x = block((x, other))
+        return x
+
+
+def test_of_a_pair_the_stream_alone_is_handed_on() -> None:
+    model, x = OfPairs(), torch.randn(4, 3)
+    sd.apply_stochastic_depth(model, 0.9, "uniform", example_inputs=x, scale="none")
+    for _ in range(3):
+        assert isinstance(model.train()(x), Tensor)

@@ -70,6 +70,36 @@ def test_what_is_not_exact_is_refused_as_ever() -> None:
         sd.apply_stochastic_depth(model, 0.1, example_inputs=torch.randn(2, 4), scale="none")
 
 
+class Masked(nn.Module):
+    """Attention with a causal mask in a buffer, wide enough for large values in half precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(512), nn.Linear(512, 1536), nn.Linear(512, 512)
+        self.second, self.up, self.down = (
+            nn.LayerNorm(512),
+            nn.Linear(512, 2048),
+            nn.Linear(2048, 512),
+        )
+        self.mask: torch.Tensor
+        self.register_buffer("mask", torch.ones(4, 4, dtype=torch.bool).triu(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        scores = (q @ k.mT / 512**0.5).masked_fill(self.mask, -torch.inf)
+        x = x + self.out(scores.softmax(-1) @ v)
+        return x + self.down(self.up(self.second(x)).relu())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_block_alone_computes_finite_numbers(dtype: torch.dtype) -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(*(Masked() for _ in range(6))).to(dtype)
+        x = torch.empty(5, 4, 512, dtype=dtype)
+    depth = sd.apply_stochastic_depth(model, 0.1, example_inputs=x, mode="sample")
+    assert len(depth.blocks) == 6
+
+
 class Caches(nn.Module):
     """Keeps what it has computed, and is given a function."""
 

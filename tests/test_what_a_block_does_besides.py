@@ -65,6 +65,19 @@ class Rebinds(Plain):
         return super().forward(x)
 
 
+class RebindsItsOwn(Plain):
+    """A buffer whose name begins with an underscore."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._steps: Tensor
+        self.register_buffer("_steps", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._steps = self._steps + 1
+        return super().forward(x)
+
+
 class Reversing(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -113,6 +126,15 @@ def test_it_is_done_in_a_dropped_block(kind: type[nn.Module]) -> None:
         for a, b in zip(after, before, strict=True)
     ]
     assert all(changed) or len(SEEN) == 6
+
+
+def test_a_buffer_of_any_name_is_bound_anew_in_a_dropped_block() -> None:
+    model, x = network(RebindsItsOwn), torch.randn(4, 3)
+    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=x, scale="none")
+    before = [block._steps.item() for block in model[1:]]
+    with depth.fixed({block.name: False for block in depth.blocks}):
+        model.train()(x)
+    assert [block._steps.item() for block in model[1:]] == [steps + 1 for steps in before]
 
 
 def test_a_function_of_its_own_backward_is_called_in_a_dropped_block() -> None:

@@ -54,7 +54,8 @@ class Before:
             if old is None and isinstance(new, Tensor) and is_constant(new):
                 continue
             changed = old is not new and not _is_equal(old, new)
-            if key[0] != "_" and (changed or self._sizes.get(key) != sizes.get(key)):
+            is_own = key[0] != "_" or key in module._buffers
+            if is_own and (changed or self._sizes.get(key) != sizes.get(key)):
                 yield key, new if isinstance(new, Tensor) else None
         memories = {memory_of(tensor) for tensor in results}
         for reference in self.made:

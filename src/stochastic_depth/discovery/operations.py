@@ -74,8 +74,8 @@ AFFINE = HOMOGENEOUS | PRODUCTS | SUMS | {Kind.SHIFT, Kind.BATCH_NORM}
 """Affine in their data where only one operand depends on it (for sums: any number)."""
 
 # What multiplying some values by s multiplies another one by: a degree n >= 0 stands for s ** n.
-# What is not multiplied so may still be zero where they are.
-VANISHES, UNKNOWN = -1, -2
+# What is not multiplied so may still be zero where they are, or finite at least.
+VANISHES, FINITE, UNKNOWN = -1, -2, -3
 
 
 def degree(kind: Kind, name: str, given: Sequence[int]) -> int:
@@ -83,21 +83,28 @@ def degree(kind: Kind, name: str, given: Sequence[int]) -> int:
     if not any(given):
         return 0
     found: int | None = None
-    zeros = [own not in (0, UNKNOWN) for own in given]
+    zeros = [is_zero(own) for own in given]
     if kind in SUMS:
         found, vanishes = given[0] if len(set(given)) == 1 else None, all(zeros)
     elif kind in PRODUCTS and len(given) > 2:
         bias = given[0] if name in ("addmm", "baddbmm") else given[2]
-        found, vanishes = bias if 2 * bias == sum(given) else None, False
+        found, vanishes = bias if 2 * bias == sum(given) else None, all(zeros)
     elif kind in PRODUCTS:
         found, vanishes = sum(given), any(zeros)
     else:
-        is_homogeneous = kind in HOMOGENEOUS | POSITIVE
+        is_homogeneous = kind in HOMOGENEOUS | POSITIVE and not (name == "div" and any(given[1:]))
+        if not is_homogeneous and name != "_to_copy":  # which may round
+            return UNKNOWN
         found = given[0] if is_homogeneous and not any(given[1:]) else None
-        vanishes = zeros[0] and (is_homogeneous or name in ZERO_AT_ZERO)
+        vanishes = zeros[0]
     if found is not None and min(given) >= 0:
         return found
-    return VANISHES if vanishes else UNKNOWN
+    return UNKNOWN if UNKNOWN in given else VANISHES if vanishes else FINITE
+
+
+def is_zero(degree: int) -> bool:
+    """Whether a value is zero where those are that it was made of."""
+    return degree > 0 or degree == VANISHES
 
 
 FILLED = frozenset(
@@ -106,11 +113,6 @@ FILLED = frozenset(
 )
 """Ask their input for its shape, and for none of its values: what they make does not depend on it.
 """
-ZERO_AT_ZERO = frozenset(
-    "tanh gelu silu sin asin sinh tan atan erf elu selu celu mish hardswish hardtanh softsign sqrt "
-    "square sign expm1 log1p div _to_copy".split()
-)
-"""Of kind OTHER, some where they round, and yet f(0) = 0."""
 SPELLINGS = frozenset("add sub rsub addcmul addcdiv lerp addmm baddbmm".split())
 """Operations that may be a sum of two terms."""
 MERGES = frozenset(

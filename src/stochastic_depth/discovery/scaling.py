@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from stochastic_depth.discovery.additions import Addition
 from stochastic_depth.discovery.grouping import Site
-from stochastic_depth.discovery.operations import NORMS, PRODUCTS, SUMS, UNKNOWN, Kind, degree
+from stochastic_depth.discovery.operations import NORMS, PRODUCTS, SUMS, Kind, degree, is_zero
 from stochastic_depth.discovery.recording import Node, Recording, reached
 
 
@@ -47,7 +47,7 @@ def ends_of(site: Site, addition: Addition) -> tuple[tuple[tuple[int, int], ...]
     if why is not None and _multiplied(site, addition.branch, last, in_line)[1] is None:
         ends, why = last, None
     scaled = tuple(sorted(place_of[index] for index in ends))
-    return scaled, why, power not in (0, UNKNOWN)
+    return scaled, why, is_zero(power)
 
 
 def _multiplied(
@@ -55,10 +55,9 @@ def _multiplied(
 ) -> tuple[int, str | None]:
     """The degree of a branch, and why a factor on the ends does not come out exactly once."""
     recording, nodes, allowed = site.recording, site.recording.nodes, {*in_line, *site.sums}
-    degrees = dict.fromkeys(ends, 1)
-    for node in map(nodes.__getitem__, in_line):
-        given = [degrees.get(source, 0) for source in node.inputs]
-        degrees[node.index] = degree(node.kind, node.op, given)
+    degrees, tried = dict.fromkeys(ends, 1), dict[int, Tensor]()
+    for index in in_line:
+        degrees[index] = recording.degree_of(nodes[index], degrees, tried)
     if degrees.get(branch) != 1:
         why = f"it ends in {nodes[branch].op}, computed in line behind its last module"
         return degrees.get(branch, 0), why

@@ -75,6 +75,9 @@ class Alone(nn.Module):
         for module in self.block.modules():
             for table in (module._parameters, module._buffers, vars(module)):
                 table.update({key: _some(value) for key, value in table.items()})
+            for buffer in module.buffers(recurse=False):
+                if buffer.dtype is torch.bool:
+                    buffer.zero_()  # of a constant mask a True hides something
 
     def forward(self) -> list[Any]:
         """All calls, one after the other."""
@@ -87,6 +90,7 @@ def _some(like: Any) -> Any:
         return like
     if like.is_floating_point():  # above zero: a variance is, and what comes out of a ReLU
         generator = torch.Generator().manual_seed(0)
-        return torch.rand(like.shape, generator=generator, device="cpu").add(0.01).to(like.dtype)
+        numbers = torch.rand(like.shape, generator=generator, device="cpu")
+        return numbers.mul(0.1).add(0.01).to(like.dtype)  # so small that they stay so in half
     # A mask lets everything through; a number may be an index.
     return torch.full(like.shape, int(like.dtype is torch.bool), dtype=like.dtype, device="cpu")

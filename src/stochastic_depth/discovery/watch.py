@@ -34,6 +34,9 @@ from stochastic_depth.torch_private.processes import ranks_that_talk
 from stochastic_depth.torch_private.tracing import TorchDispatchMode
 from stochastic_depth.torch_private.trees import tree_leaves
 
+# No other operation is ever done again; these move values, or are not in the table.
+_REPLAYED = frozenset({Kind.MOVE, Kind.OTHER, Kind.SHIFT, Kind.NORM})
+
 
 def watch_once(model: nn.Module, example: Example) -> Recording:
     """The recording of one forward; without values where the model has none.
@@ -149,8 +152,8 @@ class Watcher(TorchDispatchMode):
         made = [out] if isinstance(out, Tensor) else _tensors((out,))
         if operation.depends:
             name, kind, inputs = self._as_called(name, args, kwargs, inputs, made[0])
-        if kind is Kind.MOVE and not operation.stays:
-            replay = _replay(func, args[1:], kwargs)
+        if name == "div" or (kind in _REPLAYED and not (kind is Kind.MOVE and operation.stays)):
+            replay = _replay(func, args, kwargs, len(inputs))
         first = len(self.recording.nodes)
         for tensor in {id(t): t for t in (*made, *written)}.values() if written else made:
             node = self._add(tensor, name, kind, inputs)
@@ -193,7 +196,7 @@ class Watcher(TorchDispatchMode):
             return inputs[0]
         node = self._node(out, term.op, kind_of(term.op, term.tensors, {}), inputs)
         if term.op not in ("mm", "bmm"):
-            node.shape = max((tensor.shape for tensor in term.tensors), key=torch.Size.numel)
+            node.shape = torch.broadcast_tensors(*term.tensors)[0].shape
         return node.index
 
     def _unstacked(self, stack: int, along: Any, out: Tensor) -> int | None:
@@ -240,10 +243,13 @@ class Watcher(TorchDispatchMode):
         calls = self.recording.calls
         parent = self._open[-1][0].index if self._open else None
         # Now: its arguments count as made outside of it, and a list may be longer when it returns.
-        placed = [(place, self._node_of(leaf)) for place, leaf in placed_leaves(args, kwargs)]
+        placed = [
+            (place, self._node_of(leaf), leaf.shape if isinstance(leaf, Tensor) else None)
+            for place, leaf in placed_leaves(args, kwargs)
+        ]
         kind = getattr(type(module), "gated_from", type(module))
         call = Call(len(calls), name, kind, parent, len(self.recording.nodes))
-        call.places, call.given = tuple(p for p, _ in placed), tuple(node for _, node in placed)
+        call.places, call.given, call.shapes = zip(*placed, strict=True) if placed else ((),) * 3
         call.signature = signature(args, kwargs)
         call.form = tuple([(p, kind_of_value(v)) for p, v in [*enumerate(args), *kwargs.items()]])
         calls.append(call)
@@ -297,6 +303,13 @@ def _tensors(values: Any) -> list[Tensor]:
     return found
 
 
-def _replay(func: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[Tensor], Any]:
-    """What moves the elements of another tensor alike."""
-    return lambda tensor: func(tensor, *rest, **kwargs)
+def _replay(func: Any, args: Any, kwargs: Mapping[str, Any], count: int) -> Any:
+    """What does the same with as many other tensors; None where it is not given them one by one."""
+    rest = [None if isinstance(value, Tensor) else value for value in args]
+    places = [place for place, value in enumerate(args) if isinstance(value, Tensor)]
+
+    def replay(*tensors: Tensor) -> Any:
+        given = dict(zip(places, tensors, strict=True))
+        return func(*[given.get(place, value) for place, value in enumerate(rest)], **kwargs)
+
+    return replay if len(places) == count else None

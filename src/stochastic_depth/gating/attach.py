@@ -103,6 +103,7 @@ def _settle(model: nn.Module, gate: Gate, members: Sequence[Gate]) -> None:
         whole is not None
         and whole.leaves == (Given(0),)
         and whole.is_leaf
+        and gate.known.first_is_tensor  # not something that holds one
         and not gate.returns_copy
     )
     gate.is_fast = (

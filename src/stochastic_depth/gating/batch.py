@@ -41,11 +41,21 @@ class Batches:
 
     def dims(self, values: Sequence[int | None]) -> dict[int, int]:
         """The batch dimension of each of these values, by position, where it has one."""
-        dims = {n: self._dim(node) for n, node in enumerate(values) if node is not None}
+        few, many = self.few.nodes, self.many.nodes
+        dims = {
+            n: self._dim(few[i].shape, many[i].shape) for n, i in enumerate(values) if i is not None
+        }
         return {number: dim for number, dim in dims.items() if dim is not None}
 
-    def _dim(self, node: int) -> int | None:
-        few, many = self.few.nodes[node].shape, self.many.nodes[node].shape
+    def given(self, call: Call) -> Iterator[tuple[int, int, int]]:
+        """The leaves of a call's arguments that hold it: number, dimension, rows an example."""
+        shapes = zip(call.shapes, self.many.calls[call.index].shapes, strict=True)
+        for number, (few, many) in enumerate(shapes):
+            dim = None if few is None or many is None else self._dim(few, many)
+            if few is not None and dim is not None:
+                yield number, dim, few[dim] // self.rows
+
+    def _dim(self, few: torch.Size, many: torch.Size) -> int | None:
         grown = [d for d, (one, other) in enumerate(zip(few, many, strict=False)) if one != other]
         if len(few) != len(many) or len(grown) != 1:
             return None
@@ -260,9 +270,8 @@ def _inputs(
     batches: Batches, call: Call, positional: Sequence[str], without: Collection[int] = ()
 ) -> dict[Given, tuple[int, int]]:
     found: dict[Given, tuple[int, int]] = {}
-    for number, dim in batches.dims(call.given).items():
-        node, (place, leaf) = call.given[number], call.places[number]
-        if node is not None and node not in without:
-            each = batches.few.nodes[node].shape[dim] // batches.rows
+    for number, dim, each in batches.given(call):
+        place, leaf = call.places[number]
+        if call.given[number] not in without:
             found[Given(named(place, positional), leaf)] = dim, each
     return found

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from stochastic_depth.discovery.recording import Call
 from stochastic_depth.discovery.templates import Template, named
@@ -103,6 +103,8 @@ class KnownCalls:
         ]
         self.with_one = self._defaults in self._flags  # whether one tensor alone is such a call
         self._known: dict[object, bool] = {}
+        first = [kind for call in calls for _, kind in call.form[:1]]
+        self.first_is_tensor = all(isinstance(k, type) and issubclass(k, Tensor) for k in first)
 
     def include(self, args: Any, kwargs: Any) -> bool:
         """Whether the plain values among the arguments are those of a watched call.
