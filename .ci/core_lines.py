@@ -8,8 +8,8 @@ import ast
 import pathlib
 import sys
 
-MOST_LINES = 5_275
-MOST_FILES = 53
+MOST_LINES = 5_320
+MOST_FILES = 52
 CORE = pathlib.Path("src/stochastic_depth")
 
 

@@ -238,17 +238,17 @@ def test_a_killed_rank_ends_the_other_and_restarted_they_end_with_the_same_weigh
 
 
 def test_a_rank_that_hangs_ends_the_other_after_the_timeout(tmp_path: Path) -> None:
-    run = [*SHORT, "--epochs=2", "--timeout=4", f"--out={tmp_path}/out"]
+    run = [*SHORT, "--epochs=2", "--timeout=8", f"--out={tmp_path}/out"]
     torchrun = start(tmp_path, [run], 2, signal.SIGSTOP)
     while not (tmp_path / "signalled").exists():
         assert torchrun.poll() is None
         time.sleep(0.05)
     begin = time.monotonic()
     first, other = (int((tmp_path / f"pid {rank}").read_text()) for rank in (0, 1))
-    while Path("/proc", str(first)).exists() and time.monotonic() < begin + 20:
+    while Path("/proc", str(first)).exists() and time.monotonic() < begin + 30:
         time.sleep(0.05)
     took = time.monotonic() - begin
     os.kill(other, signal.SIGKILL)  # torchrun would, after half a minute
     torchrun.communicate(timeout=60)
-    assert 3 < took < 20
+    assert 6 < took < 30
     assert torchrun.returncode != 0
