@@ -349,6 +349,13 @@ def test_an_averaged_model_made_at_step_0_follows_the_clock_until_its_own_step()
     assert not torch.allclose(average(x), plain(x), rtol=1e-3, atol=1e-3)
 
 
+def test_a_copy_that_is_trained_beside_its_original_waits_for_no_step_of_its_own() -> None:
+    """As in the inner loop of meta-learning; warnings are errors here."""
+    _, model, x, _ = gated("pre-norm", schedule=sd.linear_warmup(10))
+    twin = copy.deepcopy(model)
+    train(twin, sgd(twin), x, range(6))
+
+
 def test_a_copy_leaves_the_clock_with_a_step_of_its_own() -> None:
     _, model, _, depth = gated("pre-norm", schedule=sd.linear_warmup(10))
     twin = copy.deepcopy(model)

@@ -55,7 +55,7 @@ class Clock:
         version = sum(p._version for p in trained)
         self._changes += self._seen is not None and self._seen[1] != version
         self._seen = gate, version
-        if self._changes >= _PATIENCE:
+        if self._changes >= _PATIENCE and self._leader is None:
             self._warned = True
             warn(
                 f'the parameters of "{gate}" changed {_PATIENCE} times while stochastic '
