@@ -218,6 +218,27 @@ class Output:
     logits: Tensor
     states: dict[str, Tensor]
 
+    def __post_init__(self) -> None:
+        self.besides = "no field"
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """A dataclass without a dictionary."""
+
+    logits: Tensor
+
+
+class Result:
+    """An object that torch does not look into."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits, self.itself = logits, self
+
+
+class Named(dict[str, Tensor]):
+    """A dictionary that torch does not look into."""
+
 
 class Returning(nn.Module):
     """Returns what its body does in another form."""
@@ -234,6 +255,11 @@ RETURNED: list[tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = [
     (lambda out: (out.detach(), [out], 3), lambda result: result[1][0]),
     (lambda out: {"unused": 2 * out, "used": out}, lambda result: result["used"]),
     (lambda out: Output(2 * out, {"last": out}), lambda result: result.states["last"]),
+    (lambda out: Output(out, {}), lambda result: {"no field": result.logits}[result.besides]),
+    (lambda out: Slots(out), lambda result: result.logits),
+    (lambda out: [Result(out)], lambda result: result[0].itself.logits),
+    (lambda out: Named(out=out), lambda result: result["out"]),
+    (lambda out: (out, out), lambda result: result[0].mul_(2) + result[1]),
 ]
 
 
@@ -255,6 +281,70 @@ def whatever_the_forward_returns() -> None:
             assert any(gradient is None for gradient in expected.values())
             for name, parameter in model.named_parameters():
                 assert same(parameter.grad, expected[name]), f"step {step}, {name}"
+
+
+def a_value_of_the_forward_before() -> None:
+    """Whose graph is gone, and which no loss takes."""
+
+    class Kept(nn.Module):
+        def __init__(self, body: nn.Module) -> None:
+            super().__init__()
+            self.body = body
+            self.last: Tensor | None = None
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+            before, self.last = self.last, self.body(x)
+            return self.last, before
+
+    body, shape = build("resnet", Setup())
+    sd.apply_stochastic_depth(body, 0.5, "uniform", example_inputs=torch.randn(shape))
+    wrapped = wrap(Kept(body), Setup())
+    for _ in range(STEPS):
+        wrapped.train()(torch.randn(shape))[0].mean().backward()
+
+
+def parts_of_one_value() -> None:
+    """A change in place of one that would be lost on the other is refused."""
+    body, shape = build("resnet", Setup())
+    model = Returning(body, lambda out: (out, out[:1]))
+    sd.apply_stochastic_depth(body, 0.9, "uniform", example_inputs=torch.randn(shape))
+    whole, part = wrap(model, Setup()).train()(torch.randn(shape))
+    (whole.mean() + part.mean()).backward()
+    with pytest.raises(RuntimeError, match="modified inplace"):
+        whole.mul_(2)
+
+
+def parameters_that_were_replaced() -> None:
+    """By `load_state_dict(assign=True)`, say; the wrapper is made anew then."""
+    model, shape = build("resnet", Setup())
+    sd.apply_stochastic_depth(model, 0.9, "uniform", example_inputs=torch.randn(shape))
+    for _ in range(2):
+        wrapped = wrap(model, Setup())
+        for _ in range(STEPS):
+            wrapped.train()(torch.randn(shape)).mean().backward()
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        model.load_state_dict(state, assign=True)
+
+
+def several_forwards_before_one_backward() -> None:
+    """Forwards in which the ranks draw alike, and others; a rank may leave one out of its loss."""
+    model, shape = build("resnet", Setup())
+    depth = sd.apply_stochastic_depth(model, 0.6, "uniform", example_inputs=torch.randn(shape))
+    patterns, alone, wrapped = other_patterns("resnet"), copy.deepcopy(model), wrap(model, Setup())
+    for step in range(STEPS):
+        torch.manual_seed(100 * step + dist.get_rank())
+        x = torch.randn(shape)
+        for net, handle in ((wrapped, depth), (alone, sd.get_stochastic_depth(alone))):
+            net.train().zero_grad()
+            first, usual = net(x), net(x)
+            with handle.fixed(patterns[step]):
+                last = net(x) + usual
+            (last if step and dist.get_rank() else first + last).square().mean().backward()
+        expected = averaged(alone)
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is None) == (expected[name] is None), f"step {step}, {name}"
+            if parameter.grad is not None:
+                torch.testing.assert_close(parameter.grad, expected[name])
 
 
 def refuses_a_static_graph() -> None:
@@ -331,11 +421,15 @@ def cases(ranks: int) -> dict[str, Callable[[], None]]:
         refuses_a_static_graph,
         same_draws_need_no_talk,
         whatever_the_forward_returns,
+        a_value_of_the_forward_before,
+        parts_of_one_value,
+        parameters_that_were_replaced,
+        several_forwards_before_one_backward,
         different_draws_differ,
         balanced_draws_share_the_load,
         a_group_of_its_own,
     )
-    chosen = singles if ranks > 1 else singles[:3]  # one rank differs from no other
+    chosen = singles if ranks > 1 else singles[:6]  # one rank differs from no other
     return {**found, **{case.__name__.replace("_", " "): case for case in chosen}}
 
 

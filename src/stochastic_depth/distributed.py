@@ -8,19 +8,24 @@ again, as on one process, so that momentum and weight decay leave it alone.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from stochastic_depth.torch_private.backward import after_backward
+from stochastic_depth.torch_private.backward import after_backward, backward_task
 from stochastic_depth.torch_private.processes import TAKES_THE_OUTPUT, known
 from stochastic_depth.torch_private.tracing import begins_no_graph, ends_a_graph
-from stochastic_depth.torch_private.trees import tree_flatten, tree_unflatten
 
 _on_cpu: dict[tuple[Any, tuple[int, ...]], Any] = {}
+ranks_differ: WeakKeyDictionary[DistributedDataParallel, int] = WeakKeyDictionary()
+"""Where ranks may have skipped other blocks than each other: the last backward of it, or -1."""
 
 
 def is_running() -> bool:
@@ -61,13 +66,11 @@ class Forward:
 
     Attributes:
         skipped: The parameters of what did not run.
-        ranks_differ: Whether other ranks may have run it.
     """
 
     def __init__(self, wrapper: DistributedDataParallel) -> None:
         self.wrapper = wrapper
         self.skipped: dict[Tensor, None] = {}
-        self.ranks_differ = False
         known(wrapper, TAKES_THE_OUTPUT)
         vars(wrapper)[TAKES_THE_OUTPUT] = self
 
@@ -76,28 +79,33 @@ class Forward:
         """The output, with the skipped parameters hung on its graph."""
         del vars(self.wrapper)[TAKES_THE_OUTPUT]
         self.reduces = self.wrapper.require_backward_grad_sync
-        if self.skipped or self.ranks_differ:
-            leaves, spec = tree_flatten(output)
-            places = [n for n, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
-            if places:
-                trained = [parameter for parameter in self.skipped if parameter.requires_grad]
-                values = [leaves[place] for place in places]
-                hung: Any = _Anchor.apply(self, len(values), *values, *trained)
-                for place, value in zip(places, hung, strict=True):
-                    leaves[place] = value
-                output = tree_unflatten(leaves, spec)
+        if self.skipped or self.wrapper in ranks_differ:
+            found: dict[Tensor, Tensor] = {}
+            _change(output, lambda tensor: found.setdefault(tensor, tensor), set())
+            values = [tensor for tensor in found if tensor.requires_grad]
+            values = [tensor for tensor in values if tensor.grad_fn is not None] or values
+            trained = [parameter for parameter in self.skipped if parameter.requires_grad]
+            wholes = {id(whole) for whole in values} & {id(part._base) for part in values}
+            for tensor in values:  # each on its own: what the loss leaves out stays as it is
+                overlaps = not wholes.isdisjoint((id(tensor), id(tensor._base)))
+                found[tensor] = _Anchor.apply(self, tensor, overlaps, *trained)
+            output = _change(output, found.__getitem__, set())
         return known(self.wrapper, TAKES_THE_OUTPUT)(output)
 
     def note_gradients(self) -> None:
         """All gradients of this rank are there. The reducer's own end comes next, then ours."""
-        every = self.wrapper.module.parameters() if self.ranks_differ else self.skipped
-        parameters = list(every)
+        differ, task = self.wrapper in ranks_differ, backward_task()
+        if differ and ranks_differ[self.wrapper] == task:  # of another forward, for all parameters
+            return
+        if differ:
+            ranks_differ[self.wrapper] = task
+        parameters = list(self.wrapper.module.parameters() if differ else self.skipped)
         present = [parameter.grad is not None for parameter in parameters]
-        after_backward(lambda: self._clear(parameters, present))
+        after_backward(lambda: self._clear(parameters, present, differ=differ))
 
-    def _clear(self, parameters: list[Any], present: list[bool]) -> None:
+    def _clear(self, parameters: list[Any], present: list[bool], *, differ: bool) -> None:
         """Take the zeros away from those that have a gradient on no rank."""
-        if self.ranks_differ:
+        if differ:
             flags = torch.tensor(present, dtype=torch.uint8, device="cpu")
             group = on_cpu(ranks_in(self.wrapper.process_group))
             dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
@@ -107,19 +115,49 @@ class Forward:
                 parameter.grad = None
 
 
+def _change(value: Any, change: Callable[[Tensor], Tensor], seen: set[int]) -> Any:
+    """A value with its tensors changed: in place, in any object, but for tuples."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple):
+        parts = [_change(part, change, seen) for part in value]
+        if all(map(operator.is_, parts, value)):
+            return value
+        return getattr(type(value), "_make", type(value))(parts)
+    keys: Any = ()
+    get: Any = getattr
+    put: Any = object.__setattr__  # it may be frozen
+    if isinstance(value, dict | list):
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        get, put = operator.getitem, operator.setitem
+    elif not isinstance(value, nn.Module | ModuleType | type):
+        # With slots a dataclass has no dictionary.
+        keys = getattr(value, "__dict__", getattr(value, "__dataclass_fields__", ()))
+        keys = [key for key in keys if hasattr(value, key)]
+    if keys and id(value) not in seen:
+        seen.add(id(value))
+        for key in keys:
+            before = get(value, key)
+            after = _change(before, change, seen)
+            if after is not before:
+                put(value, key, after)
+    return value
+
+
 class _Anchor(torch.autograd.Function):
-    """Hands values on, and hangs parameters on their graph that get no gradient."""
+    """Hands a value on, and hangs parameters on its graph that get no gradient."""
 
     @staticmethod
     @begins_no_graph
-    def forward(ctx: Any, taken_by: Forward, values: int, *tensors: Tensor) -> Any:
+    def forward(ctx: Any, taken_by: Forward, value: Tensor, overlaps: bool, *rest: Tensor) -> Any:  # noqa: FBT001
         ctx.set_materialize_grads(False)
-        ctx.forward, ctx.parameters = taken_by, len(tensors) - values
-        # A tensor of its own, no view: what comes next may change it in place.
-        return tuple(map(Tensor.detach, tensors[:values]))
+        ctx.forward, ctx.parameters = taken_by, len(rest)
+        # A tensor of its own, no view: what comes next may change it in place. Where that changed
+        # another value, too, torch has to refuse it.
+        return value.view_as(value) if overlaps else value.detach()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+    def backward(ctx: Any, gradient: Tensor | None) -> Any:
         if ctx.forward.reduces:
             after_backward(ctx.forward.note_gradients)
-        return None, None, *gradients, *([None] * ctx.parameters)
+        return None, gradient, None, *([None] * ctx.parameters)

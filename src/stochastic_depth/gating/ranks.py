@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import hashlib
 import reprlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stochastic_depth.distributed import Forward, on_cpu, place
+from stochastic_depth.distributed import Forward, on_cpu, place, ranks_differ
 from stochastic_depth.errors import SetupError
 from stochastic_depth.plan import Counted, Plan
 from stochastic_depth.torch_private import processes
 from stochastic_depth.torch_private.trees import tree_map
+
+# Of a wrapper, which has to be made anew where parameters are replaced: those of its modules.
+_parameters: WeakKeyDictionary[nn.Module, dict[nn.Module, dict[Tensor, None]]] = WeakKeyDictionary()
 
 
 @dataclass(eq=False)
@@ -42,7 +46,6 @@ class Setup:
     in_parts: bool = False
     ranks: tuple[int, ...] | None = None
     is_apart: bool = False
-    _parameters: dict[nn.Module, dict[Tensor, None]] = field(default_factory=dict)
 
     def agree(self, plan: Plan, gate: Counted, *, training: bool) -> None:
         """Have all ranks compare what they draw from, at the first call of each forward.
@@ -99,10 +102,10 @@ class Setup:
         """Have the DistributedDataParallel whose forward this is not wait for these parameters."""
         wrapper = processes.inside_ddp() if self is not ALONE else None
         if wrapper is not None and isinstance(forward := _taken_by(wrapper), Forward):
-            own = self._parameters.get(module)
-            if own is None:
-                own = self._parameters[module] = dict.fromkeys(module.parameters())
-            forward.skipped.update(own)
+            known = _parameters.setdefault(wrapper, {})
+            if module not in known:
+                known[module] = dict.fromkeys(module.parameters())
+            forward.skipped.update(known[module])
 
     def skipped(self, value: Any, module: nn.Module) -> Any:
         """What a block hands on that is not called.
@@ -142,8 +145,7 @@ def setup_of(plan: Plan, gate: Counted, module: nn.Module) -> Setup:
         setup = plan.setups[gate.name] = _settled(plan, gate, module, key)
     wrapper = processes.inside_ddp() if module.training else None
     if wrapper is not None:
-        forward = _taken_by(wrapper)
-        if not isinstance(forward, Forward):
+        if not isinstance(_taken_by(wrapper), Forward):
             if wrapper.static_graph:
                 raise SetupError(
                     f'block "{gate.name}" is trained under DistributedDataParallel('
@@ -151,11 +153,12 @@ def setup_of(plan: Plan, gate: Counted, module: nn.Module) -> Setup:
                     expected="a graph that may change: the gradients would silently be wrong",
                     instead="leave static_graph=True out; find_unused_parameters is not needed",
                 )
-            forward = Forward(wrapper)
+            Forward(wrapper)
         if setup.is_apart or plan.forcing:
             # For good, as gradients may be left that one rank has and another has not.
             plan.ranks_differed = True
-        forward.ranks_differ |= plan.ranks_differed
+        if plan.ranks_differed:
+            ranks_differ.setdefault(wrapper, -1)
     return setup
 
 
