@@ -122,6 +122,7 @@ def explicit_prefetching_is_refused() -> None:
         sd.apply_stochastic_depth(model, 0.2, example_inputs=torch.randn(shape))
         shard(model)
         first, second, *_ = blocks_of(model)
+        model.train()(torch.randn(shape))  # they may be set later
         getattr(first, f"set_modules_to_{way}_prefetch")([second])
         with pytest.raises(sd.SetupError, match=f"set_modules_to_{way}_prefetch.*implicit"):
             model.train()(torch.randn(shape))

@@ -143,6 +143,8 @@ def setup_of(plan: Plan, gate: Counted, module: nn.Module) -> Setup:
     setup: Setup | None = plan.setups.get(gate.name)
     if setup is None or setup.key != key:
         setup = plan.setups[gate.name] = _settled(plan, gate, module, key)
+    elif gate.name in plan.agreed:  # in another forward: the lists may be new
+        _refuse_prefetch(gate, module)
     wrapper = processes.inside_ddp() if module.training else None
     if wrapper is not None:
         if not isinstance(_taken_by(wrapper), Forward):
@@ -177,15 +179,7 @@ def may_run_alone(plan: Plan) -> bool:
 def _settled(plan: Plan, gate: Counted, module: nn.Module, key: object) -> Setup:
     refuse(module, f'block "{gate.name}"')
     sharded = processes.is_managed_by_fsdp(module)
-    if processes.is_fully_sharded_unit(module) and processes.prefetches_explicitly(module):
-        # A skipped block would be gathered all the same, and what was gathered would lie there
-        # until its next call, with weights that may have changed meanwhile.
-        raise SetupError(
-            f'block "{gate.name}" is sharded with explicit lists of units to prefetch',
-            expected="the implicit prefetching of fully_shard, which skipped blocks do not disturb",
-            instead="leave set_modules_to_forward_prefetch and set_modules_to_backward_prefetch "
-            "out; implicit prefetching works",
-        )
+    _refuse_prefetch(gate, module)
     ranks, dims = processes.mesh_of(module)
     is_tensor_parallel = dims > sharded
     if plan.ranks_differ and sharded and plan.mode == "batch":
@@ -203,6 +197,18 @@ def _settled(plan: Plan, gate: Counted, module: nn.Module, key: object) -> Setup
             'mesh["dp"].get_group(); or sd.Draw(across_ranks="same")',
         )
     return Setup(key, sharded, sharded or is_tensor_parallel, ranks, is_apart=plan.ranks_differ)
+
+
+def _refuse_prefetch(gate: Counted, module: nn.Module) -> None:
+    if processes.is_fully_sharded_unit(module) and processes.prefetches_explicitly(module):
+        # A skipped block would be gathered all the same, and what was gathered would lie there
+        # until its next call, with weights that may have changed meanwhile.
+        raise SetupError(
+            f'block "{gate.name}" is sharded with explicit lists of units to prefetch',
+            expected="the implicit prefetching of fully_shard, which skipped blocks do not disturb",
+            instead="leave set_modules_to_forward_prefetch and set_modules_to_backward_prefetch "
+            "out; implicit prefetching works",
+        )
 
 
 def _apart(gate: Counted, kind: str, instead: str) -> SetupError:
