@@ -8,7 +8,7 @@ import ast
 import pathlib
 import sys
 
-MOST_LINES = 5_354
+MOST_LINES = 5_361
 MOST_FILES = 52
 CORE = pathlib.Path("src/stochastic_depth")
 

@@ -22,7 +22,7 @@ from stochastic_depth.gating.gate import KEY, Gate
 from stochastic_depth.plan import Plan
 from stochastic_depth.report import GatedBlock, gated_blocks, table
 
-_AT_A_STEP = 8  # blocks that are looked at
+_AT_A_STEP = 6  # blocks that are looked at
 _WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod")  # what lies in a wrapper put around later
 
 
@@ -232,10 +232,17 @@ class StochasticDepth:
         raise ChangedModelError(what, expected="the blocks that are gated", instead=instead)
 
     def _is_gated(self, block: ResidualBlock) -> bool:
-        try:  # a wrapper around it (a checkpoint's, say) hands its attributes on
-            gate = getattr(self.model.get_submodule(block.container), KEY, None)
-        except AttributeError:  # not even there any more
-            return False
+        part: Any = self.model
+        path = block.container.split(".") if block.container else ()
+        try:
+            for name in path:
+                part = part._modules[name]
+            gate = part.__dict__[KEY]
+        except (KeyError, AttributeError):  # replaced; or wrapped, which hands attributes on
+            part = self.model
+            for name in path:
+                part = getattr(part, name, None)
+            gate = getattr(part, KEY, None)
         return gate is not None and gate.plan is self._plan
 
     def __str__(self) -> str:
