@@ -31,10 +31,13 @@ class StochasticDepth:
 
     `apply_stochastic_depth` makes it, `get_stochastic_depth(model)` finds it again. It holds no
     state of its own: that lies with the gates, and is copied and pickled with the model.
+
+    Attributes:
+        model: The model that was watched.
     """
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
-        self.model = model  # that was watched
+        self.model = model
         self._plan = plan
         plan.handle = weakref.ref(self)
 

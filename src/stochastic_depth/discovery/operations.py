@@ -1,7 +1,7 @@
 """What the watch knows about torch's operations: one table, from an operation to its kind.
 
-An operation that is not in the table is of kind OTHER: no proof lets a value pass through it. So
-an operation that is new to the table can lead to a refusal, never to a wrong result.
+An operation that is not in the table is of kind OTHER: no skip connection is followed through it,
+and no factor. Whether it returns zeros for zeros is tried (`scaling`).
 """
 
 from __future__ import annotations

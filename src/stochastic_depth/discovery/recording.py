@@ -8,16 +8,15 @@ the nodes from `start` to `end`.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from stochastic_depth.discovery.operations import FINITE, UNKNOWN, VANISHES, Kind, degree, is_zero
+from stochastic_depth.discovery.operations import Kind
 from stochastic_depth.discovery.templates import Given, Place, Template
 from stochastic_depth.discovery.undisturbed import Mode
 
@@ -119,36 +118,6 @@ class Recording:
     def data_of(self, node: Node) -> list[int]:
         """The inputs of an operation that are not made of weights and constants alone."""
         return [index for index in node.inputs if not self.nodes[index].fixed]
-
-    def degree_of(self, node: Node, degrees: Mapping[int, int], tried: dict[int, Tensor]) -> int:
-        """The degree of a value; where its operation is not in the table it is tried on zeros.
-
-        Args:
-            node: The value.
-            degrees: Those of its inputs; 0 for all others.
-            tried: What such operations have come to so far.
-        """
-        given = [degrees.get(source, 0) for source in node.inputs]
-        found = degree(node.kind, node.op, given)
-        if found != UNKNOWN or UNKNOWN in given or node.replay is None:
-            return found
-        inputs = []
-        for index, own in zip(node.inputs, given, strict=True):
-            like = self.nodes[index]
-            is_bool = like.dtype is torch.bool
-            # Nobody knows what the others are; an index may be 0.
-            is_other = not is_zero(own) and (like.dtype.is_floating_point or is_bool)
-            some = torch.arange(1, like.shape.numel() + 1).sin().mul(is_other).view(like.shape)
-            some = tried.get(index, some > 0 if is_bool else some)
-            inputs.append(some.to(like.device, like.dtype, copy=True))
-        cuda = [node.device] if node.device.type == "cuda" else []
-        with suppress(Exception), torch.no_grad(), torch.random.fork_rng(devices=cuda):
-            made = node.replay(*inputs)
-            made = made if isinstance(made, Tensor) else made[node.index - node.operation]
-            tried[node.index] = made
-            if made.isfinite().all():
-                return FINITE if made.any() else VANISHES
-        return UNKNOWN
 
     def between(self, root: int, end: int) -> list[int]:
         """The nodes on the ways from `root` (left out) to `end` (included)."""

@@ -8,11 +8,14 @@ affine in its own parameters, so that the plain model can carry the factor in it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
+from stochastic_depth.discovery import operations
 from stochastic_depth.discovery.additions import Addition
 from stochastic_depth.discovery.grouping import Site
 from stochastic_depth.discovery.operations import NORMS, PRODUCTS, SUMS, Kind, degree, is_zero
@@ -57,7 +60,7 @@ def _multiplied(
     recording, nodes, allowed = site.recording, site.recording.nodes, {*in_line, *site.sums}
     degrees, tried = dict.fromkeys(ends, 1), dict[int, Tensor]()
     for index in in_line:
-        degrees[index] = recording.degree_of(nodes[index], degrees, tried)
+        degrees[index] = _degree_of(recording, nodes[index], degrees, tried)
     if degrees.get(branch) != 1:
         why = f"it ends in {nodes[branch].op}, computed in line behind its last module"
         return degrees.get(branch, 0), why
@@ -68,6 +71,40 @@ def _multiplied(
             if user not in allowed and not is_form:
                 return 1, f"{recording.module_at(user)} computes with what it ends in, too"
     return 1, None
+
+
+def _degree_of(
+    recording: Recording, node: Node, degrees: Mapping[int, int], tried: dict[int, Tensor]
+) -> int:
+    """The degree of a value; where its operation is not in the table it is tried on zeros.
+
+    Args:
+        recording: The watched forward.
+        node: The value.
+        degrees: Those of its inputs; 0 for all others.
+        tried: What such operations have come to so far.
+    """
+    given = [degrees.get(source, 0) for source in node.inputs]
+    found = degree(node.kind, node.op, given)
+    if found != operations.UNKNOWN or operations.UNKNOWN in given or node.replay is None:
+        return found
+    inputs = []
+    for index, own in zip(node.inputs, given, strict=True):
+        like = recording.nodes[index]
+        is_bool = like.dtype is torch.bool
+        # Nobody knows what the others are; an index may be 0.
+        is_other = not is_zero(own) and (like.dtype.is_floating_point or is_bool)
+        some = torch.arange(1, like.shape.numel() + 1).sin().mul(is_other).view(like.shape)
+        some = tried.get(index, some > 0 if is_bool else some)
+        inputs.append(some.to(like.device, like.dtype, copy=True))
+    cuda = [node.device] if node.device.type == "cuda" else []
+    with suppress(Exception), torch.no_grad(), torch.random.fork_rng(devices=cuda):
+        made = node.replay(*inputs)
+        made = made if isinstance(made, Tensor) else made[node.index - node.operation]
+        tried[node.index] = made
+        if made.isfinite().all():
+            return operations.FINITE if made.any() else operations.VANISHES
+    return operations.UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,13 +99,8 @@ def _settle(model: nn.Module, gate: Gate, members: Sequence[Gate]) -> None:
         everything = Decision(gate, (False,) * len(gate.units), None, None, ALONE)
         gate.closed = Passage(gate, everything, counts=None)
     whole = gate.whole
-    gate.returns_first = (
-        whole is not None
-        and whole.leaves == (Given(0),)
-        and whole.is_leaf
-        and gate.known.first_is_tensor  # not something that holds one
-        and not gate.returns_copy
-    )
+    hands_on = whole is not None and whole.is_leaf and whole.leaves == (Given(0),)
+    gate.returns_first = hands_on and not gate.returns_copy
     gate.is_fast = (
         plan.mode == "batch"
         and plan.draw.redraw == "forward"

@@ -90,6 +90,7 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
             is_one = known.with_one and len(args) == 1 and not kwargs
             is_usual = is_one or known.include(args, kwargs)
             if runs is False and is_usual:
+                # The first argument may be a tuple that holds the tensor.
                 hands_on = gate.returns_first and args and isinstance(args[0], Tensor)
                 if hands_on and not own["_forward_hooks"]:
                     return args[0]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from stochastic_depth.discovery.recording import Call
 from stochastic_depth.discovery.templates import Template, named
@@ -42,7 +42,7 @@ class Gate(Counted):
     index: int = -1  # a block's: in `plan.gates`
     is_fast: bool = False  # a block's: whether its calls may go the fast way
     is_residual: bool = False  # a block's: it is an `sd.Residual`
-    returns_first: bool = False  # a block's: when dropped, returns its first argument itself
+    returns_first: bool = False  # a block's: when dropped, returns the first tensor it is given
     returns_copy: bool = False  # a block's: somebody outside of the model may hold its input
     whole: Template | None = None  # a block's: what it returns when dropped; None: it has to run
     known: Any = None  # a block's: the `KnownCalls` that it was watched with
@@ -103,8 +103,6 @@ class KnownCalls:
         ]
         self.with_one = self._defaults in self._flags  # whether one tensor alone is such a call
         self._known: dict[object, bool] = {}
-        first = [kind for call in calls for _, kind in call.form[:1]]
-        self.first_is_tensor = all(isinstance(k, type) and issubclass(k, Tensor) for k in first)
 
     def include(self, args: Any, kwargs: Any) -> bool:
         """Whether the plain values among the arguments are those of a watched call.
