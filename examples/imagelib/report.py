@@ -100,7 +100,9 @@ def _lines(results: Results) -> list[str]:
             f"Saved of the possible: {saving.share_of_possible}. Brackets: 95% confidence.",
         ]
     if saving and saving.interrupted_steps:
-        lines.append(f"Left out, as something else held them up: {saving.interrupted_steps} steps.")
+        count = saving.interrupted_steps
+        steps = "1 step" if count == 1 else f"{count} steps"
+        lines.append(f"Left out, as something else held it up: {steps}.")
     counted = len(results.counted_steps)
     lines.append(f"FLOPs saved: {results.flops_saved:.1%} (checked at {counted} steps).")
     return lines + results.remarks
