@@ -8,8 +8,8 @@ import ast
 import pathlib
 import sys
 
-MOST_LINES = 5_361
-MOST_FILES = 52
+MOST_LINES = 5_297
+MOST_FILES = 47
 CORE = pathlib.Path("src/stochastic_depth")
 
 

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import stochastic_depth as sd
 from networks import WIDTH, Residual, make, settled, vectors
-from stochastic_depth.draw import Counts, kept_count
+from stochastic_depth.rows import Counts, kept_count
 
 pytestmark = pytest.mark.oldest
 DRAWS = 3000

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import stochastic_depth as sd
 from coveragelib.ends import End, changed_at, ends_of
 from coveragelib.predictable import predictable_dropout
-from stochastic_depth.discovery import Discovery
+from stochastic_depth.discovery.blocks import Discovery
 
 Mode = Callable[[nn.Module], nn.Module]
 LARGE = 100e6

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import stochastic_depth as sd
-from stochastic_depth.discovery import Discovery
+from stochastic_depth.discovery.blocks import Discovery
 
 
 @dataclass(frozen=True)

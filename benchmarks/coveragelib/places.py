@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from coveragelib.drop_path_calls import drop_path_calls
 from coveragelib.source_additions import source_additions
 from coveragelib.subjects import Subject
-from stochastic_depth.discovery import Discovery
 from stochastic_depth.discovery.additions import Search
+from stochastic_depth.discovery.blocks import Discovery
 from stochastic_depth.discovery.recording import Call
 
 

@@ -4,7 +4,8 @@
 """
 
 from stochastic_depth.depth import apply_stochastic_depth
-from stochastic_depth.discovery import ResidualBlock, ResidualBranch, find_residual_blocks
+from stochastic_depth.discovery import find_residual_blocks
+from stochastic_depth.discovery.blocks import ResidualBlock, ResidualBranch
 from stochastic_depth.draw import Draw
 from stochastic_depth.errors import (
     ActiveDropPathError,
@@ -26,9 +27,9 @@ from stochastic_depth.presets import (
     apply_layer_drop,
     apply_progressive_layer_dropping,
 )
-from stochastic_depth.report import GatedBlock, GatedBranch
 from stochastic_depth.residual import Residual
 from stochastic_depth.schedules import constant, linear_decay, linear_warmup, piecewise_linear
+from stochastic_depth.state import GatedBlock, GatedBranch
 
 __version__ = "0.1.0"
 

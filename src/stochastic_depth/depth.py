@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from stochastic_depth.discovery import Discovery, ResidualBlock, own_drops, plain_model, watch
+from stochastic_depth.discovery import own_drops, plain_model, watch
+from stochastic_depth.discovery.blocks import Discovery, ResidualBlock
 from stochastic_depth.discovery.undisturbed import without_collecting
 from stochastic_depth.distributed import ranks_in
 from stochastic_depth.distributions import Distribution, DropRate, resolve_rates
@@ -163,7 +164,7 @@ def apply(
             detach(model, plan)
             raise
     for drop in drops:
-        drop.set(0.0)
+        setattr(drop.holder, drop.attribute, 0.0)
     return StochasticDepth(model, plan)
 
 

@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
-from stochastic_depth.arguments import Number, matching
-from stochastic_depth.errors import OptionError, SelectionError, nearest, wrong_value
+from stochastic_depth.errors import (
+    Number,
+    OptionError,
+    SelectionError,
+    matching,
+    nearest,
+    wrong_value,
+)
 
 DropRate = float | Iterable[float] | Mapping[str, float]
 Distribution = Callable[[int, float], Iterable[float]]

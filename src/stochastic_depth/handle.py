@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from stochastic_depth import checkpoint
-from stochastic_depth.discovery import ResidualBlock, plain_model
+from stochastic_depth import state
+from stochastic_depth.discovery import plain_model
+from stochastic_depth.discovery.blocks import ResidualBlock
 from stochastic_depth.errors import ChangedModelError, OptionError, SelectionError, nearest, warn
 from stochastic_depth.gating.attach import detach, gated_modules
 from stochastic_depth.gating.compiled import compile_blocks
 from stochastic_depth.gating.gate import KEY, Gate
 from stochastic_depth.plan import Plan
-from stochastic_depth.report import GatedBlock, gated_blocks, table
 
 _AT_A_STEP = 6  # blocks that are looked at
 _WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod")  # what lies in a wrapper put around later
@@ -42,9 +42,9 @@ class StochasticDepth:
         plan.handle = weakref.ref(self)
 
     @property
-    def blocks(self) -> tuple[GatedBlock, ...]:
+    def blocks(self) -> tuple[state.GatedBlock, ...]:
         """The gated blocks in forward order, with their rates at this step."""
-        return gated_blocks(self._plan)
+        return state.gated_blocks(self._plan)
 
     @property
     def last_gates(self) -> dict[str, Any]:
@@ -146,7 +146,7 @@ class StochasticDepth:
 
     def state_dict(self) -> dict[str, Any]:
         """What it takes to continue the sequence of draws exactly; plain numbers and strings."""
-        return checkpoint.save(self._plan)
+        return state.save(self._plan)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue where `state_dict()` was taken.
@@ -154,7 +154,7 @@ class StochasticDepth:
         Raises:
             StateMismatchError: It was taken with other blocks, rates or draws.
         """
-        checkpoint.load(self._plan, state_dict)
+        state.load(self._plan, state_dict)
 
     def compile(
         self,
@@ -196,7 +196,7 @@ class StochasticDepth:
         """
         self._check_gates()
         with torch.no_grad():
-            for parameter, value in checkpoint.scaled_parameters(self.model, self._plan).items():
+            for parameter, value in state.scaled_parameters(self.model, self._plan).items():
                 parameter.copy_(value)
         return self.remove()
 
@@ -207,7 +207,7 @@ class StochasticDepth:
             RefusedBlockError: As `fold()`.
         """
         self._check_gates()
-        return checkpoint.folded(self.model, self._plan)
+        return state.folded(self.model, self._plan)
 
     def remove(self) -> nn.Module:
         """Take the gates out.
@@ -236,22 +236,14 @@ class StochasticDepth:
 
     def _is_gated(self, block: ResidualBlock) -> bool:
         part: Any = self.model
-        path = block.container.split(".") if block.container else ()
-        try:
-            for name in path:
-                part = part._modules[name]
-            gate = part.__dict__[KEY]
-        except (KeyError, AttributeError):  # replaced; or wrapped, which hands attributes on
-            part = self.model
-            for name in path:
-                part = getattr(part, name, None)
-            gate = getattr(part, KEY, None)
+        for name in block.container.split(".") if block.container else ():
+            part = getattr(part, name, None)  # a wrapper put around later hands attributes on
+        gate = getattr(part, KEY, None)
         return gate is not None and gate.plan is self._plan
 
     def __str__(self) -> str:
-        gates = [gate for _, _, gate in gated_modules(self.model)]
-        whole = {gate.name for gate in gates if gate.whole is not None}
-        return table(self.model, self._plan, whole)
+        whole = {gate.name for _, _, gate in gated_modules(self.model) if gate.whole is not None}
+        return state.table(self.model, self._plan, whole)
 
     def __repr__(self) -> str:
         what = f"{type(self.model).__name__}: {len(self._plan.blocks)} blocks"

@@ -19,8 +19,8 @@ from typing import Any, Literal, NamedTuple
 from stochastic_depth.clock import Clock
 from stochastic_depth.discovery.blocks import ResidualBlock
 from stochastic_depth.distributed import place
-from stochastic_depth.draw import Counts, Draw, Names, balanced, integers, kept_count, limit, real
-from stochastic_depth.rows import Rows
+from stochastic_depth.draw import Draw, Names, balanced, integers, limit, real
+from stochastic_depth.rows import Counts, Rows, kept_count
 from stochastic_depth.schedules import ResolvedSchedule
 
 _MANY_ROWS = 64  # that are kept
@@ -54,7 +54,7 @@ class Counted:
 class AtStep(NamedTuple):
     """What the rates come to under the schedules."""
 
-    asked: dict[Any, float] | None  # what each schedule returned
+    asked: dict[Any, float]  # what each schedule returned
     rates: tuple[float, ...]  # of each unit
     limits: tuple[int, ...]  # of each unit: the rates, for the integers that are drawn
     factors: tuple[Factors, Factors]  # in inference, in training
@@ -73,7 +73,6 @@ class Row(NamedTuple):
 
 
 _NO_ROW = Row(-1, -1, (), (), (), (), ())
-_NO_STEP = AtStep(None, (), (), ((), ()))
 
 
 @dataclass(eq=False)
@@ -115,7 +114,8 @@ class Plan:
     def forget(self) -> None:
         """Start anew with what a copy does not share, and what is known of the gates."""
         self.clock.owner = weakref.ref(self)
-        self.row, self._at = _NO_ROW, _NO_STEP  # the last ones
+        self.row: Row = _NO_ROW  # the last one
+        self._at: AtStep | None = None  # likewise
         self.drawn = lru_cache(_MANY_ROWS)(self._drawn)
         by_name = self.schedule.by_name
         self._name_of: dict[Any, str] = {schedule: name for name, schedule in by_name.items()}
@@ -138,11 +138,11 @@ class Plan:
 
     def at(self, step: int) -> AtStep:
         """The rates of a step: the same object as long as the schedules return the same."""
-        if self._at is not _NO_STEP and not self._name_of:
+        if self._at is not None and not self._name_of:
             return self._at
         # A schedule may look at more than the step: it is asked every time.
         asked = {one: self.schedule(step, name) for one, name in self._name_of.items()}
-        if self._at.asked != asked:
+        if self._at is None or self._at.asked != asked:
             of_units = zip(self.base_rates, map(self.schedule.by_name.get, self.units), strict=True)
             rates = tuple([rate * asked.get(one, 1.0) for rate, one in of_units])
             factors = self._factors(rates, training=False), self._factors(rates, training=True)

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from stochastic_depth.arguments import Number
 from stochastic_depth.depth import Rates, apply
 from stochastic_depth.draw import Draw
+from stochastic_depth.errors import Number
 from stochastic_depth.handle import StochasticDepth
 from stochastic_depth.schedules import Progressive, Schedule, ScheduleFunction
 from stochastic_depth.selection import Selector

@@ -14,10 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.discovery import Discovery
-from stochastic_depth.discovery.example import Example, telling
-from stochastic_depth.discovery.undisturbed import Mode, undisturbed
-from stochastic_depth.discovery.unmaterialised import Alone, is_unmaterialised, without_values
+from stochastic_depth.discovery.blocks import Discovery
+from stochastic_depth.discovery.undisturbed import (
+    Alone,
+    Arguments,
+    Mode,
+    is_unmaterialised,
+    undisturbed,
+    without_values,
+)
 from stochastic_depth.gating.batch import MORE, with_more_rows
 from stochastic_depth.gating.block import carry_out, decision_of, run_in_part
 from stochastic_depth.gating.gate import ModuleCall, running
@@ -25,10 +30,10 @@ from stochastic_depth.gating.ranks import ALONE
 from stochastic_depth.plan import Plan
 from stochastic_depth.rows import Rows
 from stochastic_depth.selection import refuse
-from stochastic_depth.torch_private.trees import tree_leaves, tree_map
+from stochastic_depth.torch_private.trees import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 
-def prove(model: nn.Module, found: Discovery, plan: Plan, example: Example) -> None:
+def prove(model: nn.Module, found: Discovery, plan: Plan, example: Arguments) -> None:
     """Try the blocks of a gated model.
 
     Args:
@@ -42,7 +47,7 @@ def prove(model: nn.Module, found: Discovery, plan: Plan, example: Example) -> N
     """
     mode: Mode = found.recording.mode
     if plan.mode == "sample":
-        example, mode = with_more_rows(telling(example))[0], "eval"
+        example, mode = with_more_rows(_telling(example))[0], "eval"
     elif is_unmaterialised(model):
         return
     reasons: dict[str, str] = {}
@@ -62,7 +67,7 @@ def prove(model: nn.Module, found: Discovery, plan: Plan, example: Example) -> N
         reasons.update({**(alone or together), **reasons})
         return None
 
-    whole = [(model, example)]
+    whole: list[tuple[nn.Module, Arguments]] = [(model, example)]
     try:
         for tried, given in _alone(model, plan, example) if is_unmaterialised(model) else whole:
             _at_each_call(tried, plan, given, mode, look)
@@ -74,7 +79,27 @@ def prove(model: nn.Module, found: Discovery, plan: Plan, example: Example) -> N
         raise refuse(reasons, plan.blocks, found=found)
 
 
-def _alone(model: nn.Module, plan: Plan, example: Example) -> Iterator[tuple[nn.Module, Example]]:
+def _telling(example: Arguments) -> Arguments:
+    """The same example, with noise in the place of a constant main input, which proves nothing.
+
+    The main input is the largest tensor of floating numbers. All others are left alone: a noise
+    level, say, may not be negative.
+    """
+    leaves, spec = tree_flatten(example)
+    floats = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    main = max(floats, key=lambda leaf: leaf.numel(), default=None)
+    if main is None or main.is_meta or main.numel() < 2 or bool((main != main.flatten()[0]).any()):
+        return example
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(main.shape, generator=generator, device="cpu")
+    made = noise.to(dtype=main.dtype, device=main.device)
+    args, kwargs = tree_unflatten([made if leaf is main else leaf for leaf in leaves], spec)
+    return args, kwargs
+
+
+def _alone(
+    model: nn.Module, plan: Plan, example: Arguments
+) -> Iterator[tuple[nn.Module, Arguments]]:
     """Each block of a model without weights on its own, and what to call it with."""
     calls: dict[str, list[Any]] = {}
 
@@ -88,7 +113,7 @@ def _alone(model: nn.Module, plan: Plan, example: Example) -> Iterator[tuple[nn.
 
 
 def _at_each_call(
-    model: nn.Module, plan: Plan, example: Example, mode: Mode, look: Callable[[ModuleCall], Any]
+    model: nn.Module, plan: Plan, example: Arguments, mode: Mode, look: Callable[[ModuleCall], Any]
 ) -> None:
     """Call the model once and look at each call of a block, which is open unless that says else."""
 

@@ -1,10 +1,11 @@
-"""The kept rows of a batch: taking them out of a tensor, and putting what was made of them back.
+"""The kept rows of a batch: how many, taking them out of a tensor, putting what they became back.
 
 A tensor may hold several rows for each example (an image cut into windows), example by example.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -135,3 +136,54 @@ def change_leaves(output: Any, numbers: Any, change: Callable[[Tensor, int], Ten
     for number in numbers:
         leaves[number] = change(leaves[number], number)
     return tree_unflatten(leaves, spec)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Which numbers of rows a block may run on; none and all are always allowed.
+
+    Attributes:
+        lone: Whether a single row is; where BatchNorm has to make a mean of it, not.
+        fewest_dropped: The part of a batch that is dropped at least, where any rows are: what is
+            dropped has to pay for taking the others out and putting them back.
+    """
+
+    lone: bool
+    fewest_dropped: float
+
+    def around(self, wanted: float, batch: int) -> tuple[int, int]:
+        """The allowed numbers next to a wanted one, below and above."""
+        fewest, most = (1 if self.lone else 2), math.floor(batch * (1.0 - self.fewest_dropped))
+        if fewest > most:
+            return 0, batch
+        if wanted > most:
+            return most, batch
+        if wanted < fewest:
+            return 0, fewest
+        return math.floor(wanted), math.ceil(wanted)
+
+
+def kept_count(u: float, batch: int, rate: float, counts: Counts) -> int:
+    """How many rows of a batch are kept: one of the two allowed numbers around `batch * (1 - p)`.
+
+    They are taken with the chances that make it `batch * (1 - p)` on average, so that a row that
+    stands anywhere in the batch is kept with exactly `1 - p`. (A fixed number, as in DINOv2's
+    subset, is biased by its rounding.)
+
+    Args:
+        u: A number in [0, 1).
+        batch: The number of rows.
+        rate: The drop rate p.
+        counts: Which numbers are allowed.
+
+    Example:
+        >>> any_number = Counts(lone=True, fewest_dropped=0.0)
+        >>> kept_count(0.5, 16, 0.4, any_number), kept_count(0.7, 16, 0.4, any_number)
+        (10, 9)
+        >>> of_images = Counts(lone=False, fewest_dropped=0.5)
+        >>> kept_count(0.5, 16, 0.1, of_images), kept_count(0.9, 16, 0.1, of_images)
+        (16, 8)
+    """
+    wanted = batch * (1.0 - rate)
+    below, above = counts.around(wanted, batch)
+    return above if below == above or u < (wanted - below) / (above - below) else below

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from stochastic_depth.arguments import Number, matching
-from stochastic_depth.errors import OptionError, wrong_value
+from stochastic_depth.errors import Number, OptionError, matching, wrong_value
 
 ScheduleFunction = Callable[[int], float]
 

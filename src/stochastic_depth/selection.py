@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from stochastic_depth.arguments import matching
-from stochastic_depth.discovery import Discovery, ResidualBlock, none_found
-from stochastic_depth.errors import OptionError, RefusedBlockError, SelectionError
+from stochastic_depth.discovery import none_found
+from stochastic_depth.discovery.blocks import Discovery, ResidualBlock
+from stochastic_depth.errors import OptionError, RefusedBlockError, SelectionError, matching
 from stochastic_depth.plan import Plan
 
 Selector = str | type | ResidualBlock | Callable[[ResidualBlock], bool]

@@ -5,32 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from stochastic_depth.discovery.blocks import (
-    Discovery,
-    ResidualBlock,
-    ResidualBranch,
-    discover,
-    explicit_residuals,
-)
-from stochastic_depth.discovery.example import Example, example_for
+from stochastic_depth.discovery.blocks import Discovery, ResidualBlock, discover, explicit_residuals
 from stochastic_depth.discovery.own_drops import switched_off
 from stochastic_depth.discovery.recording import Recording
-from stochastic_depth.discovery.undisturbed import without_collecting
+from stochastic_depth.discovery.undisturbed import Arguments, without_collecting
 from stochastic_depth.discovery.watch import watch_once
 from stochastic_depth.errors import ExampleInputsError, NoResidualBlocksError, OptionError
-
-__all__ = [
-    "Discovery",
-    "ResidualBlock",
-    "ResidualBranch",
-    "find_residual_blocks",
-    "none_found",
-    "plain_model",
-    "watch",
-]
 
 
 def find_residual_blocks(
@@ -98,7 +82,7 @@ def plain_model(model: nn.Module) -> nn.Module:
 
 def watch(
     model: nn.Module, example_inputs: Any, example_kwargs: Mapping[str, Any] | None
-) -> tuple[Discovery, Example]:
+) -> tuple[Discovery, Arguments]:
     """One watched forward, what was found in it, and the example that was used.
 
     A model with `Residual`s need not be watched: without an example those are all its blocks.
@@ -120,6 +104,59 @@ def watch(
             "model's device",
         ) from error
     return discover(recording, model), example
+
+
+def example_for(model: nn.Module, inputs: Any, kwargs: Mapping[str, Any] | None) -> Arguments:
+    """The positional and keyword arguments to watch the model with.
+
+    Args:
+        model: What is called.
+        inputs: A tensor, a tuple (positional), a mapping (keywords), or None for the model's own.
+        kwargs: More keyword arguments.
+
+    Raises:
+        ExampleInputsError: The model carries no example, or `inputs` is something else.
+    """
+    keywords = dict(kwargs or {})
+    if inputs is None and not keywords:
+        inputs = _own_example(model)
+    if inputs is None or isinstance(inputs, Mapping):
+        return (), {**(inputs or {}), **keywords}
+    if isinstance(inputs, Tensor):
+        return (inputs,), keywords
+    if isinstance(inputs, tuple | list):
+        return tuple(inputs), keywords
+    raise ExampleInputsError(
+        f"example_inputs is a {type(inputs).__name__}",
+        expected="a tensor, a tuple of positional or a dict of keyword arguments",
+        instead="pass what you would pass to the model: a batch of two is enough",
+    )
+
+
+def _own_example(model: nn.Module) -> Tensor | dict[str, Any]:
+    """As timm and transformers describe their models' inputs."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    if isinstance(config, Mapping) and config.get("input_size"):
+        channels, *size = config["input_size"]
+        # A model that was built for images of another size says so there.
+        size = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
+        return torch.zeros(2, channels, *size, device=device)
+    settings = getattr(model, "config", None)
+    size = getattr(settings, "image_size", None)
+    if getattr(model, "main_input_name", None) == "pixel_values" and size is not None:
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        channels = getattr(settings, "num_channels", 3)
+        return {"pixel_values": torch.zeros(2, channels, height, width, device=device)}
+    dummy = getattr(model, "dummy_inputs", None)
+    if isinstance(dummy, Mapping) and dummy:
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in dummy.items()}
+    raise ExampleInputsError(
+        f"{type(model).__name__} without example_inputs, and it carries no example of its own",
+        expected="an example of what the model is called with, to watch one forward",
+        instead="pass example_inputs=batch (a tensor), a tuple for several positional arguments, "
+        "or a dict for keyword arguments; a batch of two is enough",
+    )
 
 
 def _refuse_lazy(model: nn.Module) -> None:

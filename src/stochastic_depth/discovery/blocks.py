@@ -13,8 +13,13 @@ from stochastic_depth.discovery.grouping import Grouping, Site
 from stochastic_depth.discovery.operations import Kind
 from stochastic_depth.discovery.recording import Call, Recording
 from stochastic_depth.discovery.scaling import Fold, Folding, ends_of, parameters_at
-from stochastic_depth.discovery.skips import Skip
-from stochastic_depth.discovery.states import keep_states, keeps_branch, side_effects, unknown_sum
+from stochastic_depth.discovery.skips import (
+    Skip,
+    keep_states,
+    keeps_branch,
+    side_effects,
+    unknown_sum,
+)
 from stochastic_depth.discovery.templates import Template
 from stochastic_depth.errors import warn
 

@@ -22,39 +22,37 @@ _SIZED = (list, dict, set)
 
 
 class Before:
-    """What a module held and who referred to its arguments when it was called."""
+    """What a module held and who referred to its arguments when it was called.
 
-    def __init__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    Args:
+        call: The call.
+        module: What is called.
+        given: Its positional and keyword arguments.
+    """
+
+    def __init__(self, call: Call, module: nn.Module, given: Sequence[Any]) -> None:
+        self.call, self.module, self.given = call, module, given
         self.made: list[weakref.ref[Tensor]] = []  # the values that are made in its own forward
         self._held, self._sizes = _held(module)
-        self._references = _references(args, kwargs)
+        self._references = _references(given)
 
     def effects(
-        self,
-        module: nn.Module,
-        args: Any,
-        kwargs: Any,
-        results: Sequence[Tensor],
-        *,
-        is_constant: Callable[[Tensor], bool],
+        self, results: Sequence[Tensor], is_constant: Callable[[Tensor], bool]
     ) -> Iterator[tuple[str, Tensor | None]]:
         """What is otherwise now, at the end of the call: a name or description, and the value.
 
         Args:
-            module: What was called.
-            args: With what.
-            kwargs: With what.
             results: The tensors in its output.
             is_constant: Whether a tensor was made of weights and constants alone.
         """
-        now, sizes = _held(module)
+        now, sizes = _held(self.module)
         same = len(now) == len(self._held) and all(map(is_, now.values(), self._held.values()))
         for key in {**self._held, **now} if not same or sizes != self._sizes else ():
             old, new = self._held.get(key), now.get(key)
             if old is None and isinstance(new, Tensor) and is_constant(new):
                 continue
             changed = old is not new and not _is_equal(old, new)
-            is_own = key[0] != "_" or key in module._buffers
+            is_own = key[0] != "_" or key in self.module._buffers
             if is_own and (changed or self._sizes.get(key) != sizes.get(key)):
                 yield key, new if isinstance(new, Tensor) else None
         memories = {memory_of(tensor) for tensor in results}
@@ -64,8 +62,8 @@ class Before:
                 continue
             yield "a value that somebody keeps", tensor
             return
-        counts = zip(_references(args, kwargs), self._references, strict=True)
-        for value, (after, before) in zip([*args, *kwargs.values()], counts, strict=True):
+        counts = zip(self.given, _references(self.given), self._references, strict=True)
+        for value, after, before in counts:
             if after > before and memory_of(value) not in memories:
                 yield "its input, which somebody keeps", value
 
@@ -76,9 +74,8 @@ def _held(module: nn.Module) -> tuple[dict[str, Any], dict[str, int]]:
     return held, {key: len(value) for key, value in held.items() if isinstance(value, _SIZED)}
 
 
-def _references(args: Any, kwargs: Any) -> list[int]:
+def _references(given: Sequence[Any]) -> list[int]:
     """How often each tensor among the arguments is referred to."""
-    given = [*args, *kwargs.values()]
     return [sys.getrefcount(value) if isinstance(value, Tensor) else 0 for value in given]
 
 

@@ -113,7 +113,8 @@ FILLED = frozenset(
 )
 """Ask their input for its shape, and for none of its values: what they make does not depend on it.
 """
-SPELLINGS = frozenset("add sub rsub addcmul addcdiv lerp addmm baddbmm".split())
+_WITH_A_PRODUCT = {"addcmul": "mul", "addcdiv": "div", "addmm": "mm", "baddbmm": "bmm"}
+SPELLINGS = frozenset(("add", "sub", "rsub", "lerp", *_WITH_A_PRODUCT))
 """Operations that may be a sum of two terms."""
 MERGES = frozenset(
     "where maximum minimum logaddexp index_add scatter_add index_put scatter scatter_reduce "
@@ -172,6 +173,29 @@ def kind_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Kind:
     return kind
 
 
+def tensors_in(values: Any) -> list[Tensor]:
+    """The tensors among an operation's arguments or results, in order."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif type(value) in (list, tuple):
+            found += [part for part in value if isinstance(part, Tensor)]
+    return found
+
+
+def replay_of(func: Any, args: Any, kwargs: Mapping[str, Any], count: int) -> Any:
+    """What does the same with as many other tensors; None where it is not given them one by one."""
+    rest = [None if isinstance(value, Tensor) else value for value in args]
+    places = [place for place, value in enumerate(args) if isinstance(value, Tensor)]
+
+    def replay(*tensors: Tensor) -> Any:
+        given = dict(zip(places, tensors, strict=True))
+        return func(*[given.get(place, value) for place, value in enumerate(rest)], **kwargs)
+
+    return replay if len(places) == count else None
+
+
 class Term(NamedTuple):
     """One term of a sum: a tensor as it is (no operation), or what an operation makes of some."""
 
@@ -194,10 +218,8 @@ def terms_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple
         return None
     first, second, *rest = args
     alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
-    if name in ("addcmul", "addcdiv"):
-        return Term((first,)), Term((second, *rest), "mul" if name == "addcmul" else "div")
-    if name in ("addmm", "baddbmm"):
-        product = Term((second, *rest), "mm" if name == "addmm" else "bmm")
+    if name in _WITH_A_PRODUCT:
+        product = Term((second, *rest), _WITH_A_PRODUCT[name])
         return Term((first,), "" if beta == 1 else "mul"), product
     if name == "lerp":
         weight = [value for value in rest if isinstance(value, Tensor)]

@@ -15,10 +15,9 @@ from typing import Any
 
 from torch import nn
 
-from stochastic_depth.arguments import as_number
 from stochastic_depth.discovery.blocks import Discovery, ResidualBlock
 from stochastic_depth.distributions import resolve_rates
-from stochastic_depth.errors import ActiveDropPathError, OptionError, warn
+from stochastic_depth.errors import ActiveDropPathError, OptionError, as_number, warn
 
 _DROP_PATHS = ("DropPath", "StochasticDepth", "DropConnect")  # how the names of classes end
 _DROP_PATH_RATES = ("drop_prob", "p", "drop_rate")
@@ -51,10 +50,6 @@ class OwnDrop:
         """How the attribute is reached from the model."""
         return f"{self.owner}.{self.attribute}" if self.owner else self.attribute
 
-    def set(self, rate: float) -> None:
-        """Write another rate into the model."""
-        setattr(self.holder, self.attribute, rate)
-
 
 def own_drops(model: nn.Module) -> list[OwnDrop]:
     """Every drop path and layerdrop of the model whose rate is above 0, configurations last."""
@@ -85,11 +80,11 @@ def switched_off(model: nn.Module) -> Iterator[list[OwnDrop]]:
     drops = own_drops(model)
     try:
         for drop in drops:
-            drop.set(0.0)
+            setattr(drop.holder, drop.attribute, 0.0)
         yield drops
     finally:
         for drop in drops:
-            drop.set(drop.rate)
+            setattr(drop.holder, drop.attribute, drop.rate)
 
 
 def check_own_drops(model: nn.Module, drops: Sequence[OwnDrop], *, wanted: bool) -> None:

@@ -67,9 +67,9 @@ class Call:
     form: tuple[tuple[Place, object], ...] = ()  # the kinds of its arguments
     effects: tuple[tuple[str, int], ...] = ()  # what it changed besides, and to which value
 
-    def place_of(self, node: int) -> Given | None:
-        """Where a value stands among the arguments."""
-        return self.places[self.given.index(node)] if node in self.given else None
+    def place_of(self, node: int) -> Given:
+        """Where a value stands among the arguments, of which it is one."""
+        return self.places[self.given.index(node)]
 
     def children_within(self, first: int, last: int) -> list[Call]:
         """The calls made directly in it that ran between two nodes."""
@@ -105,13 +105,10 @@ class Recording:
 
     def reaches(self, earlier: int, later: int) -> bool:
         """Whether the later value was computed from the earlier one."""
-        return later > earlier and earlier in self._back([later], earlier)
+        return later > earlier and earlier in self.behind([later], earlier)
 
-    def behind(self, ends: Sequence[int], first: int) -> set[int]:
+    def behind(self, ends: Sequence[int], first: int) -> Iterator[int]:
         """The values that these ends were computed from, and the ends, from number `first` on."""
-        return set(self._back(ends, first))
-
-    def _back(self, ends: Sequence[int], first: int) -> Iterator[int]:
         nodes = self.nodes
         return reached(ends, lambda value: [i for i in nodes[value].inputs if i >= first])
 

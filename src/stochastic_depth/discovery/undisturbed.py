@@ -1,7 +1,13 @@
-"""Running a model without leaving a trace: modes, buffers, attributes, generators and switches."""
+"""Running a model without leaving a trace: modes, buffers, attributes, generators and switches.
+
+Also a model whose weights are not there yet (on the meta device): it is watched without values.
+What needs values is proven on one block at a time: a copy of it, with random weights, called as it
+was in the watch, with random numbers.
+"""
 
 from __future__ import annotations
 
+import copy
 import gc
 import random
 import sys
@@ -12,10 +18,16 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from stochastic_depth.torch_private.tracing import fake_mode
+from stochastic_depth.torch_private.trees import tree_map
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a model or a module is called with: positional and keyword arguments."""
 Mode = Literal["train", "train but BatchNorm", "eval"]
 
+_MARKS = ("gated_from", "_is_stochastic_depth_residual")  # of the classes of modules that may draw
 _inside: list[Any] = []  # the stance, once for each caller who wants it
 _lock = threading.Lock()
 
@@ -53,7 +65,8 @@ def undisturbed(model: nn.Module, mode: Mode = "eval") -> Iterator[None]:
             stack.callback(setattr, module, "training", module.training)
             is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
             trains = mode == "train" or (mode != "eval" and not is_norm)
-            module.training = trains and not _may_draw(module)
+            may_draw = any(hasattr(type(module), name) for name in _MARKS)
+            module.training = trains and not may_draw
             if module not in scripted:
                 own = {k: b for k, b in module._buffers.items() if b is not None}
                 module._buffers.update({k: copies[id(b)] for k, b in own.items()})
@@ -64,11 +77,6 @@ def undisturbed(model: nn.Module, mode: Mode = "eval") -> Iterator[None]:
                 for buffer, version in versions.items():
                     if buffer._version != version:
                         buffer.copy_(saved[buffer])
-
-
-def _may_draw(module: nn.Module) -> bool:
-    kind = type(module)
-    return hasattr(kind, "gated_from") or hasattr(kind, "_is_stochastic_depth_residual")
 
 
 @contextmanager
@@ -116,3 +124,77 @@ def without_collecting() -> Iterator[None]:
     finally:
         if collects:
             gc.enable()
+
+
+def is_unmaterialised(model: nn.Module) -> bool:
+    """Whether some of its weights have a shape and no values."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+@contextmanager
+def without_values(model: nn.Module, example: Arguments) -> Iterator[Arguments]:
+    """Has a model without weights compute with shapes alone; gives an example to call it with.
+
+    It computes as if on the CPU. Its weights are as before afterwards. With weights nothing is
+    done.
+    """
+    if not is_unmaterialised(model):
+        yield example
+        return
+    known: dict[int, Any] = {}
+
+    def fake(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in known:
+            made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
+            is_weight = isinstance(value, nn.Parameter)
+            known[id(value)] = nn.Parameter(made, value.requires_grad) if is_weight else made
+        return known[id(value)]
+
+    weights = [(module._parameters, dict(module._parameters)) for module in model.modules()]
+    with held(model), fake_mode():  # a module may keep what it has computed: no fake must stay
+        try:
+            for module in model.modules():
+                for table in (module._parameters, module._buffers, vars(module)):
+                    table.update({key: fake(value) for key, value in table.items()})
+            yield tree_map(fake, example)
+        finally:
+            for table, before in weights:
+                table.update(before)
+
+
+class Alone(nn.Module):
+    """One block of a model and nothing around it, with random weights.
+
+    Args:
+        block: The block's module; the copy keeps its gates.
+        calls: What to call it with: random numbers take the place of all tensors.
+        plan: What the gates share, and the copy shares with them.
+    """
+
+    def __init__(self, block: nn.Module, calls: list[Arguments], plan: Any) -> None:
+        super().__init__()
+        self.calls, self.block = calls, copy.deepcopy(block, {id(plan): plan})
+        for module in self.block.modules():
+            for table in (module._parameters, module._buffers, vars(module)):
+                table.update({key: _some(value) for key, value in table.items()})
+            for buffer in module.buffers(recurse=False):
+                if buffer.dtype is torch.bool:
+                    buffer.zero_()  # of a constant mask a True hides something
+
+    def forward(self) -> list[Any]:
+        """All calls, one after the other."""
+        return [self.block(*args, **kwargs) for args, kwargs in tree_map(_some, self.calls)]
+
+
+def _some(like: Any) -> Any:
+    """Random numbers in the form of a tensor; what is no tensor stays."""
+    if not isinstance(like, Tensor):
+        return like
+    if like.is_floating_point():  # above zero: a variance is, and what comes out of a ReLU
+        generator = torch.Generator().manual_seed(0)
+        numbers = torch.rand(like.shape, generator=generator, device="cpu")
+        return numbers.mul(0.1).add(0.01).to(like.dtype)  # so small that they stay so in half
+    # A mask lets everything through; a number may be an index.
+    return torch.full(like.shape, int(like.dtype is torch.bool), dtype=like.dtype, device="cpu")

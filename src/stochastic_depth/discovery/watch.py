@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from stochastic_depth.discovery.effects import Before, memory_of
-from stochastic_depth.discovery.example import Example
 from stochastic_depth.discovery.operations import (
     FILLED,
     Kind,
     Term,
     kind_of,
     operation_of,
+    replay_of,
+    tensors_in,
     terms_of,
 )
 from stochastic_depth.discovery.recording import RECURRENT, Call, Node, Recording
 from stochastic_depth.discovery.templates import describe, kind_of_value, placed_leaves, signature
-from stochastic_depth.discovery.undisturbed import Mode, undisturbed
-from stochastic_depth.discovery.unmaterialised import without_values
+from stochastic_depth.discovery.undisturbed import Arguments, Mode, undisturbed, without_values
 from stochastic_depth.torch_private.processes import ranks_that_talk
 from stochastic_depth.torch_private.tracing import TorchDispatchMode
 from stochastic_depth.torch_private.trees import tree_leaves
@@ -38,7 +38,7 @@ from stochastic_depth.torch_private.trees import tree_leaves
 _REPLAYED = frozenset({Kind.MOVE, Kind.OTHER, Kind.SHIFT, Kind.NORM})
 
 
-def watch_once(model: nn.Module, example: Example) -> Recording:
+def watch_once(model: nn.Module, example: Arguments) -> Recording:
     """The recording of one forward; without values where the model has none.
 
     As the model trains, where it can run so: BatchNorm, which needs several values, and then
@@ -51,20 +51,17 @@ def watch_once(model: nn.Module, example: Example) -> Recording:
         return record(model, given, "eval")
 
 
-def record(model: nn.Module, example: Example, mode: Mode) -> Recording:
+def record(model: nn.Module, example: Arguments, mode: Mode) -> Recording:
     """Call the model once, without gradients, and write down what happened."""
     args, kwargs = example
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model, mode))
-        watcher = Watcher(model)
-        watcher.recording.mode = mode
+        watcher = Watcher(model, mode)
         for name, module in model.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):  # its operations show all the same
                 enter = partial(watcher.enter, name)
-                first = module.register_forward_pre_hook(enter, with_kwargs=True)
-                last = module.register_forward_hook(watcher.leave, with_kwargs=True)
-                stack.callback(first.remove)
-                stack.callback(last.remove)
+                stack.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
+                stack.enter_context(module.register_forward_hook(watcher.leave, with_kwargs=True))
         stack.enter_context(torch.no_grad())
         stack.callback(watcher.note_functions())
         stack.enter_context(watcher)
@@ -80,10 +77,10 @@ class Watcher(TorchDispatchMode):
     memory: a tensor's value is the newer of its own and the last that was written there.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, mode: Mode) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.recording = Recording()
-        self._open: list[tuple[Call, Before]] = []
+        self.recording = Recording(mode=mode)
+        self._open: list[Before] = []  # the calls that are under way, outermost first
         self._call = 0  # the number of the innermost one
         self._recurrent: Call | None = None  # a recurrent module: one operation for all its steps
         self._parameters: dict[int, str | None] = {id(b): None for b in model.buffers()}
@@ -141,19 +138,19 @@ class Watcher(TorchDispatchMode):
         kwargs = kwargs or {}
         operation = operation_of(func)
         name, kind, replay = operation.name, operation.kind, None
-        tensors = _tensors((*args, *kwargs.values()) if kwargs else args)
+        tensors = tensors_in((*args, *kwargs.values()) if kwargs else args)
         inputs = tuple([self.value(tensor) for tensor in tensors])
-        written = _tensors(operation.written_in(args, kwargs)) if operation.written else []
+        written = tensors_in(operation.written_in(args, kwargs)) if operation.written else []
         overwrites = tuple([self.value(tensor) for tensor in written]) if written else ()
         if not operation.is_local and (ranks := ranks_that_talk(func, args)) is not None:
             place = len(self.recording.nodes), func.overloadpacket.__name__
             self.recording.collectives.append((*place, ranks))
         out = func(*args, **kwargs)
-        made = [out] if isinstance(out, Tensor) else _tensors((out,))
+        made = [out] if isinstance(out, Tensor) else tensors_in((out,))
         if operation.depends:
             name, kind, inputs = self._as_called(name, args, kwargs, inputs, made[0])
         if name == "div" or (kind in _REPLAYED and not (kind is Kind.MOVE and operation.stays)):
-            replay = _replay(func, args, kwargs, len(inputs))
+            replay = replay_of(func, args, kwargs, len(inputs))
         first = len(self.recording.nodes)
         for tensor in {id(t): t for t in (*made, *written)}.values() if written else made:
             node = self._add(tensor, name, kind, inputs)
@@ -162,7 +159,7 @@ class Watcher(TorchDispatchMode):
         for tensor in written:
             self._writes[memory_of(tensor)] = self._values[id(tensor)][1]
         if self._open and not written:
-            self._open[-1][1].made += [self._values[id(tensor)][0] for tensor in made]
+            self._open[-1].made += [self._values[id(tensor)][0] for tensor in made]
         return out
 
     def _as_called(
@@ -225,7 +222,7 @@ class Watcher(TorchDispatchMode):
             out = original.__get__(None, cls)(*args, **kwargs)
             # A checkpoint does the same again.
             if threading.get_ident() == thread and cls is not CheckpointFunction:
-                for tensor in _tensors((out,)):
+                for tensor in tensors_in((out,)):
                     self._add(tensor, "autograd_function", Kind.LINEAR, (self.value(tensor),))
             return out
 
@@ -241,7 +238,7 @@ class Watcher(TorchDispatchMode):
     def enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A module is called."""
         calls = self.recording.calls
-        parent = self._open[-1][0].index if self._open else None
+        parent = self._open[-1].call.index if self._open else None
         # Now: its arguments count as made outside of it, and a list may be longer when it returns.
         placed = [
             (place, self._node_of(leaf), leaf.shape if isinstance(leaf, Tensor) else None)
@@ -255,7 +252,7 @@ class Watcher(TorchDispatchMode):
         calls.append(call)
         if parent is not None:
             calls[parent].children.append(call)
-        self._open.append((call, Before(module, args, kwargs)))
+        self._open.append(Before(call, module, [*args, *kwargs.values()]))
         self._call = call.index
         if self._recurrent is None and isinstance(module, RECURRENT):
             super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
@@ -263,8 +260,8 @@ class Watcher(TorchDispatchMode):
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """The call returns."""
-        call, before = self._open[-1]
-        results = _tensors(tree_leaves(output))
+        before = self._open[-1]
+        call, results = before.call, tensors_in(tree_leaves(output))
         if self._recurrent is call:
             self._recurrent = None
             self.__enter__()  # type: ignore[no-untyped-call]
@@ -283,33 +280,8 @@ class Watcher(TorchDispatchMode):
         call.template = describe(output, args, kwargs)
         call.effects = tuple(
             (f"{effect} (in {call.module or 'the model'})", -1 if v is None else self.value(v))
-            for effect, v in before.effects(
-                module, args, kwargs, results, is_constant=self._is_constant
-            )
+            for effect, v in before.effects(results, self._is_constant)
         )
         self._open.pop()
         self._call = call.parent or 0
         return output
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    """The tensors among an operation's arguments or results, in order."""
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif type(value) in (list, tuple):
-            found += [part for part in value if isinstance(part, Tensor)]
-    return found
-
-
-def _replay(func: Any, args: Any, kwargs: Mapping[str, Any], count: int) -> Any:
-    """What does the same with as many other tensors; None where it is not given them one by one."""
-    rest = [None if isinstance(value, Tensor) else value for value in args]
-    places = [place for place, value in enumerate(args) if isinstance(value, Tensor)]
-
-    def replay(*tensors: Tensor) -> Any:
-        given = dict(zip(places, tensors, strict=True))
-        return func(*[given.get(place, value) for place, value in enumerate(rest)], **kwargs)
-
-    return replay if len(places) == count else None

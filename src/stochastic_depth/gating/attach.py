@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from stochastic_depth.discovery.blocks import Discovery
-from stochastic_depth.discovery.recording import Call, Recording
-from stochastic_depth.discovery.states import unread_outputs
+from stochastic_depth.discovery.operations import Kind
+from stochastic_depth.discovery.recording import Call, Node, Recording, reached
 from stochastic_depth.discovery.templates import Given
 from stochastic_depth.gating.batch import BatchDims, Batches, of_block, of_members
 from stochastic_depth.gating.block import Decision
@@ -137,7 +137,7 @@ def _roles(
             module = model.get_submodule(call.module)
             parameters = branch.fold.parameters if ends else ()
             weights = weights_of(module, call.module, parameters)
-            unread = unread_outputs(recording, call, calls)
+            unread = _unread_outputs(recording, call, calls)
             role = Role(number, dict.fromkeys(ends, number), unread, rows[place], weights)
             wanted[call.index] = _both(wanted.get(call.index), role)
     names = {recording.calls[index].module for index in wanted}
@@ -152,6 +152,29 @@ def _roles(
 
     visit(sites[0].call)
     return {name: tuple(of_calls) for name, of_calls in roles.items()}
+
+
+def _unread_outputs(recording: Recording, call: Call, members: list[Call]) -> frozenset[int]:
+    """The outputs of a member whose values only other members compute with."""
+    handed_out = {node for outer in recording.enclosing(call.parent) for node in outer.outputs}
+
+    def in_line(value: int) -> list[int]:
+        return recording.not_held(recording.consumers[value], members)
+
+    def is_moved(node: Node) -> bool:
+        return node.kind is Kind.MOVE and not node.overwrites
+
+    def is_unread(output: int) -> bool:
+        return all(
+            recording.consumers[value]
+            and value not in handed_out
+            and (value == output or is_moved(recording.nodes[value]))
+            for value in reached([output], in_line)
+        )
+
+    return frozenset(
+        n for n, node in enumerate(call.outputs) if node is not None and is_unread(node)
+    )
 
 
 def _both(first: Role | None, second: Role) -> Role:

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 
 from stochastic_depth.discovery.additions import Addition
 from stochastic_depth.discovery.blocks import Discovery, ResidualBlock
-from stochastic_depth.discovery.example import Example
 from stochastic_depth.discovery.recording import Call, Recording
-from stochastic_depth.discovery.templates import Given, Place, Template, named, placed_leaves
+from stochastic_depth.discovery.templates import Given, Template, named, placed_leaves
+from stochastic_depth.discovery.undisturbed import Arguments
 from stochastic_depth.discovery.watch import watch_once
-from stochastic_depth.draw import Counts
 from stochastic_depth.errors import ChangedModelError, ExampleInputsError
-from stochastic_depth.rows import Rows, change_leaves
-from stochastic_depth.torch_private.trees import PLAIN_VALUES, tree_flatten, tree_unflatten
+from stochastic_depth.rows import Counts, Rows, change_leaves
+from stochastic_depth.torch_private.trees import tree_flatten, tree_unflatten
 
 MORE = 3  # rows: enough for a window of two that wraps around the end; the first comes again
 
@@ -47,13 +46,23 @@ class Batches:
         }
         return {number: dim for number, dim in dims.items() if dim is not None}
 
-    def given(self, call: Call) -> Iterator[tuple[int, int, int]]:
-        """The leaves of a call's arguments that hold it: number, dimension, rows an example."""
+    def inputs(
+        self, call: Call, positional: Sequence[str], without: Collection[int] = ()
+    ) -> dict[Given, tuple[int, int]]:
+        """The leaves of a call's arguments that hold it: the dimension, the rows of each example.
+
+        Args:
+            call: The call.
+            positional: The names of the parameters of its module's forward.
+            without: Values that are left out.
+        """
+        found: dict[Given, tuple[int, int]] = {}
         shapes = zip(call.shapes, self.many.calls[call.index].shapes, strict=True)
-        for number, (few, many) in enumerate(shapes):
+        for (place, leaf), node, (few, many) in zip(call.places, call.given, shapes, strict=True):
             dim = None if few is None or many is None else self._dim(few, many)
-            if few is not None and dim is not None:
-                yield number, dim, few[dim] // self.rows
+            if few is not None and dim is not None and node not in without:
+                found[Given(named(place, positional), leaf)] = dim, few[dim] // self.rows
+        return found
 
     def _dim(self, few: torch.Size, many: torch.Size) -> int | None:
         grown = [d for d, (one, other) in enumerate(zip(few, many, strict=False)) if one != other]
@@ -63,7 +72,7 @@ class Batches:
         return grown[0] if not rest and many[grown[0]] == each * (self.rows + MORE) else None
 
 
-def watch_more_rows(model: nn.Module, recording: Recording, example: Example) -> Batches:
+def watch_more_rows(model: nn.Module, recording: Recording, example: Arguments) -> Batches:
     """Watch the model once more, with more rows.
 
     Raises:
@@ -80,7 +89,7 @@ def watch_more_rows(model: nn.Module, recording: Recording, example: Example) ->
     return Batches(recording, many, rows)
 
 
-def with_more_rows(example: Example) -> tuple[Example, int]:
+def with_more_rows(example: Arguments) -> tuple[Arguments, int]:
     """An example of more rows, and how many it had.
 
     A tensor whose first dimension is as long as that of the first one holds the batch.
@@ -182,20 +191,12 @@ class BatchDims:
         A leaf of a single row holds for all rows.
         """
         rests: dict[Given, Any] = {}
-
-        def some(place: Place, value: Any) -> Any:
-            if isinstance(value, PLAIN_VALUES):
-                return value
-            leaves, spec = ([value], None) if isinstance(value, Tensor) else tree_flatten(value)
-            for number, leaf in enumerate(leaves):
-                given = Given(named(place, self.positional), number)
-                dim, _ = self.inputs.get(given, (-1, 1))
-                if dim >= 0 and isinstance(leaf, Tensor) and leaf.shape[dim] != 1:
-                    leaves[number], rests[given] = rows.cut(leaf, dim)
-            return leaves[0] if spec is None else tree_unflatten(leaves, spec)
-
-        args = tuple([some(place, value) for place, value in enumerate(args)])
-        return args, {name: some(name, value) for name, value in kwargs.items()}, rests
+        leaves, spec = tree_flatten((args, kwargs))
+        for number, (given, leaf) in enumerate(placed_leaves(args, kwargs, self.positional)):
+            dim, _ = self.inputs.get(given, (-1, 1))
+            if dim >= 0 and isinstance(leaf, Tensor) and leaf.shape[dim] != 1:
+                leaves[number], rests[given] = rows.cut(leaf, dim)
+        return *tree_unflatten(leaves, spec), rests
 
     def put_back(self, rows: Rows, output: Any, rests: Mapping[Given, Any]) -> Any:
         """The output for the kept rows, with the arguments that dropped ones come to between."""
@@ -222,7 +223,7 @@ def of_block(
     inputs: dict[Given, tuple[int, int]] = {}
     outputs: dict[int, int] = {}
     for call in calls:
-        inputs |= _inputs(batches, call, positional)
+        inputs |= batches.inputs(call, positional)
         outputs |= batches.dims(call.outputs)
     handed_on = {
         number: Given(named(leaf.place, positional), leaf.leaf)
@@ -259,19 +260,8 @@ def of_members(
             # It leaves the block as an output, and nobody computes with it.
             or (node in handed_out and node is not None and not recording.consumers[node])
         }
-        found.append(BatchDims(_inputs(batches, call, (), kept_rows), outputs))
+        found.append(BatchDims(batches.inputs(call, (), kept_rows), outputs))
         kept_rows |= {
             node for n, node in enumerate(call.outputs) if node is not None and n not in outputs
         }
-    return found
-
-
-def _inputs(
-    batches: Batches, call: Call, positional: Sequence[str], without: Collection[int] = ()
-) -> dict[Given, tuple[int, int]]:
-    found: dict[Given, tuple[int, int]] = {}
-    for number, dim, each in batches.given(call):
-        place, leaf = call.places[number]
-        if call.given[number] not in without:
-            found[Given(named(place, positional), leaf)] = dim, each
     return found

@@ -8,10 +8,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from stochastic_depth.arguments import as_number
 from stochastic_depth.depth import apply_stochastic_depth as apply_to_network
 from stochastic_depth.draw import Draw, check_choice
-from stochastic_depth.errors import OptionError, SelectionError, StateMismatchError
+from stochastic_depth.errors import OptionError, SelectionError, StateMismatchError, as_number
 from stochastic_depth.gating.attach import gated_modules
 from stochastic_depth.handle import StochasticDepth as Handle
 from stochastic_depth.handle import get_stochastic_depth

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from composer.algorithms.stochastic_depth import stochastic_depth as composers
 from torch import nn
 
-from stochastic_depth.discovery import ResidualBlock
+from stochastic_depth.discovery.blocks import ResidualBlock
 from stochastic_depth.errors import SelectionError, nearest
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from composer.core import State, Time, TimeUnit
 
-from stochastic_depth.arguments import as_number
-from stochastic_depth.errors import OptionError
+from stochastic_depth.errors import OptionError, as_number
 
 
 class Factor:
