@@ -93,8 +93,7 @@ def _telling(example: Arguments) -> Arguments:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(main.shape, generator=generator, device="cpu")
     made = noise.to(dtype=main.dtype, device=main.device)
-    args, kwargs = tree_unflatten([made if leaf is main else leaf for leaf in leaves], spec)
-    return args, kwargs
+    return tree_unflatten([made if leaf is main else leaf for leaf in leaves], spec)
 
 
 def _alone(

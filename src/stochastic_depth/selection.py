@@ -73,13 +73,12 @@ def _chosen(
     if isinstance(selector, type):
         modules = dict(model.named_modules())
         chosen = [n for n in _names(usual) if isinstance(modules.get(n), selector)]
+        kinds = ", ".join(sorted({block.kind for block in usual}))
+        what, choices = f"class {selector.__name__}", f"the blocks are of class {kinds}"
     else:
         chosen = [block.name for block in usual if selector(block)]
-    if not chosen:
         what, choices = f"predicate {selector!r}", "it is called with each found block"
-        if isinstance(selector, type):
-            kinds = ", ".join(sorted({block.kind for block in usual}))
-            what, choices = f"class {selector.__name__}", f"the blocks are of class {kinds}"
+    if not chosen:
         raise SelectionError(
             f"blocks= holds the {what}, which matches none of {len(usual)} residual blocks",
             expected="a selector that matches at least one block",
@@ -90,10 +89,9 @@ def _chosen(
 
 def refuse_inexact(found: Discovery, plan: Plan) -> None:
     """Raises where the watch shows that a block cannot be skipped exactly with these options."""
-    reasons = {block.name: _refusal(block, plan) for block in plan.blocks}
-    told = {name: why for name, why in reasons.items() if why is not None}
-    if told:
-        raise refuse(told, plan.blocks, found=found)
+    reasons = {block.name: why for block in plan.blocks if (why := _refusal(block, plan))}
+    if reasons:
+        raise refuse(reasons, plan.blocks, found=found)
 
 
 def _refusal(block: ResidualBlock, plan: Plan) -> str | None:

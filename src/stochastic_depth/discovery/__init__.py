@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +14,14 @@ from torch.nn.parameter import is_lazy
 from stochastic_depth.discovery.blocks import Discovery, ResidualBlock, discover, explicit_residuals
 from stochastic_depth.discovery.own_drops import switched_off
 from stochastic_depth.discovery.recording import Recording
-from stochastic_depth.discovery.undisturbed import Arguments, without_collecting
-from stochastic_depth.discovery.watch import watch_once
+from stochastic_depth.discovery.undisturbed import (
+    Arguments,
+    Mode,
+    undisturbed,
+    without_collecting,
+    without_values,
+)
+from stochastic_depth.discovery.watch import Watcher
 from stochastic_depth.errors import ExampleInputsError, NoResidualBlocksError, OptionError
 
 
@@ -104,6 +112,37 @@ def watch(
             "model's device",
         ) from error
     return discover(recording, model), example
+
+
+def watch_once(model: nn.Module, example: Arguments) -> Recording:
+    """The recording of one forward; without values where the model has none.
+
+    As the model trains, where it can run so: BatchNorm, which needs several values, and then
+    everything else, are put into inference where it fails.
+    """
+    with without_values(model, example) as given:
+        for mode in ("train", "train but BatchNorm"):
+            with suppress(Exception):  # what fails in inference, too, is raised there
+                return record(model, given, mode)
+        return record(model, given, "eval")
+
+
+def record(model: nn.Module, example: Arguments, mode: Mode) -> Recording:
+    """Call the model once, without gradients, and write down what happened."""
+    args, kwargs = example
+    with ExitStack() as stack:
+        stack.enter_context(undisturbed(model, mode))
+        watcher = Watcher(model, mode)
+        for name, module in model.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):  # its operations show all the same
+                enter = partial(watcher.enter, name)
+                stack.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
+                stack.enter_context(module.register_forward_hook(watcher.leave, with_kwargs=True))
+        stack.enter_context(torch.no_grad())
+        stack.callback(watcher.note_functions())
+        stack.enter_context(watcher)
+        model(*args, **kwargs)
+    return watcher.recording
 
 
 def example_for(model: nn.Module, inputs: Any, kwargs: Mapping[str, Any] | None) -> Arguments:

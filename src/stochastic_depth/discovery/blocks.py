@@ -8,18 +8,12 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from stochastic_depth.discovery import skips
 from stochastic_depth.discovery.additions import Addition, Search
 from stochastic_depth.discovery.grouping import Grouping, Site
 from stochastic_depth.discovery.operations import Kind
 from stochastic_depth.discovery.recording import Call, Recording
 from stochastic_depth.discovery.scaling import Fold, Folding, ends_of, parameters_at
-from stochastic_depth.discovery.skips import (
-    Skip,
-    keep_states,
-    keeps_branch,
-    side_effects,
-    unknown_sum,
-)
 from stochastic_depth.discovery.templates import Template
 from stochastic_depth.errors import warn
 
@@ -121,7 +115,7 @@ def discover(recording: Recording, model: nn.Module) -> Discovery:
     folding = Folding(recording, model)
     found: list[tuple[int, ResidualBlock]] = []  # with the place in the forward
     for name, calls in sites.items():
-        unknown = next(filter(None, map(unknown_sum, calls)), None)
+        unknown = next(filter(None, map(skips.unknown_sum, calls)), None)
         if unknown is None:
             first = calls[0].additions[0].node
             found.append((first, _block(model, calls, nesting[first], folding)))
@@ -140,8 +134,8 @@ def _block(model: nn.Module, calls: list[Site], nesting: int, folding: Folding) 
     folds = folding.folds(
         [[a for s in calls for a in s.additions[n : n + 1]] for n in range(count)]
     )
-    skips = [Skip(site) for site in calls]
-    whole = skips[0].template if all(s.template == skips[0].template for s in skips) else None
+    dropped = [skips.Skip(site) for site in calls]
+    whole = dropped[0].template if all(d.template == dropped[0].template for d in dropped) else None
     shown = [_branches(site, folds) for site in calls]
     refusal = next(_refusals(calls, shown), None)
     several = [(site, a) for site in calls for a in site.additions if len(site.additions) > 1]
@@ -153,25 +147,25 @@ def _block(model: nn.Module, calls: list[Site], nesting: int, folding: Folding) 
         container=first.call.module,
         nesting=nesting,
         refusal=refusal,
-        branches_leak=refusal is None and any(map(side_effects, alone)),
+        branches_leak=refusal is None and any(map(skips.side_effects, alone)),
         affine=first.additions[0].affine,
         whole=whole,
-        copies_input=whole is not None and any(skip.copies for skip in skips),
+        copies_input=whole is not None and any(one.copies for one in dropped),
         left_out=tuple(module for a in first.additions for module in a.left_out),
-        keeps=next(filter(None, map(keeps_branch, calls)), None),
+        keeps=next(filter(None, map(skips.keeps_branch, calls)), None),
     )
 
 
 def _refusals(calls: Sequence[Site], shown: Sequence[tuple[ResidualBranch, ...]]) -> Iterator[str]:
     """Why a block cannot be skipped exactly, with any options."""
-    for user in filter(None, map(side_effects, calls)):
+    for user in filter(None, map(skips.side_effects, calls)):
         yield (
             f'"{user}" computes with a value made inside of it (a loss that a module of the branch '
             "returns as one number works)"
         )
     if len({site.call.module for site in calls}) > 1 or len(set(shown)) > 1:
         yield "its module is called several times with different structure"
-    for state in filter(None, map(keep_states, calls)):
+    for state in filter(None, map(skips.keep_states, calls)):
         yield (
             f'it hands out a state of "{state}", which would be lost: pass example inputs with the '
             "states, so that it is given one of the same form"

@@ -36,11 +36,10 @@ class Skip:
         self.site, self.recording, self.call = site, site.recording, site.call
         self.skips = {addition.node: addition.skip for addition in site.additions}
         self.walked: set[int] = set()
-        self.template = None
-        if self.recording.mode != "eval":  # which shows too little
-            found = self._template()
-            is_all = found is not None and not self._leaves_otherwise() and not self._acts()
-            self.template = found if is_all else None
+        # What runs as in inference shows too little.
+        self.template = self._template() if self.recording.mode != "eval" else None
+        if self.template is not None and (self._leaves_otherwise() or self._acts()):
+            self.template = None
         self.copies = self.template is not None and self._must_copy()
 
     def _template(self) -> Template | None:

@@ -81,12 +81,12 @@ def undisturbed(model: nn.Module, mode: Mode = "eval") -> Iterator[None]:
 
 @contextmanager
 def held(model: nn.Module) -> Iterator[None]:
-    """Attributes and buffers are afterwards the same objects, and no others are there.
+    """Attributes, parameters and buffers are afterwards the same objects, and no others are there.
 
     A scripted module keeps them where Python does not reach.
     """
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    tables: list[dict[str, Any]] = [table for m in modules for table in (vars(m), m._buffers)]
+    tables: list[dict[str, Any]] = [table for m in modules for table in _tables(m)]
     before = [dict(table) for table in tables]
     try:
         yield
@@ -95,6 +95,11 @@ def held(model: nn.Module) -> Iterator[None]:
             for added in table.keys() - were.keys():
                 del table[added]
             table.update(were)
+
+
+def _tables(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    """Where a module keeps what it has."""
+    return vars(module), module._parameters, module._buffers
 
 
 @contextmanager
@@ -152,16 +157,11 @@ def without_values(model: nn.Module, example: Arguments) -> Iterator[Arguments]:
             known[id(value)] = nn.Parameter(made, value.requires_grad) if is_weight else made
         return known[id(value)]
 
-    weights = [(module._parameters, dict(module._parameters)) for module in model.modules()]
     with held(model), fake_mode():  # a module may keep what it has computed: no fake must stay
-        try:
-            for module in model.modules():
-                for table in (module._parameters, module._buffers, vars(module)):
-                    table.update({key: fake(value) for key, value in table.items()})
-            yield tree_map(fake, example)
-        finally:
-            for table, before in weights:
-                table.update(before)
+        for module in model.modules():
+            for table in _tables(module):
+                table.update({key: fake(value) for key, value in table.items()})
+        yield tree_map(fake, example)
 
 
 class Alone(nn.Module):
@@ -177,7 +177,7 @@ class Alone(nn.Module):
         super().__init__()
         self.calls, self.block = calls, copy.deepcopy(block, {id(plan): plan})
         for module in self.block.modules():
-            for table in (module._parameters, module._buffers, vars(module)):
+            for table in _tables(module):
                 table.update({key: _some(value) for key, value in table.items()})
             for buffer in module.buffers(recurse=False):
                 if buffer.dtype is torch.bool:

@@ -1,72 +1,28 @@
-"""Watch one forward: run the model once under a dispatch mode and write down every operation.
-
-The model is left as it was: buffers, attributes, random generators, modes, hooks and gradients.
-"""
+"""What is written down while a model runs once: every operation, and every call of a module."""
 
 from __future__ import annotations
 
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
+from stochastic_depth.discovery import operations
 from stochastic_depth.discovery.effects import Before, memory_of
-from stochastic_depth.discovery.operations import (
-    FILLED,
-    Kind,
-    Term,
-    kind_of,
-    operation_of,
-    replay_of,
-    tensors_in,
-    terms_of,
-)
+from stochastic_depth.discovery.operations import Kind, Term, tensors_in
 from stochastic_depth.discovery.recording import RECURRENT, Call, Node, Recording
 from stochastic_depth.discovery.templates import describe, kind_of_value, placed_leaves, signature
-from stochastic_depth.discovery.undisturbed import Arguments, Mode, undisturbed, without_values
+from stochastic_depth.discovery.undisturbed import Mode
 from stochastic_depth.torch_private.processes import ranks_that_talk
 from stochastic_depth.torch_private.tracing import TorchDispatchMode
 from stochastic_depth.torch_private.trees import tree_leaves
 
 # No other operation is ever done again; these move values, or are not in the table.
 _REPLAYED = frozenset({Kind.MOVE, Kind.OTHER, Kind.SHIFT, Kind.NORM})
-
-
-def watch_once(model: nn.Module, example: Arguments) -> Recording:
-    """The recording of one forward; without values where the model has none.
-
-    As the model trains, where it can run so: BatchNorm, which needs several values, and then
-    everything else, are put into inference where it fails.
-    """
-    with without_values(model, example) as given:
-        for mode in ("train", "train but BatchNorm"):
-            with suppress(Exception):  # what fails in inference, too, is raised there
-                return record(model, given, mode)
-        return record(model, given, "eval")
-
-
-def record(model: nn.Module, example: Arguments, mode: Mode) -> Recording:
-    """Call the model once, without gradients, and write down what happened."""
-    args, kwargs = example
-    with ExitStack() as stack:
-        stack.enter_context(undisturbed(model, mode))
-        watcher = Watcher(model, mode)
-        for name, module in model.named_modules():
-            if not isinstance(module, torch.jit.ScriptModule):  # its operations show all the same
-                enter = partial(watcher.enter, name)
-                stack.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
-                stack.enter_context(module.register_forward_hook(watcher.leave, with_kwargs=True))
-        stack.enter_context(torch.no_grad())
-        stack.callback(watcher.note_functions())
-        stack.enter_context(watcher)
-        model(*args, **kwargs)
-    return watcher.recording
 
 
 class Watcher(TorchDispatchMode):
@@ -81,7 +37,6 @@ class Watcher(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.recording = Recording(mode=mode)
         self._open: list[Before] = []  # the calls that are under way, outermost first
-        self._call = 0  # the number of the innermost one
         self._recurrent: Call | None = None  # a recurrent module: one operation for all its steps
         self._parameters: dict[int, str | None] = {id(b): None for b in model.buffers()}
         self._parameters |= {id(p): name for name, p in model.named_parameters()}
@@ -121,22 +76,21 @@ class Watcher(TorchDispatchMode):
     def _node(self, like: Tensor, op: str, kind: Kind, inputs: tuple[int, ...]) -> Node:
         """A value in the form of a tensor."""
         nodes, dtype = self.recording.nodes, like.dtype
-        fixed, weights, data = True, False, False
-        for index in inputs:
-            source = nodes[index]
-            fixed = fixed and source.fixed
-            weights, data = weights or source.of_parameters, data or not source.of_parameters
-        if inputs and not dtype.is_floating_point and nodes[inputs[0]].dtype.is_floating_point:
+        call = self._open[-1].call.index if self._open else 0
+        sources = [nodes[index] for index in inputs]
+        of_parameters = [source.of_parameters for source in sources]
+        weights, data = any(of_parameters), not all(of_parameters)
+        if sources and not dtype.is_floating_point and sources[0].dtype.is_floating_point:
             kind = Kind.OTHER  # it rounds
-        node = Node(len(nodes), op, kind, inputs, self._call, like.shape, dtype, like.device)
-        node.operation, node.fixed = node.index, fixed
+        node = Node(len(nodes), op, kind, inputs, call, like.shape, dtype, like.device)
+        node.operation, node.fixed = node.index, all(source.fixed for source in sources)
         node.of_parameters, node.meets_parameter = weights and not data, weights and data
         nodes.append(node)
         return node
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        operation = operation_of(func)
+        operation = operations.operation_of(func)
         name, kind, replay = operation.name, operation.kind, None
         tensors = tensors_in((*args, *kwargs.values()) if kwargs else args)
         inputs = tuple([self.value(tensor) for tensor in tensors])
@@ -150,7 +104,7 @@ class Watcher(TorchDispatchMode):
         if operation.depends:
             name, kind, inputs = self._as_called(name, args, kwargs, inputs, made[0])
         if name == "div" or (kind in _REPLAYED and not (kind is Kind.MOVE and operation.stays)):
-            replay = replay_of(func, args, kwargs, len(inputs))
+            replay = operations.replay_of(func, args, kwargs, len(inputs))
         first = len(self.recording.nodes)
         for tensor in {id(t): t for t in (*made, *written)}.values() if written else made:
             node = self._add(tensor, name, kind, inputs)
@@ -167,7 +121,7 @@ class Watcher(TorchDispatchMode):
     ) -> tuple[str, Kind, tuple[int, ...]]:
         """Name, kind and inputs of an operation that depend on what it is called with."""
         nodes = self.recording.nodes
-        if name in FILLED and not all(nodes[index].of_parameters for index in inputs):
+        if name in operations.FILLED and not all(nodes[index].of_parameters for index in inputs):
             return name, Kind.OTHER, ()  # as large as a weight is: made of weights alone
         if name == "stack":
             self._stacked[len(nodes)] = (*args, 0)[1] % out.ndim
@@ -175,10 +129,10 @@ class Watcher(TorchDispatchMode):
             total = self._unstacked(inputs[0], (*args, ())[1], out)
             if total is not None:
                 return name, Kind.MOVE if name == "sum" else Kind.LINEAR, (total,)
-        terms = terms_of(name, args, kwargs)
+        terms = operations.terms_of(name, args, kwargs)
         if terms is not None and self._is_sum(terms, out):
             return "add", Kind.SUM, tuple([self._term(term, out) for term in terms])
-        return name, kind_of(name, args, kwargs), inputs
+        return name, operations.kind_of(name, args, kwargs), inputs
 
     def _is_sum(self, terms: Sequence[Term], out: Tensor) -> bool:
         """Not a product with a bias."""
@@ -191,7 +145,7 @@ class Watcher(TorchDispatchMode):
         inputs = tuple([self.value(tensor) for tensor in term.tensors])
         if not term.op:
             return inputs[0]
-        node = self._node(out, term.op, kind_of(term.op, term.tensors, {}), inputs)
+        node = self._node(out, term.op, operations.kind_of(term.op, term.tensors, {}), inputs)
         if term.op not in ("mm", "bmm"):
             node.shape = torch.broadcast_tensors(*term.tensors)[0].shape
         return node.index
@@ -253,7 +207,6 @@ class Watcher(TorchDispatchMode):
         if parent is not None:
             calls[parent].children.append(call)
         self._open.append(Before(call, module, [*args, *kwargs.values()]))
-        self._call = call.index
         if self._recurrent is None and isinstance(module, RECURRENT):
             super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self._recurrent = call
@@ -283,5 +236,4 @@ class Watcher(TorchDispatchMode):
             for effect, v in before.effects(results, self._is_constant)
         )
         self._open.pop()
-        self._call = call.parent or 0
         return output

@@ -8,7 +8,7 @@ from torch import nn
 
 from stochastic_depth.discovery.blocks import Discovery
 from stochastic_depth.discovery.operations import Kind
-from stochastic_depth.discovery.recording import Call, Node, Recording, reached
+from stochastic_depth.discovery.recording import Call, Recording, reached
 from stochastic_depth.discovery.templates import Given
 from stochastic_depth.gating.batch import BatchDims, Batches, of_block, of_members
 from stochastic_depth.gating.block import Decision
@@ -88,18 +88,13 @@ def _settle(model: nn.Module, gate: Gate, members: Sequence[Gate]) -> None:
     prefix = f"{gate.name}." if gate.name else ""
     inside = [member.name for member in members if member.name.startswith(prefix)]
     gate.parts = tuple(tuple(name.removeprefix(prefix).split(".")) for name in inside)
-    gate.simple_ends = all(
-        member.role is not None
-        for member in members
-        if any(role and role.ends for role in member.roles[gate.name])
-    )
     roles = [(member, role) for member in members for role in member.roles[gate.name]]
+    gate.simple_ends = all(m.role is not None for m, role in roles if role and role.ends)
     is_simple = all(m.owner is gate and r and r.unread == m.role.unread for m, r in roles)
     if is_simple and gate.stands_in and gate.simple_ends and gate.whole is None:
         everything = Decision(gate, (False,) * len(gate.units), None, None, ALONE)
         gate.closed = Passage(gate, everything, counts=None)
-    whole = gate.whole
-    hands_on = whole is not None and whole.is_leaf and whole.leaves == (Given(0),)
+    hands_on = gate.whole is not None and gate.whole.is_leaf and gate.whole.leaves == (Given(0),)
     gate.returns_first = hands_on and not gate.returns_copy
     gate.is_fast = (
         plan.mode == "batch"
@@ -135,8 +130,7 @@ def _roles(
             if not gate.stands_in and not ends:
                 continue
             module = model.get_submodule(call.module)
-            parameters = branch.fold.parameters if ends else ()
-            weights = weights_of(module, call.module, parameters)
+            weights = weights_of(module, call.module, branch.fold.parameters if ends else ())
             unread = _unread_outputs(recording, call, calls)
             role = Role(number, dict.fromkeys(ends, number), unread, rows[place], weights)
             wanted[call.index] = _both(wanted.get(call.index), role)
@@ -161,15 +155,12 @@ def _unread_outputs(recording: Recording, call: Call, members: list[Call]) -> fr
     def in_line(value: int) -> list[int]:
         return recording.not_held(recording.consumers[value], members)
 
-    def is_moved(node: Node) -> bool:
-        return node.kind is Kind.MOVE and not node.overwrites
-
     def is_unread(output: int) -> bool:
         return all(
-            recording.consumers[value]
-            and value not in handed_out
-            and (value == output or is_moved(recording.nodes[value]))
-            for value in reached([output], in_line)
+            recording.consumers[node.index]
+            and node.index not in handed_out
+            and (node.index == output or (node.kind is Kind.MOVE and not node.overwrites))
+            for node in map(recording.nodes.__getitem__, reached([output], in_line))
         )
 
     return frozenset(

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stochastic_depth.discovery import watch_once
 from stochastic_depth.discovery.additions import Addition
 from stochastic_depth.discovery.blocks import Discovery, ResidualBlock
 from stochastic_depth.discovery.recording import Call, Recording
 from stochastic_depth.discovery.templates import Given, Template, named, placed_leaves
 from stochastic_depth.discovery.undisturbed import Arguments
-from stochastic_depth.discovery.watch import watch_once
 from stochastic_depth.errors import ChangedModelError, ExampleInputsError
 from stochastic_depth.rows import Counts, Rows, change_leaves
 from stochastic_depth.torch_private.trees import tree_flatten, tree_unflatten
@@ -95,8 +95,7 @@ def with_more_rows(example: Arguments) -> tuple[Arguments, int]:
     A tensor whose first dimension is as long as that of the first one holds the batch.
     """
     leaves, spec = tree_flatten(example)
-    sizes = [len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
-    few = sizes[0] if sizes else 0
+    few = next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), 0)
     made: dict[int, Tensor] = {}  # what is given twice (as tokens and as labels) stays one value
 
     def longer(leaf: Any) -> Any:
@@ -106,8 +105,7 @@ def with_more_rows(example: Arguments) -> tuple[Arguments, int]:
         new = [leaf[:1].roll(step, -1) if leaf.ndim > 1 else leaf[:1] for step in range(MORE)]
         return made.setdefault(id(leaf), torch.cat([leaf, *new]))
 
-    args, kwargs = tree_unflatten([longer(leaf) for leaf in leaves], spec)
-    return (args, kwargs), few
+    return tree_unflatten([longer(leaf) for leaf in leaves], spec), few
 
 
 def allowed_counts(model: nn.Module, found: Discovery, block: ResidualBlock) -> Counts:
