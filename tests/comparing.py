@@ -3,57 +3,81 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import stochastic_depth as sd
-from zoo import Specimen
+from specimen import Specimen
+from zoo import NETWORKS, ODD_BLOCKS, SPECIMENS
+
+oldest = pytest.mark.oldest
+every_model = pytest.mark.parametrize(
+    "specimen",
+    [pytest.param(s, marks=oldest if s.is_small else (), id=s.name) for s in SPECIMENS],
+)
+every_model_and_unit = pytest.mark.parametrize(
+    ("specimen", "unit"),
+    [
+        pytest.param(s, unit, marks=oldest if s.is_small else (), id=f"{s.name}-{unit}")
+        for s in SPECIMENS
+        for unit in s.units
+    ],
+)
+every_network = pytest.mark.parametrize("specimen", NETWORKS, ids=lambda s: s.name)
+every_small_one = pytest.mark.parametrize(
+    "specimen", [*NETWORKS, *ODD_BLOCKS], ids=lambda s: s.name
+)
+
+Factor = float | Tensor  # of a branch: one number, or one for each row of the batch
 
 
 def run(model: nn.Module, example: Any) -> Tensor:
-    """The first floating output, under a fixed seed (dropout)."""
+    """All numbers that come out under a fixed seed (dropout), or of an object the first tensor."""
     torch.manual_seed(5)
-    output = model(**example) if isinstance(example, Mapping) else model(example)
-    return next(x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point())
+    if isinstance(example, Mapping):
+        output = model(**example)
+    else:
+        output = model(*example) if isinstance(example, tuple) else model(example)
+    found = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
+    return torch.cat([x.flatten() for x in found]) if type(output) in (tuple, dict) else found[0]
 
 
-def with_zeroed_branches(
-    plain: nn.Module, specimen: Specimen, dropped: Collection[str]
-) -> nn.Module:
-    """A copy in which hooks force the outputs of these branches ("block:number") to zero.
+def with_factors(plain: Any, specimen: Specimen, factors: Mapping[str, Factor]) -> Any:
+    """A copy in which hooks multiply the branches ("block:number").
 
     The modules that end a branch are those that the zoo names, not those that the library found.
+    One that ends several branches is called once for each.
     """
     model = copy.deepcopy(plain)
-    for name in dropped:
-        for end in branch_ends(model, specimen, name):
-            end.register_forward_hook(_zeroed)
+    at: dict[nn.Module, list[Factor]] = {}
+    for branch, factor in factors.items():
+        name, _, number = branch.partition(":")
+        for end in specimen.ends_of(model, name)[int(number)]:
+            at.setdefault(model.get_submodule(end), []).append(factor)
+    for module, own in at.items():
+        module.register_forward_hook(_by(itertools.cycle(own)))
     return model
 
 
-def branch_ends(model: nn.Module, specimen: Specimen, branch: str) -> list[nn.Module]:
-    """The modules that end a branch ("block:number"), by the zoo."""
-    name, _, number = branch.partition(":")
-    block = model.get_submodule(name)
-    return [block.get_submodule(end) for end in _ends_in(block, specimen)[int(number)]]
+def _by(factors: Iterator[Factor]) -> Any:
+    def multiply(module: nn.Module, args: Any, output: Any) -> Any:
+        factor = next(factors)
+        value = output if isinstance(output, Tensor) else output[0]
+        if isinstance(factor, Tensor):
+            rows = factor.to(value.dtype).repeat_interleave(len(value) // len(factor))
+            value = value * rows.view(-1, *[1] * (value.ndim - 1))
+        else:
+            value = value * factor if factor else torch.zeros_like(value)
+        return value if isinstance(output, Tensor) else (value, *output[1:])
 
-
-def _ends_in(block: nn.Module, specimen: Specimen) -> list[list[str]]:
-    """The zoo's ends that this block has, for each of its branches (T5's encoder has two)."""
-    have = dict(block.named_modules())
-    found = [[end for end in ends if end in have] for ends in specimen.ends]
-    return [ends for ends in found if ends]
-
-
-def _zeroed(module: nn.Module, args: Any, output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return torch.zeros_like(output)
-    return (torch.zeros_like(output[0]), *output[1:])
+    return multiply
 
 
 def assert_same_gradients(

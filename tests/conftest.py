@@ -16,7 +16,8 @@ from hypothesis import settings
 
 torch.set_num_threads(1)
 
-# Of the tables of these files `make test` runs every fifth case, `make check` all.
+# Of the tables of these files `make test` runs every fifth case, and every small specimen of the
+# zoo; `make check` runs all.
 LONG_TABLES = """
     activation_checkpointing
     any_pattern_is_exact
@@ -40,7 +41,6 @@ LONG_TABLES = """
     rows_equal_masks
     several_forwards
     sharded
-    strangers_networks
 """.split()
 STEP = 5  # prime, so that a table of two, three or four values of each thing shows every value
 
@@ -82,7 +82,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     met: Counter[tuple[str, str]] = Counter()
     for item in items:
-        of_long_table = item.path.stem.removeprefix("test_") in LONG_TABLES
+        values = item.callspec.params if hasattr(item, "callspec") else {}
+        is_small = getattr(values.get("specimen"), "is_small", False)
+        of_long_table = item.path.stem.removeprefix("test_") in LONG_TABLES and not is_small
         if any(name in item.nodeid for name in THOROUGH):
             item.add_marker("thorough")
         elif of_long_table and isinstance(item, pytest.Function):

@@ -121,8 +121,11 @@ class Residual(nn.Module):
         super().__init__()
         self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
 
+    def branch(self, x: Tensor) -> Tensor:
+        return self.linear(F.gelu(self.norm(x)))
+
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.linear(F.gelu(self.norm(x)))
+        return x + self.branch(x)
 
 
 class TwoBranches(nn.Module):
@@ -200,7 +203,7 @@ class TwoOutputs(nn.Module):
         return (x + self.second(inside.relu()), *earlier, inside)
 
 
-def residuals(blocks: int = 8, kind: type[nn.Module] = Residual) -> nn.Sequential:
+def residuals(blocks: int = 8, kind: Callable[[], nn.Module] = Residual) -> nn.Sequential:
     """A stack of them, the fastest network with many gates."""
     return nn.Sequential(*(kind() for _ in range(blocks)))
 

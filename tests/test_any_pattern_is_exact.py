@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import pytest
@@ -16,24 +18,23 @@ from comparing import (
     CountOperations,
     assert_identical_gradients,
     assert_same_gradients,
+    every_model,
+    every_model_and_unit,
     run,
-    with_zeroed_branches,
+    with_factors,
 )
 from networks import WIDTH, make, vectors
-from twins import resnet, vit_layer
-from zoo import SPECIMENS, Specimen
+from specimen import Specimen
+from twins import torchvision_resnet, vit_layer
 
 pytestmark = pytest.mark.filterwarnings("ignore::stochastic_depth.StochasticDepthWarning")
 Unit = Literal["block", "branch"]
-every_model = pytest.mark.parametrize("specimen", SPECIMENS, ids=lambda s: s.name)
 
 
-@every_model
-@pytest.mark.parametrize("unit", ["block", "branch"])
-def test_three_random_patterns(specimen: Specimen, unit: Unit) -> None:
-    plain = specimen.model()
+@every_model_and_unit
+def test_some_patterns(specimen: Specimen, unit: Unit) -> None:
+    plain, example = specimen.model(), specimen.example_inputs()
     gated = copy.deepcopy(plain)
-    example = specimen.example_inputs()
     depth = sd.apply_stochastic_depth(
         gated,
         0.5,
@@ -42,41 +43,56 @@ def test_three_random_patterns(specimen: Specimen, unit: Unit) -> None:
         scale="none",
         blocks=specimen.gated_blocks,
     )
-    rng = random.Random(specimen.name + unit)
-    for training in (True, False, True):
-        gates = {
-            name: rng.random() < 0.5
-            for block in depth.blocks
-            for name in ([block.name] if unit == "block" else [b.name for b in block.branches])
-        }
-        dropped = {
-            branch.name
-            for block in depth.blocks
-            for branch in block.branches
-            if not gates.get(block.name, gates.get(branch.name))
-        }
-        reference = with_zeroed_branches(plain, specimen, dropped).train(training)
+    branches = {branch.name: block.name for block in depth.blocks for branch in block.branches}
+    modules = {
+        branch.name: {*branch.modules, *specimen.ends_of(plain, block.name)[number]}
+        for block in depth._plan.blocks
+        for number, branch in enumerate(block.branches)
+    }
+    for gates, training in patterns(specimen, depth, unit):
+        kept = {name: gates[block if unit == "block" else name] for name, block in branches.items()}
+        reference = with_factors(plain, specimen, {name: float(on) for name, on in kept.items()})
         mine = copy.deepcopy(gated).train(training)
         with sd.get_stochastic_depth(mine).fixed(gates):
             output = run(mine, example)
-        expected = run(reference, example)
-        assert torch.equal(output, expected), dropped
-        output.square().sum().backward()
-        expected.square().sum().backward()
-        modules = [
-            module
-            for block in sd.get_stochastic_depth(mine)._plan.blocks
-            for branch in block.branches
-            if branch.name in dropped
-            for module in branch.modules
-        ]
-        own = {f"{m}.{p}" for m in modules for p, _ in mine.get_submodule(m).named_parameters()}
-        assert dropped == set() or own
-        assert_same_gradients(mine, reference, inside=own.__contains__)
+        expected = run(reference.train(training), example)
+        assert torch.equal(output, expected), gates
+        if output.requires_grad:
+            output.square().sum().backward()
+            expected.square().sum().backward()
+        used, closed = (
+            set().union(*(modules[name] for name, on in kept.items() if on is each))
+            for each in (True, False)
+        )
+        dropped = closed - used  # one module may end several branches
+        own = {f"{m}.{p}" for m in dropped for p, _ in mine.get_submodule(m).named_parameters()}
+        assert own or not dropped
+        assert_same_gradients(mine, reference, inside=own.__contains__, rounding=specimen.rounding)
         before = dict(plain.named_buffers())
         for name, buffer in mine.named_buffers():
-            if any(name.startswith(f"{module}.") for module in modules):
+            if any(name.startswith(f"{module}.") for module in dropped):
                 assert torch.equal(buffer, before[name]), f"{name} moved although it was dropped"
+
+
+def patterns(
+    specimen: Specimen, depth: sd.StochasticDepth, unit: Unit
+) -> Iterator[tuple[dict[str, bool], bool]]:
+    """Of a large model three at random; of a small one all, halves, and single ones closed.
+
+    Each of them by itself where the blocks differ. With each: whether the model trains.
+    """
+    names = [block.name for block in depth.blocks]
+    if unit == "branch":
+        names = [branch.name for block in depth.blocks for branch in block.branches]
+    rng = random.Random(specimen.name + unit)
+    if not specimen.is_small:
+        for training in (True, False, True):
+            yield {name: rng.random() < 0.5 for name in names}, training
+        return
+    singles = names if isinstance(specimen.ends, dict) else names[-1:]
+    each = (names, names, names[::2], names[1::2], *([name] for name in singles))
+    for number, closed in enumerate(each):
+        yield {name: name not in closed for name in names}, number % 2 == 0
 
 
 @every_model
@@ -92,12 +108,9 @@ def test_nothing_of_a_dropped_branch_runs(specimen: Specimen) -> None:
     )
     ran: list[str] = []
     for block in depth._plan.blocks:
-        for branch in block.branches:
-            for name in branch.modules:
-                for part, module in model.get_submodule(name).named_modules():
-                    module.register_forward_hook(
-                        lambda *_, key=f"{branch.name} {name}.{part}": ran.append(key)
-                    )
+        for name in gone(model, specimen, block):
+            for part, module in model.get_submodule(name).named_modules():
+                module.register_forward_hook(lambda *_, key=f"{name}.{part}": ran.append(key))
     with CountOperations() as open_counts, depth.fixed({}):
         run(model, example)
     assert ran
@@ -107,17 +120,33 @@ def test_nothing_of_a_dropped_branch_runs(specimen: Specimen) -> None:
     # Modules without parameters may serve on the skip path as well (a ReLU behind the sum).
     assert not {key for key in ran if "relu" not in key and "dropout" not in key}
     heavy = ("convolution", "addmm", "mm.", "bmm", "native_batch_norm", "native_layer_norm")
-    in_branches = _heavy_operations_by_hand(model, depth, example, heavy)
+    names = {name for block in depth._plan.blocks for name in gone(model, specimen, block)}
+    in_branches = _heavy_operations_by_hand(model, names, depth, example, heavy)
     for name in open_counts.counts:
         if name.startswith(heavy):
             left = open_counts.counts[name] - in_branches.get(name, 0)
             assert closed_counts.counts.get(name, 0) == left, name
 
 
+def gone(model: torch.nn.Module, specimen: Specimen, block: Any) -> set[str]:
+    """The modules that do not run where this block is dropped."""
+    modules = {name for branch in block.branches for name in branch.modules}
+    if any(isinstance(model.get_submodule(name), sd.Residual) for name in modules):
+        children = model.get_submodule(block.name).named_children()
+        return {f"{block.name}.{n}" for n, m in children if not isinstance(m, sd.Residual)}
+    if specimen.is_whole(block.name):
+        return {block.name}
+    return modules | set(itertools.chain(*specimen.ends_of(model, block.name)))
+
+
 def _heavy_operations_by_hand(
-    model: torch.nn.Module, depth: sd.StochasticDepth, example: Any, heavy: tuple[str, ...]
+    model: torch.nn.Module,
+    names: set[str],
+    depth: sd.StochasticDepth,
+    example: Any,
+    heavy: tuple[str, ...],
 ) -> dict[str, int]:
-    """The operations that are dispatched while a module of a branch runs, counted by hooks."""
+    """The operations that are dispatched while one of these modules runs, counted by hooks."""
     total: dict[str, int] = {}
     level = [0]
     counter = CountOperations()
@@ -136,13 +165,11 @@ def _heavy_operations_by_hand(
                 total[name] = total.get(name, 0) + count - start.get(name, 0)
 
     handles = []
-    for block in depth._plan.blocks:
-        for name in {m for branch in block.branches for m in branch.modules}:
-            module = model.get_submodule(name)
-            handles += [
-                module.register_forward_pre_hook(before),
-                module.register_forward_hook(after),
-            ]
+    for module in map(model.get_submodule, names):
+        handles += [
+            module.register_forward_pre_hook(before),
+            module.register_forward_hook(after),
+        ]
     with counter, depth.fixed({}):
         run(model, example)
     for handle in handles:
@@ -168,7 +195,7 @@ def test_resnet_equals_its_reference_twin(kind: str, gates: list[bool], training
     twin = copy.deepcopy(model)
     with depth.fixed(kept):
         mine = model(images)
-    theirs = resnet(sd.get_stochastic_depth(twin).remove(), images, kept, {})
+    theirs = torchvision_resnet(sd.get_stochastic_depth(twin).remove(), images, kept)
     assert torch.equal(mine, theirs)
     mine.square().sum().backward()
     theirs.square().sum().backward()
@@ -201,6 +228,7 @@ def test_vit_layers_equal_their_reference_twin(gates: list[bool], training: bool
     assert_identical_gradients(layers, twin)
 
 
+@pytest.mark.oldest
 def test_a_dropped_projection_block_runs_its_projection_alone() -> None:
     model, example = make("resnet")
     depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=example)

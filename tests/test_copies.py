@@ -290,41 +290,6 @@ def test_weights_assigned_and_moved_after_apply() -> None:
 # The model stays the user's.
 
 
-@every_network
-@pytest.mark.parametrize("unit", ["block", "branch"])
-def test_keys_identities_and_classes_stay(name: str, unit: Any) -> None:
-    model, x = make(name)
-    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
-    buffers, keys = dict(model.named_buffers()), list(model.state_dict())
-    classes = {name: type(module) for name, module in modules.items()}
-    shown, attributes = repr(model), {name: set(vars(module)) for name, module in modules.items()}
-    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=x, unit=unit)
-
-    assert list(model.state_dict()) == keys
-    assert repr(model) == shown
-    for ours, theirs in (
-        (dict(model.named_modules()), modules),
-        (dict(model.named_parameters()), parameters),
-        (dict(model.named_buffers()), buffers),
-    ):
-        assert list(ours) == list(theirs)
-        assert all(ours[name] is theirs[name] for name in ours)
-    changed = 0
-    for path, module in model.named_modules():
-        kind, original = type(module), classes[path]
-        changed += kind is not original
-        assert isinstance(module, original)
-        assert (kind.__name__, kind.__qualname__) == (original.__name__, original.__qualname__)
-        assert (kind.__module__, kind.__doc__) == (original.__module__, original.__doc__)
-        assert kind.forward is original.forward
-    assert changed >= len(depth.blocks) or name == "explicit"
-
-    assert depth.remove() is model
-    for path, module in model.named_modules():
-        assert type(module) is classes[path]
-        assert set(vars(module)) == attributes[path]
-
-
 def test_removing_twice_does_nothing_and_the_removed_model_is_the_plain_one() -> None:
     model, x, depth = gated("resnet")
     plain, _ = make("resnet")

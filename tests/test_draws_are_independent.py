@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import stochastic_depth as sd
+import strangers
 from networks import (
     NETWORKS,
     Residual,
@@ -371,6 +372,21 @@ def test_a_shared_layer_draws_at_each_of_its_calls() -> None:
     assert totals == [sum(singly[n : n + 6]) for n in range(0, 120, 6)]
     assert depth.last_gates == twin_depth.last_gates
     assert len(set(totals)) > 2
+
+
+def test_a_shared_layer_of_torchs_own_draws_at_every_call() -> None:
+    torch.manual_seed(0)
+    model, x = strangers.SharedLayer(), torch.randn(2, 5, 4)
+    depth = sd.apply_stochastic_depth(
+        model, 0.2, "uniform", example_inputs=x, draw=sd.Draw(seed=1), scale="train"
+    )
+    calls: list[bool] = []
+    model.layer.self_attn.register_forward_hook(lambda *_: calls.append(True))
+    for _ in range(50):
+        model(x)
+    # 300 calls at 0.8: 240 are expected, and five standard deviations (7 each) are never seen.
+    assert 205 < len(calls) < 275
+    assert depth.last_gates.keys() == {"layer"}
 
 
 def test_the_root_need_not_be_called() -> None:

@@ -1,22 +1,22 @@
 """Promise: inference multiplies each branch by the survival probability of that moment.
 
-The reference twins below are the forwards of `networks.py` written down once more, with the factor
-of every branch in the open. What they compute is compared bit by bit.
+The references are hooks on what ends each branch, and the twins of `twins.py`. What they compute is
+compared bit by bit.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import stochastic_depth as sd
+from comparing import every_small_one, run, with_factors
 from networks import (
     Bypass,
     DenseBypass,
@@ -33,6 +33,8 @@ from networks import (
     train,
     vectors,
 )
+from specimen import Specimen
+from twins import TWINS, Factor, post_norm, pre_norm, resnet
 
 pytestmark = pytest.mark.oldest
 
@@ -45,72 +47,6 @@ def uninitialised_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-Factor = Callable[[str], float]  # of each branch by its name; 0 where it is dropped
-
-
-def resnet(model: Any, x: Tensor, factor: Factor) -> Tensor:
-    x = model.stem(x)
-    for stage in (0, 1):
-        for number, block in enumerate(model.stages[stage]):
-            skip = x if block.downsample is None else block.downsample(x)
-            if by := factor(f"stages.{stage}.{number}:0"):
-                branch = block.bn2(block.conv2(F.relu(block.bn1(block.conv1(x)))))
-                skip = skip + branch * by
-            x = F.relu(skip)
-    return model.head(x.mean((2, 3)))
-
-
-def pre_norm(model: Any, x: Tensor, factor: Factor) -> Tensor:
-    x = model.embed(x)
-    for number, layer in enumerate(model.layers):
-        if by := factor(f"layers.{number}:0"):
-            y = layer.norm1(x)
-            x = x + layer.attention(y, y, y, need_weights=False)[0] * by
-        if by := factor(f"layers.{number}:1"):
-            x = x + layer.mlp(layer.norm2(x)) * by
-    return model.head(x.mean(1))
-
-
-def post_norm(model: Any, x: Tensor, factor: Factor) -> Tensor:
-    x = model.embed(x)
-    for number, layer in enumerate(model.layers):
-        if by := factor(f"layers.{number}:0"):
-            x = x + layer.attention(x, x, x, need_weights=False)[0] * by
-        x = layer.norm1(x)
-        if by := factor(f"layers.{number}:1"):
-            x = x + layer.mlp(x) * by
-        x = layer.norm2(x)
-    return model.head(x.mean(1))
-
-
-def shared(model: Any, x: Tensor, factor: Factor) -> Tensor:
-    x = model.embed(x)
-    for _ in range(model.calls):
-        x = x + model.layer.linear(F.gelu(model.layer.norm(x))) * factor("layer:0")
-    return model.head(x)
-
-
-def nested(model: Any, x: Tensor, factor: Factor) -> Tensor:
-    x = model[0](x)
-    for number, outer in enumerate(model[1:], start=1):
-        if not (by := factor(f"{number}:0")):
-            continue
-        y = x
-        for inner_number, inner in enumerate(outer.inner):
-            if inner_by := factor(f"{number}.inner.{inner_number}:0"):
-                y = y + inner.linear(F.gelu(inner.norm(y))) * inner_by
-        x = x + outer.last(y) * by
-    return x
-
-
-Twin = Callable[[Any, Tensor, Factor], Tensor]
-TWINS: dict[str, Twin] = {
-    "resnet": resnet,
-    "pre-norm": pre_norm,
-    "post-norm": post_norm,
-    "shared": shared,
-    "nested": nested,
-}
 RATE = 0.2
 every_network = pytest.mark.parametrize("name", TWINS)
 every_unit = pytest.mark.parametrize("unit", ["block", "branch"])
@@ -145,7 +81,57 @@ def gated(name: str, **options: Any) -> tuple[Any, Any, Tensor, sd.StochasticDep
     return plain, model, x, sd.apply_stochastic_depth(model, example_inputs=x, **options)
 
 
-# Scale "eval": Huang et al. 2016, equation 5.
+# Every scale, at every kind of branch.
+
+
+@pytest.mark.filterwarnings("ignore::stochastic_depth.StochasticDepthWarning")
+@pytest.mark.parametrize("scale", ["eval", "train"])
+@every_small_one
+def test_every_model_is_scaled(specimen: Specimen, scale: Any) -> None:
+    """Outputs and gradients are those of hooks that multiply what ends each branch."""
+    plain, example = specimen.model(), specimen.example_inputs()
+    unit: Any
+    for unit in specimen.units:
+        model = copy.deepcopy(plain)
+        depth = sd.apply_stochastic_depth(
+            model, 0.5, example_inputs=example, unit=unit, scale=scale, blocks=specimen.gated_blocks
+        )
+        half = [block.name for block in depth.blocks[1::2]]
+        for training, dropped in ((False, []), (False, half), (True, half)):
+            by = {
+                branch.name: 0.0
+                if block.name in dropped
+                else factor_of(branch.survival_probability, scale, training)
+                for block in depth.blocks
+                for branch in block.branches
+            }
+            reference = with_factors(plain, specimen, by).train(training)
+            with depth.fixed(dict.fromkeys(dropped, False)):
+                output = run(model.train(training), example)
+            expected = run(reference, example)
+            assert_close(output, expected, specimen.rounding)
+        if output.requires_grad:
+            model.zero_grad()
+            output.square().mean().backward()
+            expected.square().mean().backward()
+        for (name, mine), other in zip(
+            model.named_parameters(), reference.parameters(), strict=True
+        ):
+            zeros = torch.zeros_like(mine)
+            ours, theirs = (p.grad if p.grad is not None else zeros for p in (mine, other))
+            assert_close(ours, theirs, specimen.rounding, name)
+
+
+def factor_of(survival: float, scale: str, training: bool) -> float:
+    """Huang et al. 2016, equation 5; or as timm does."""
+    if scale == "train" and training:
+        return 1 / survival
+    return survival if scale == "eval" and not training else 1.0
+
+
+def assert_close(mine: Tensor, other: Tensor, rounding: float, name: str = "") -> None:
+    mine, other = mine.detach(), other.detach()
+    assert float((mine - other).abs().max()) <= rounding * float(other.abs().max()), name
 
 
 @every_unit
@@ -163,31 +149,13 @@ def test_eval_multiplies_each_branch_by_its_survival_probability(name: str, unit
 
 
 @every_unit
+@pytest.mark.parametrize("scale", ["eval", "train", "none"])
 @every_network
-def test_training_multiplies_by_nothing_where_the_scale_is_eval(name: str, unit: str) -> None:
-    check_training(name, unit=unit, scale="eval", by=lambda survival: 1.0)
-
-
-@every_unit
-@every_network
-def test_training_divides_by_the_survival_probability_where_the_scale_is_train(
-    name: str, unit: str
-) -> None:
-    check_training(name, unit=unit, scale="train", by=lambda survival: 1.0 / survival)
-
-
-@every_unit
-@every_network
-def test_training_multiplies_by_nothing_where_the_scale_is_none(name: str, unit: str) -> None:
-    check_training(name, unit=unit, scale="none", by=lambda survival: 1.0)
-
-
-def check_training(name: str, *, unit: str, scale: str, by: Callable[[float], float]) -> None:
-    """Training forwards as they come: open branches times `by(1 - p)`, dropped ones left out."""
+def test_training_as_it_is_drawn(name: str, unit: str, scale: str) -> None:
+    """Open branches are multiplied, or not, and dropped ones left out."""
     plain, model, x, depth = gated(
         name, drop_rate=0.19, drop_distribution="uniform", unit=unit, scale=scale
     )
-    twin = TWINS[name]
     survives = survival(depth)
     patterns = set()
     for number in range(4):
@@ -205,21 +173,11 @@ def check_training(name: str, *, unit: str, scale: str, by: Callable[[float], fl
         def factor(branch: str, gates: dict[str, bool] = gates) -> float:
             # An inner gate has none where its outer block has been dropped so far.
             kept = gates.get(branch if unit == "branch" else branch.partition(":")[0], False)
-            return by(survives(branch)) if kept else 0.0
+            return factor_of(survives(branch), scale, training=True) if kept else 0.0
 
-        assert torch.equal(output, twin(plain.train(), y, factor))
+        assert torch.equal(output, TWINS[name](plain.train(), y, factor))
     assert_same(model, plain)  # the statistics of batch norms
     assert len(patterns) > 1
-
-
-@every_unit
-@every_network
-@pytest.mark.parametrize("scale", ["train", "none"])
-def test_eval_is_the_plain_model_where_the_scale_is_not_eval(
-    name: str, unit: str, scale: str
-) -> None:
-    plain, model, x, _ = gated(name, unit=unit, scale=scale)
-    assert torch.equal(model.eval()(x), plain.eval()(x))
 
 
 def test_auto_is_eval_in_batch_mode() -> None:
@@ -451,29 +409,6 @@ def test_update_bn_of_an_averaged_model_under_disabled() -> None:
     update_bn(loader, ResNetTwin(plain, survival(own)))
     assert_same(average.module, plain)
     assert torch.equal(average.eval()(x), resnet(plain.eval(), x, survival(own)))
-
-
-@every_unit
-@pytest.mark.parametrize("name", ["resnet", "pre-norm", "post-norm"])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("scale", ["eval", "train", "none"])
-def test_fixed_gates_are_scaled_as_ever(name: str, unit: str, training: bool, scale: str) -> None:
-    plain, model, x, depth = gated(name, unit=unit, scale=scale)
-    survives = survival(depth)
-    dropped = [depth.blocks[1].name, depth.blocks[3].name]
-
-    def factor(branch: str) -> float:
-        if branch.partition(":")[0] in dropped:
-            return 0.0
-        if scale == "train":
-            return 1 / survives(branch) if training else 1.0
-        return survives(branch) if scale == "eval" and not training else 1.0
-
-    plain.train(training)
-    model.train(training)
-    with depth.fixed(dict.fromkeys(dropped, False)):
-        assert torch.equal(model(x), TWINS[name](plain, x, factor))
-    assert_same(model, plain)
 
 
 def test_fixed_holds_for_single_branches_and_ends_with_its_context() -> None:

@@ -6,6 +6,7 @@ Under autocast (on the CPU) to bfloat16 and float16, and in a model that is conv
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import stochastic_depth as sd
+from comparing import with_factors
 from networks import assert_same, batch, make, sgd
+from zoo import SMALL
 
 pytestmark = pytest.mark.oldest
 
@@ -26,32 +29,15 @@ SCALED = [("train", which) for which in ("open", "closed", "some")]
 Gradients = dict[str, Tensor | None]
 
 
-def ends(model: nn.Module, block: str) -> list[nn.Module]:
-    """The modules whose output is added to the skip connection."""
-    parts: Any = model.get_submodule(block)
-    return [parts.bn2] if hasattr(parts, "bn2") else [parts.attention, parts.mlp]
-
-
-def multiplied(by: float | Tensor) -> Any:
-    """A hook that multiplies a branch by a number, or row by row."""
-
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        value = output[0] if isinstance(output, tuple) else output
-        rows = (
-            by.to(value.dtype).view(-1, *[1] * (value.ndim - 1)) if isinstance(by, Tensor) else by
-        )
-        return (value * rows, *output[1:]) if isinstance(output, tuple) else value * rows
-
-    return hook
-
-
-def with_factors(plain: nn.Module, factors: dict[str, float]) -> nn.Module:
+def by_blocks(name: str, factors: Mapping[str, float], plain: nn.Module) -> nn.Module:
     """A copy in which the branches of these blocks are multiplied."""
-    model = copy.deepcopy(plain)
-    for name, factor in factors.items():
-        for module in ends(model, name):
-            module.register_forward_hook(multiplied(factor))
-    return model
+    specimen = SMALL[name]
+    by = {
+        f"{block}:{number}": factor
+        for block, factor in factors.items()
+        for number in range(len(specimen.ends_of(plain, block)))
+    }
+    return with_factors(plain, specimen, by)
 
 
 def run(model: nn.Module, x: Tensor, half: torch.dtype | None) -> tuple[Tensor, Gradients]:
@@ -104,7 +90,7 @@ def test_forced_gates_under_autocast(name: str, half: str, which: str, scale: An
     forced = gates(depth, which)
     open_by = 2.0 if scale == "train" else 1.0
     factors = {block: open_by if kept else 0.0 for block, kept in forced.items()}
-    reference = with_factors(plain, factors)
+    reference = by_blocks(name, factors, plain)
     with depth.fixed(forced):
         ours = run(model, x, HALVES[half])
     dropped = tuple(f"{block}." for block, kept in forced.items() if not kept)
@@ -115,7 +101,7 @@ def test_forced_gates_under_autocast(name: str, half: str, which: str, scale: An
 @each_name
 def test_inference_under_autocast(name: str, half: str) -> None:
     plain, model, x, depth = gated(name, scale="eval")
-    reference = with_factors(plain, dict.fromkeys(gates(depth, "open"), 0.5))
+    reference = by_blocks(name, dict.fromkeys(gates(depth, "open"), 0.5), plain)
     for net in (model.eval(), reference.eval()):
         net.requires_grad_(True)
     assert_same_run(run(model, x, HALVES[half]), run(reference, x, HALVES[half]))
@@ -128,13 +114,12 @@ def test_rows_under_autocast(name: str, unit: Any, half: str) -> None:
     """As masks, on the same rows. (BatchNorm sees the kept rows alone: no mask is like that.)"""
     plain, model, x, depth = gated(name, mode="sample", unit=unit, draw=sd.Draw(seed=1))
     ours = run(model, x, HALVES[half])
-    reference = copy.deepcopy(plain)
-    for block in depth.blocks:
-        for number, end in enumerate(ends(reference, block.name)):
-            rows = depth.last_gates[block.name if unit == "block" else f"{block.name}:{number}"]
-            mask = torch.zeros(len(x))
-            mask[list(rows)] = 2.0
-            end.register_forward_hook(multiplied(mask))
+    by = {}
+    for branch in (branch for block in depth.blocks for branch in block.branches):
+        rows = depth.last_gates[branch.name.split(":")[0] if unit == "block" else branch.name]
+        by[branch.name] = torch.zeros(len(x))
+        by[branch.name][list(rows)] = 2.0
+    reference = with_factors(plain, SMALL[name], by)
     theirs = run(reference, x, HALVES[half])
     assert ours[0].dtype == theirs[0].dtype
     # Fewer rows take other kernels, whose sums round otherwise: some units of a half's last place.
@@ -179,7 +164,7 @@ def test_a_model_converted_as_a_whole(name: str, half: str, which: str, order: s
     depth = sd.apply_stochastic_depth(model, 0.5, "uniform", example_inputs=example)
     model = model.to(HALVES[half]).train()
     forced = gates(depth, which)
-    reference = with_factors(plain, {block: float(kept) for block, kept in forced.items()})
+    reference = by_blocks(name, forced, plain)
     with depth.fixed(forced):
         ours = run(model, half_x, None)
     assert ours[0].dtype == HALVES[half]

@@ -2,87 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import stochastic_depth as sd
+import strangers
 
 pytestmark = [pytest.mark.oldest, pytest.mark.filterwarnings("ignore:fold")]
 SIX = [f"layers.{n}" for n in range(6)]
-
-
-class Mixer(nn.Module):
-    """Holds a sum of its own: what goes in directly."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.x, self.out = (nn.Linear(8, 8) for _ in range(3))
-        self.direct = nn.Parameter(torch.ones(8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        u = self.inner(x)
-        return self.out(torch.relu(self.x(u)) + u * self.direct)
-
-
-class Layer(nn.Module):
-    """The sum is taken in the next layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.mixer = nn.LayerNorm(8), Mixer()
-
-    def forward(self, h: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        residual = h if residual is None else h + residual
-        return self.mixer(self.norm(residual)), residual
-
-
-class Loop(nn.Module):
-    layers: Any
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Linear(3, 8)
-        self.layers = nn.ModuleList(Layer() for _ in range(6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h, residual = self.embed(x), None
-        for layer in self.layers:
-            h, residual = layer(h, residual)
-        return h + residual
-
-
-class InLine(Loop):
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
-        for layer in self.layers:
-            x = x + layer.mixer(layer.norm(x))
-        return x
-
-
-class InDict(InLine):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleDict({str(n): Layer() for n in range(6)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
-        for layer in self.layers.values():
-            x = x + layer.mixer(layer.norm(x))
-        return x
-
-
-@pytest.mark.parametrize("kind", [Loop, InLine, InDict])
-def test_a_loop_whose_modules_hold_sums_of_their_own(kind: type[nn.Module]) -> None:
-    x = torch.randn(4, 3)
-    model: Any = kind()
-    names = [block.name for block in sd.find_residual_blocks(model, x)]
-    assert [name for name in names if not name.endswith("mixer")] == SIX
-    depth = sd.apply_stochastic_depth(model, 0.1, example_inputs=x, scale="none", blocks=SIX)
-    with depth.fixed(dict.fromkeys(SIX, False)):
-        assert torch.equal(model.train()(x), model.embed(x))
 
 
 class Skip(nn.Module):
@@ -184,3 +114,18 @@ def test_a_constant_stays_what_it_is(mode: str, x: Tensor) -> None:
     options = {"example_inputs": (x, sigma), "mode": mode}
     depth = sd.apply_stochastic_depth(Denoiser(), 0.1, **options)  # type: ignore[arg-type]
     assert len(depth.blocks) == 6
+
+
+def test_merging_additions_are_no_blocks() -> None:
+    """A skip around everything and additions of two streams are left alone."""
+    model, x = strangers.UNet(), torch.randn(2, 3, 16, 16)
+    names = {
+        module
+        for b in sd.find_residual_blocks(model, x)
+        for r in b.branches
+        for module in r.modules
+    }
+    assert not names & {"outc", "up1", "up2", "merge", "inc"}
+    assert all(not a.startswith(f"{b}.") for a, b in itertools.permutations(names, 2)), (
+        "the branches of a U-shaped net are apart"
+    )

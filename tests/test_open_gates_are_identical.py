@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,14 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import stochastic_depth as sd
-from comparing import assert_identical_gradients, run
+from comparing import assert_identical_gradients, every_model, every_model_and_unit, run
 from networks import WIDTH, make, residuals, vectors
-from zoo import SPECIMENS, Specimen
+from specimen import Specimen
 
 pytestmark = pytest.mark.filterwarnings("ignore::stochastic_depth.StochasticDepthWarning")
-every_model = pytest.mark.parametrize("specimen", SPECIMENS, ids=lambda s: s.name)
 
 
-@every_model
-@pytest.mark.parametrize("unit", ["block", "branch"])
+@every_model_and_unit
 def test_outputs_gradients_and_buffers(specimen: Specimen, unit: Any) -> None:
     plain = specimen.model(dropout=0.1)
     gated = copy.deepcopy(plain)
@@ -45,61 +44,85 @@ def test_outputs_gradients_and_buffers(specimen: Specimen, unit: Any) -> None:
 
 @every_model
 def test_the_blocks_are_those_in_the_source(specimen: Specimen) -> None:
-    model = specimen.model()
-    blocks = sd.find_residual_blocks(model, specimen.example_inputs())
+    model, example = specimen.model(), specimen.example_inputs()
+    blocks = [
+        block
+        for block in sd.find_residual_blocks(model, example)
+        if not any(fnmatchcase(block.name, name) for name in specimen.leave_out if "*" in name)
+    ]
     assert len(blocks) == specimen.blocks
+    assert not isinstance(specimen.ends, dict) or {b.name for b in blocks} == {*specimen.ends}
     for block in blocks:
-        have = dict(model.get_submodule(block.name).named_modules())
-        expected = [ends for ends in specimen.ends if any(end in have for end in ends)]
+        expected = specimen.ends_of(model, block.name)
         assert len(block.branches) == len(expected), block.name
         for branch, ends in zip(block.branches, expected, strict=True):
-            inside = [f"{block.name}.{end}" for end in ends if end in have]
             assert all(
-                any(end == module or end.startswith(f"{module}.") for module in branch.modules)
-                for end in inside
+                any(f"{end}.".startswith(f"{module}.") for module in branch.modules)
+                or specimen.name == "explicit"  # which hands its branches to other modules
+                for end in ends
             ), branch
+    if specimen.whole is not None:
+        depth = sd.apply_stochastic_depth(
+            model, 0.2, example_inputs=example, blocks=specimen.gated_blocks
+        )
+        rows = {line.split()[0]: line for line in str(depth).splitlines()[2:-1]}
+        for name in (block.name for block in depth.blocks):
+            assert ("skipped whole" in rows[name]) == specimen.is_whole(name)
 
 
 @every_model
 def test_apply_and_remove_leave_no_trace(specimen: Specimen) -> None:
     model = specimen.model().train()
     model.get_submodule(next(iter(dict(model.named_children())))).eval()  # modes may differ
-    parameters = {name: (id(p), p.clone()) for name, p in model.named_parameters()}
-    buffers = {name: (id(b), b.clone()) for name, b in model.named_buffers()}
-    classes = {name: type(module) for name, module in model.named_modules()}
-    modes = {name: module.training for name, module in model.named_modules()}
-    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
-    hooks = {
-        name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()
-    }
-    keys = list(model.state_dict())
+    modules, keys, shown = dict(model.named_modules()), list(model.state_dict()), repr(model)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    values = {name: tensor.clone() for name, tensor in tensors.items()}
+    classes = {name: type(module) for name, module in modules.items()}
+    modes = {name: module.training for name, module in modules.items()}
+    attributes = {name: set(vars(module)) for name, module in modules.items()}
+    hooks = {name: _hooks(module) for name, module in modules.items()}
     example = specimen.example_inputs()
     generators = (torch.get_rng_state(), random.getstate(), str(np.random.get_state()))
 
     depth = sd.apply_stochastic_depth(
-        model, 0.5, example_inputs=example, blocks=specimen.gated_blocks
+        model,
+        0.5,
+        example_inputs=example,
+        blocks=specimen.gated_blocks,
+        unit=specimen.units[-1],  # type: ignore[arg-type]
     )
     assert torch.equal(torch.get_rng_state(), generators[0])
     assert random.getstate() == generators[1]
     assert str(np.random.get_state()) == generators[2]
     assert all(p.grad is None for p in model.parameters())
-    assert list(model.state_dict()) == keys
-    assert {name: module.training for name, module in model.named_modules()} == modes
-    assert all(isinstance(m, classes[name]) for name, m in model.named_modules())
-    assert all(type(m).__name__ == classes[name].__name__ for name, m in model.named_modules())
+    assert (list(model.state_dict()), repr(model)) == (keys, shown)
+    changed = 0
+    for name, module in model.named_modules():
+        kind, original = type(module), classes[name]
+        changed += kind is not original
+        assert module is modules[name]
+        assert module.training == modes[name]
+        assert isinstance(module, original)
+        assert (kind.__name__, kind.__qualname__) == (original.__name__, original.__qualname__)
+        assert (kind.__module__, kind.__doc__) == (original.__module__, original.__doc__)
+        assert kind.forward is original.forward
+    assert changed or specimen.name == "explicit"
 
     assert depth.remove() is model
-    assert {name: type(module) for name, module in model.named_modules()} == classes
-    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
-    assert {
-        name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()
-    } == hooks
-    for before, now in ((parameters, model.named_parameters()), (buffers, model.named_buffers())):
-        for name, tensor in now:
-            assert id(tensor) == before[name][0], name
-            assert torch.equal(tensor, before[name][1]), name
+    for name, module in model.named_modules():
+        assert type(module) is classes[name]
+        assert set(vars(module)) == attributes[name]
+        assert _hooks(module) == hooks[name]
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        assert tensor is tensors[name]
+        assert torch.equal(tensor, values[name])
 
 
+def _hooks(module: nn.Module) -> int:
+    return len(module._forward_hooks) + len(module._forward_pre_hooks)
+
+
+@pytest.mark.oldest
 def test_a_parametrization_put_on_since_stays_when_the_gates_go() -> None:
     model, x = make("pre-norm")
     plain = copy.deepcopy(model)
@@ -116,6 +139,7 @@ def test_a_parametrization_put_on_since_stays_when_the_gates_go() -> None:
     assert not [m for m in model.modules() if "stochastic_depth" in repr(type(m).__mro__)]
 
 
+@pytest.mark.oldest
 def test_a_gated_module_that_is_parametrized_itself_runs_and_is_given_back() -> None:
     model = residuals(6)
     x = vectors(2, WIDTH)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.optim.swa_utils import (
     SWALR,
     AveragedModel,
@@ -21,10 +20,10 @@ from torch.optim.swa_utils import (
 )
 
 import stochastic_depth as sd
-import twins
 from networks import assert_same, batch, make
 from optimizer_cases import cases
 from processes import launch
+from twins import TWINS, of_blocks
 
 oldest = pytest.mark.oldest
 Make = Callable[[Any], torch.optim.Optimizer]
@@ -64,22 +63,7 @@ def muon(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.Muon([p for p in parameters if p.ndim == 2], **DECAY)
 
 
-def resnet(model: Any, x: Tensor, kept: dict[str, bool]) -> Tensor:
-    x = model.stem(x)
-    for stage, blocks in enumerate(model.stages):
-        for number, block in enumerate(blocks):
-            x = twins.basic_block(block, x, kept[f"stages.{stage}.{number}"])
-    return model.head(x.mean((2, 3)))
-
-
-def pre_norm(model: Any, x: Tensor, kept: dict[str, bool]) -> Tensor:
-    x = model.embed(x)
-    for number, layer in enumerate(model.layers):
-        x = layer(x) if kept[f"layers.{number}"] else x
-    return model.head(x.mean(1))
-
-
-FORWARDS = {"resnet": resnet, "pre-norm": pre_norm}
+FORWARDS = {name: TWINS[name] for name in ("resnet", "pre-norm")}
 
 
 class ByHand:
@@ -96,7 +80,8 @@ class ByHand:
 
     def step(self, number: int, kept: dict[str, bool]) -> None:
         self.model.zero_grad()
-        self.forward(self.model, batch(self.example, number), kept).square().mean().backward()
+        output = self.forward(self.model, batch(self.example, number), of_blocks(kept))
+        output.square().mean().backward()
         for name, optimizer in self.optimizers.items():
             if self.model.get_parameter(name).grad is not None:
                 optimizer.step()

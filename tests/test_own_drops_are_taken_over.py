@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import stochastic_depth as sd
 from comparing import rates
+from libraries import wav2vec2
 from networks import WIDTH, Residual, vectors
-from zoo import wav2vec2
 
 oldest = pytest.mark.oldest
 Preset = Callable[..., sd.StochasticDepth]

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import stochastic_depth as sd
 from comparing import rates
 from networks import WIDTH, Residual, batch, make, residuals, settled, vectors
 from stochastic_depth.schedules import Progressive
+from twins import Factor, of_blocks, pre_norm
 
 oldest = pytest.mark.oldest
 Preset = Callable[..., sd.StochasticDepth]
@@ -36,18 +36,9 @@ def at_step(depth: sd.StochasticDepth, step: int) -> sd.StochasticDepth:
     return depth
 
 
-def pre_norm(model: Any, x: Tensor, factors: Sequence[float]) -> Tensor:
-    """The slow twin of `networks.Transformer(PreNormLayer)`: a factor for each layer, 0 if dropped.
-
-    A dropped layer hands its input on; in one that runs, each sub-layer is multiplied.
-    """
-    x = model.embed(x)
-    for layer, factor in zip(model.layers, factors, strict=True):
-        if factor:
-            y = layer.norm1(x)
-            x = x + layer.attention(y, y, y, need_weights=False)[0] * factor
-            x = x + layer.mlp(layer.norm2(x)) * factor
-    return model.head(x.mean(1))
+def of_layers(factors: Sequence[float]) -> Factor:
+    """A factor for both sub-layers of each layer; 0 where it is dropped."""
+    return of_blocks({f"layers.{number}": factor for number, factor in enumerate(factors)})
 
 
 # Drop path, as in timm.
@@ -120,7 +111,7 @@ def test_layer_drop_has_one_rate_and_no_scale_and_a_gate_for_each_layer() -> Non
         y = batch(x, number)
         output = model.train()(y)
         assert list(depth.last_gates) == [f"layers.{number}" for number in range(6)]
-        assert torch.equal(output, pre_norm(plain, y, [*map(float, depth.last_gates.values())]))
+        assert torch.equal(output, pre_norm(plain, y, of_blocks(depth.last_gates)))
         patterns.add(tuple(depth.last_gates.values()))
     assert len(patterns) > 1
 
@@ -193,10 +184,12 @@ def test_one_gate_decides_about_a_layer_and_both_sub_layers_are_divided_by_its_o
         assert list(gates) == [f"layers.{number}" for number in range(6)]
         patterns.add(tuple(gates.values()))
         own = [kept / p[i] for i, kept in enumerate(gates.values())]
-        torch.testing.assert_close(output, pre_norm(plain, y, own), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(output, pre_norm(plain, y, of_layers(own)), rtol=1e-5, atol=1e-5)
         # The public code passes the next layer's p on.
         next_ones = [kept / p[i + 1] for i, kept in enumerate(gates.values())]
-        assert not torch.allclose(output, pre_norm(plain, y, next_ones), rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(
+            output, pre_norm(plain, y, of_layers(next_ones)), rtol=1e-3, atol=1e-3
+        )
     assert len(patterns) > 1
 
 

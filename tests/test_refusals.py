@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import stochastic_depth as sd
+from libraries import wav2vec2
 from networks import (
     WIDTH,
     BasicBlock,
@@ -28,7 +29,6 @@ from networks import (
     settled,
     vectors,
 )
-from zoo import wav2vec2
 
 oldest = pytest.mark.oldest
 Model = Callable[[], nn.Module]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import stochastic_depth as sd
-from comparing import branch_ends, run
-from zoo import SPECIMENS, Specimen
+from comparing import every_model_and_unit, run, with_factors
+from specimen import Specimen
 
 pytestmark = [
     pytest.mark.oldest,
@@ -22,8 +22,6 @@ pytestmark = [
 ]
 Unit = Literal["block", "branch"]
 BATCH = 5
-EXACT = 2e-6
-"""Relative; kernels sum in another order for another number of rows."""
 
 
 def more_rows(example: Any) -> Any:
@@ -31,6 +29,8 @@ def more_rows(example: Any) -> Any:
     torch.manual_seed(2)
     if isinstance(example, dict):
         return {name: more_rows(value) for name, value in example.items()}
+    if isinstance(example, tuple):
+        return tuple(map(more_rows, example))
     if example.is_floating_point():
         return torch.randn(BATCH, *example.shape[1:])
     if not example.any() or bool((example == 1).all()):
@@ -47,51 +47,43 @@ def still(model: nn.Module) -> nn.Module:
     return model
 
 
-def masking(plain: nn.Module, specimen: Specimen, depth: sd.StochasticDepth) -> nn.Module:
-    """A plain copy whose branches compute all rows and are multiplied by a mask."""
-    model = copy.deepcopy(plain)
-    gates = depth.last_gates
+def masks(depth: sd.StochasticDepth) -> dict[str, Tensor]:
+    """The factor of each row of each branch, by what the last call drew."""
+    gates, found = depth.last_gates, {}
     for block in depth.blocks:
         for branch in block.branches:
-            kept = gates.get(block.name, gates.get(branch.name))
-            mask = torch.zeros(BATCH)
-            assert kept is not None
-            mask[list(kept)] = 1 / branch.survival_probability
-            for end in branch_ends(model, specimen, branch.name):
-                end.register_forward_hook(_by(mask))
-    return model
+            kept = gates.get(block.name, gates.get(branch.name, ()))
+            found[branch.name] = torch.zeros(BATCH)
+            found[branch.name][list(kept)] = 1 / branch.survival_probability
+    return found
 
 
-def _by(mask: Tensor) -> Any:
-    def multiply(module: nn.Module, args: Any, output: Any) -> Any:
-        value = output if isinstance(output, Tensor) else output[0]
-        each = mask.repeat_interleave(len(value) // BATCH)
-        value = value * each.view(-1, *[1] * (value.ndim - 1))
-        return value if isinstance(output, Tensor) else (value, *output[1:])
-
-    return multiply
+@pytest.fixture(autouse=True)
+def known_fault(request: pytest.FixtureRequest) -> None:
+    if "added in place" in request.node.name:
+        why = "the block's forward changes a view of the batch in place, which autograd refuses"
+        request.applymarker(pytest.mark.xfail(raises=RuntimeError, reason=why))
 
 
-@pytest.mark.parametrize("unit", ["block", "branch"])
-@pytest.mark.parametrize("specimen", SPECIMENS, ids=lambda s: s.name)
+@every_model_and_unit
 def test_outputs_and_gradients_equal_the_masking_reference(specimen: Specimen, unit: Unit) -> None:
-    plain = specimen.model()
+    plain, example = specimen.model(), specimen.example_inputs()
     gated = copy.deepcopy(plain)
-    example = more_rows(specimen.example_inputs())
-    depth = sd.apply_stochastic_depth(
-        gated,
-        0.5,
-        "uniform",
-        example_inputs=example,
-        mode="sample",
-        unit=unit,
-        blocks=specimen.gated_blocks,
-    )
+    options: dict[str, Any] = {"mode": "sample", "unit": unit, "blocks": specimen.gated_blocks}
+    if specimen.rowless:
+        with pytest.raises(sd.RefusedBlockError, match=specimen.rowless):
+            sd.apply_stochastic_depth(gated, 0.5, "uniform", example_inputs=example, **options)
+        return
+    example = more_rows(example) if specimen.masks else example
+    depth = sd.apply_stochastic_depth(gated, 0.5, "uniform", example_inputs=example, **options)
+    if not specimen.masks:
+        assert run(gated.train(), example).isfinite().all()
+        return
     for _ in range(2):
         gated.zero_grad()
         output = run(still(gated), example)
         output.square().mean().backward()
-        reference = still(masking(plain, specimen, depth))
+        reference = still(with_factors(plain, specimen, masks(depth)))
         expected = run(reference, example)
         expected.square().mean().backward()
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)

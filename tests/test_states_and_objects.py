@@ -4,7 +4,6 @@ states stay what they were, objects come back in their form, values in arguments
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import stochastic_depth as sd
+from layers import OBJECTS, InDict, WithObjects
 
 pytestmark = pytest.mark.oldest
 
@@ -93,18 +93,6 @@ def test_a_state_that_none_was_given_for_is_refused(kind: type[nn.Module]) -> No
         closed(Stack(Recurrent, kind), torch.randn(4, 5, 8), [None] * 6)
 
 
-@dataclass
-class Extra:
-    hidden: Tensor
-    name: str = "extra"
-
-
-@dataclass(frozen=True)
-class Whole:
-    value: Tensor
-    extra: Extra | None = None
-
-
 class Handle:
     """An object that nobody can look into."""
 
@@ -112,50 +100,16 @@ class Handle:
         self.hidden = hidden
 
 
-class Beside(nn.Module):
-    """A branch that hands out an object."""
-
-    def __init__(self, form: str) -> None:
-        super().__init__()
-        self.a, self.b, self.form = nn.Linear(8, 8), nn.Linear(8, 8), form
-
-    def forward(self, x: Tensor) -> Any:
-        h = torch.tanh(self.a(x))
-        y = self.b(h)
-        forms: dict[str, Any] = {
-            "tensor": (y, None),
-            "beside": (y, Extra(h)),
-            "nested": (y, [Whole(h, Extra(h))]),
-            "inside": Whole(y, Extra(h)),
-            "opaque": (y, Handle(h)),
-        }
-        return forms[self.form]
-
-
-class Block(nn.Module):
-    def __init__(self, form: str) -> None:
-        super().__init__()
-        self.norm, self.attn = nn.LayerNorm(8), Beside(form)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.attn(self.norm(x))
-        return x + (out.value if isinstance(out, Whole) else out[0])
-
-
-@pytest.mark.parametrize("form", ["beside", "nested", "inside"])
-def test_a_dataclass_is_looked_into(form: str) -> None:
-    x = torch.randn(4, 8)
-    model = nn.Sequential(*(Block(form) for _ in range(6)))
-    assert torch.equal(closed(model, x, scale="eval"), x)
-    sd.get_stochastic_depth(model).fold()
+def opaque(y: Tensor, hidden: Tensor) -> Any:
+    return y, Handle(hidden)
 
 
 def test_an_object_that_nothing_stands_in_for_is_not_missed_where_no_module_runs() -> None:
     x = torch.randn(4, 8)
-    assert torch.equal(closed(nn.Sequential(*(Block("opaque") for _ in range(6))), x), x)
+    assert torch.equal(closed(nn.Sequential(*(WithObjects(opaque) for _ in range(6))), x), x)
 
 
-class Normed(Block):
+class Normed(WithObjects):
     """Its forward runs where it is dropped."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -163,7 +117,8 @@ class Normed(Block):
 
 
 def test_the_block_that_fails_is_the_one_that_is_named() -> None:
-    forms = ["tensor"] * 5 + ["opaque", "tensor"]
+    tensor = OBJECTS["a dataclass beside"]
+    forms = [tensor] * 5 + [opaque, tensor]
     model = nn.Sequential(*map(Normed, forms))
     with pytest.raises(sd.RefusedBlockError, match='block "5"') as caught:
         closed(model, torch.randn(4, 8))
@@ -182,12 +137,6 @@ class Pair(nn.Module):
         hidden, residual = pair
         residual = hidden + residual
         return self.mixer(self.norm(residual).relu()), residual
-
-
-class InDict(Pair):
-    def forward(self, given: Any) -> Any:
-        x = given["x"]
-        return {"x": x + self.mixer(self.norm(x).relu()), "mask": given["mask"]}
 
 
 def test_a_stream_inside_of_an_argument_is_not_lost() -> None:

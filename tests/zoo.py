@@ -1,252 +1,231 @@
-"""The models that every promise is tested on, with what a person reads in their source.
-
-`ends` is the ground truth of the tests, written by hand: for each branch of a block, the modules
-(by their name inside of the block) whose output is added to the skip connection.
-"""
+"""The table of models that the promises are tested on: small networks of torch, and libraries'."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
-import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from imagelib.cifar_resnet import CifarResNet
-
-Ends = tuple[tuple[str, ...], ...]
-
-
-@dataclass(frozen=True)
-class Specimen:
-    """A model of the table."""
-
-    name: str
-    make: Callable[[float], nn.Module]  # takes the dropout rate
-    example: Callable[[], Any]  # example_inputs: a tensor, or a dict of keywords
-    blocks: int  # how many residual blocks it has
-    ends: Ends
-    foldable: bool = True
-    leave_out: tuple[str, ...] = ()  # blocks that are refused, as design and issue allow
-
-    @property
-    def gated_blocks(self) -> list[str] | None:
-        """What to pass as `blocks=`."""
-        return [f"!{name}" for name in self.leave_out] or None
-
-    def example_inputs(self) -> Any:
-        torch.manual_seed(1)
-        return self.example()
-
-    def model(self, dropout: float = 0.0) -> nn.Module:
-        torch.manual_seed(0)
-        model = self.make(dropout)
-        with torch.no_grad():
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-                # A fresh network hides mistakes: zero heads, tiny layer scales, idle norms.
-                if name.endswith(("running_var", "gamma", "layer_scale")) or bool(
-                    (tensor == 1).all()
-                ):
-                    tensor.uniform_(0.5, 1.5)
-                elif tensor.is_floating_point() and not bool(tensor.any()):
-                    tensor.uniform_(-0.2, 0.2)
-            for module in model.modules():
-                if type(module).__name__ == "StochasticDepth":
-                    setattr(module, "p", 0.0)  # noqa: B010  (torchvision has no types)
-        return model
+import layers
+import networks
+import strangers
+import streams
+from libraries import LIBRARIES
+from networks import WIDTH, vectors
+from specimen import Ends, Specimen
 
 
-def pixels(size: int, batch: int = 2) -> Callable[[], Tensor]:
-    return lambda: torch.randn(batch, 3, size, size)
-
-
-def tokens(*names: str) -> Callable[[], dict[str, Tensor]]:
-    return lambda: {name: torch.randint(0, 90, (2, 7)) for name in names}
-
-
-def _vision(name: str, size: int, blocks: int, ends: Ends, **more: Any) -> Specimen:
-    options: dict[str, Any] = {"num_classes": 10, **more.pop("options", {})}
-
-    def make(dropout: float) -> nn.Module:
-        models = pytest.importorskip("torchvision.models")
-        return models.get_model(name, weights=None, **options)
-
-    return Specimen(f"torchvision:{name}", make, pixels(size), blocks, ends, **more)
-
-
-def _timm(name: str, size: int, blocks: int, ends: Ends, **more: Any) -> Specimen:
-    options = {"num_classes": 10, **more.pop("options", {})}
-
-    def make(dropout: float) -> nn.Module:
-        return pytest.importorskip("timm").create_model(name, **options)
-
-    return Specimen(f"timm:{name}", make, pixels(size), blocks, ends, **more)
-
-
-_SMALL = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-}
-_TEXT = {"vocab_size": 99, "max_position_embeddings": 32}
-_DROPOUTS = {
-    "Bert": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
-    "GPT2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
-    "Llama": ("attention_dropout",),
-    "T5": ("dropout_rate",),
-    "ViT": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
-    "GPTNeoX": ("hidden_dropout", "attention_dropout"),
-}
-
-
-def _transformers(
-    family: str,
-    kind: str,
-    options: dict[str, Any],
-    example: Any,
-    blocks: int,
-    ends: Ends,
-    **more: Any,
+def _small(
+    name: str, build: Callable[[], nn.Module], shape: Any, ends: Any, **more: Any
 ) -> Specimen:
-    def make(dropout: float) -> nn.Module:
-        transformers = pytest.importorskip("transformers")
-        drops = dict.fromkeys(_DROPOUTS[family], dropout)
-        config = getattr(transformers, f"{family}Config")(**options, **drops)
-        return getattr(transformers, f"{family}{kind}")(config)
+    """`shape` is that of the input, or a function that makes the example; `ends` names one module.
 
-    return Specimen(f"transformers:{family}", make, example, blocks, ends, **more)
-
-
-def _cifar(depth: int, shrink: Literal["pool", "subsample"]) -> Specimen:
-    def make(dropout: float) -> nn.Module:
-        return CifarResNet(depth, shrink=shrink)
-
-    name, blocks = f"examples:resnet{depth}-{shrink}", (depth - 2) // 2
-    return Specimen(name, make, pixels(32), blocks, (("bn2",),))
+    Or it is what `Specimen` has. Where nothing else is said there are six blocks, skipped whole.
+    """
+    example = shape if callable(shape) else lambda: vectors(*shape)
+    if isinstance(ends, str):
+        ends = ((ends,),)
+    blocks = len(ends) if isinstance(ends, dict) else 6
+    more = {"blocks": blocks, "whole": ("*",), **more}
+    return Specimen(name, lambda dropout: build(), example, ends=ends, is_small=True, **more)
 
 
-_BASIC, _BOTTLENECK = (("bn2",),), (("bn3",),)
-_PRE_NORM = (("attn",), ("mlp",))
+def _odd(name: str, kind: Callable[[], nn.Module], ends: Any, **more: Any) -> Specimen:
+    """Three such blocks behind a stem; a branch draws on its own where that is said."""
+    blocks = len(ends) if isinstance(ends, dict) else 3
+    more = {"blocks": blocks, "units": ("block",), **more}
+    shape = (6, 6, 3) if name.startswith("form") else (4, 3)
+    return _small(name, lambda: layers.Stack(kind, 3), shape, ends, **more)
 
-SPECIMENS = [
-    _cifar(20, "pool"),
-    _cifar(20, "subsample"),
-    _cifar(32, "pool"),
-    _cifar(44, "subsample"),
-    _cifar(56, "pool"),
-    _cifar(110, "pool"),
-    _cifar(110, "subsample"),
-    _vision("resnet18", 32, 8, _BASIC),
-    _vision("resnet34", 32, 16, _BASIC),
-    _vision("resnet50", 32, 16, _BOTTLENECK),
-    _vision("resnet101", 32, 33, _BOTTLENECK),
-    _vision("resnet152", 32, 50, _BOTTLENECK),
-    _vision("resnext50_32x4d", 32, 16, _BOTTLENECK),
-    _vision("wide_resnet50_2", 32, 16, _BOTTLENECK),
-    _vision(
-        "efficientnet_b0",
-        64,
-        9,
-        (("block",),),
-        options={"stochastic_depth_prob": 0.0, "dropout": 0.0},
+
+_BLOCK, _BOTH = ("block",), ("block", "branch")
+_NESTED = {f"{outer}.inner.{inner}": (("linear",),) for outer in (1, 2, 3) for inner in (0, 1)}
+_IN_LOOP: dict[str, Ends] = {f"layers.{n}": (("mixer",),) for n in range(6)}
+_PAIR, _VECTOR = (("f",), ("g",)), (4, 3)
+_LAYER, _JOINT = (("attention",), ("mlp",)), (("joint.a",), ("joint.b",))
+
+NETWORKS = [
+    _small("resnet", networks.ResNet, (4, 3, 6, 6), "bn2", whole=("stages.0.*", "stages.1.[12]")),
+    _small("pre-norm", networks.NETWORKS["pre-norm"][0], (4, 5, 3), _LAYER),
+    _small("post-norm", networks.NETWORKS["post-norm"][0], (4, 5, 3), _LAYER, whole=()),
+    _small("explicit", networks.NETWORKS["explicit"][0], (4, 5, 3), _LAYER, rounding=1e-6),
+    _small("shared", networks.Shared, (4, 5, 3), "linear", blocks=1, masks=False),
+    _small(
+        "nested",
+        networks.nested,
+        (4, 5, 3),
+        {**_NESTED, **{f"{outer}": (("last",),) for outer in (1, 2, 3)}},
+        masks=False,
+        rounding=1e-6,
     ),
-    _vision("swin_t", 64, 12, _PRE_NORM),
-    _vision("convnext_tiny", 64, 18, (("block",),), options={"stochastic_depth_prob": 0.0}),
-    _vision("vit_b_16", 64, 12, (("self_attention",), ("mlp",)), options={"image_size": 64}),
-    _timm("resnet50", 32, 16, _BOTTLENECK),
-    _timm("resnetv2_50", 32, 16, (("conv3",),)),
-    _timm("seresnext26d_32x4d", 32, 8, (("se",),), foldable=False),
-    _timm("vit_tiny_patch16_224", 64, 12, _PRE_NORM, options={"img_size": 64}),
-    _timm("deit_tiny_patch16_224", 64, 12, _PRE_NORM, options={"img_size": 64}),
-    _timm("convnext_atto", 64, 12, (("mlp",),)),
-    _timm("mixer_s16_224", 64, 8, (("mlp_tokens",), ("mlp_channels",)), options={"img_size": 64}),
-    _timm(
-        "swin_tiny_patch4_window7_224",
-        64,
-        12,
-        _PRE_NORM,
-        options={"img_size": 64, "window_size": 2, "drop_path_rate": 0.0},
+    _small("preact", strangers.PreActNet, (2, 3, 16, 16), "conv_b", whole=("body.[0135]",)),
+    _small("U-shaped", strangers.UNet, (2, 3, 16, 16), "f", whole=()),
+    _small(
+        "pairs in a loop",
+        strangers.InlineLoop,
+        (2, 5, 4),
+        (("0",), ("1",)),
+        whole=(),
+        unfoldable="tanh in layers.0.0.2",
     ),
-    _transformers(
-        "Bert",
-        "Model",
-        {**_SMALL, **_TEXT},
-        tokens("input_ids"),
-        3,
-        (("attention.output.dense",), ("output.dense",)),
-    ),
-    _transformers(
-        "GPT2",
-        "LMHeadModel",
+    _small("lists in a loop", strangers.InlineLists, (2, 5, 4), "", whole=()),
+    _small(
+        "groups",
+        strangers.NestedGroups,
+        (2, 3, 8, 8),
         {
-            "vocab_size": 99,
-            "n_embd": 32,
-            "n_layer": 3,
-            "n_head": 4,
-            "bos_token_id": 0,
-            "eos_token_id": 0,
+            **{f"groups.{i}.blocks.{n}": (("f",),) for i in range(3) for n in range(2)},
+            **{f"groups.{i}": (("tail",),) for i in range(3)},
         },
-        tokens("input_ids"),
-        3,
-        _PRE_NORM,
+        whole=("groups.?",),
+        masks=False,
+        rounding=1e-6,
     ),
-    _transformers(
-        "Llama",
-        "ForCausalLM",
-        {**_SMALL, **_TEXT},
-        tokens("input_ids"),
-        3,
-        (("self_attn",), ("mlp",)),
+    _small(
+        "matryoshka",
+        strangers.Matryoshka,
+        (2, 5, 4),
+        {
+            **{f"layers.{i}.part": (("b",),) for i in range(4)},
+            **{f"layers.{i}": (("part",),) for i in range(4)},
+        },
+        whole=("layers.?",),
+        unfoldable="its last operations feed more than the sum",
+        masks=False,
     ),
-    _transformers(
-        "T5",
-        "ForConditionalGeneration",
-        {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4},
-        tokens("input_ids", "decoder_input_ids"),
-        6,
-        (
-            ("layer.0.SelfAttention",),
-            ("layer.1.EncDecAttention", "layer.1.DenseReluDense"),
-            ("layer.2.DenseReluDense",),
+    _small(
+        "blocks beside",
+        strangers.BesideNet,
+        (2, 3, 8, 8),
+        {
+            **{f"layers.{i}.local.{n}": (("f",),) for i in range(2) for n in range(2)},
+            **{f"layers.{i}": (("g",),) for i in range(2)},
+        },
+        whole=("*.local.?",),
+    ),
+    _small("masked", strangers.MaskedNet, (2, 5, 4), "out", unfoldable="itself computed"),
+    _small(
+        "graph",
+        streams.GraphNetwork,
+        lambda: (vectors(7, WIDTH), torch.tensor([[0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6]])),
+        "update",
+        rowless="out of bounds",
+    ),
+    _small(
+        "diffusion",
+        streams.Diffusion,
+        lambda: (vectors(2, 3, 8, 8), vectors(2, WIDTH)),
+        {f"{part}.{n}": (("conv2",),) for part in ("down", "middle", "up") for n in (0, 1)},
+        whole=("down.0", "middle.?"),
+        rowless="on some rows",
+    ),
+    _small(
+        "torch's decoder",
+        lambda: nn.TransformerDecoder(
+            nn.TransformerDecoderLayer(8, 2, 16, 0.0, batch_first=True), 6
         ),
-        leave_out=("encoder.block.0", "decoder.block.0"),
+        lambda: (vectors(3, 5, 8), vectors(3, 4, 8, seed=2)),
+        (("dropout1",), ("dropout2",), ("dropout3",)),
+        whole=(),
     ),
-    _transformers(
-        "ViT",
-        "Model",
-        {**_SMALL, "image_size": 64},
-        lambda: {"pixel_values": torch.randn(2, 3, 64, 64)},
-        3,
-        (("attention",), ("mlp",)),
+    _small("coupling", lambda: streams.Streams(streams.Coupling), _VECTOR, _PAIR),
+    _small("crossed coupling", lambda: streams.Streams(streams.Crossed), _VECTOR, _PAIR[::-1]),
+    _small("halves coupled", lambda: streams.Streams(streams.Halved), _VECTOR, _PAIR, whole=()),
+    _small("joint", lambda: streams.Streams(streams.JointBlock), _VECTOR, _JOINT, units=_BLOCK),
+    _small(
+        "joint, swapped",
+        lambda: streams.Streams(streams.Swapped),
+        _VECTOR,
+        _JOINT[::-1],
+        units=_BLOCK,
     ),
-    _transformers(
-        "GPTNeoX",
-        "ForCausalLM",
-        {**_SMALL, **_TEXT},
-        tokens("input_ids"),
-        3,
-        (("attention", "mlp"),),
+    _small(
+        "positions",
+        streams.WithPositions,
+        _VECTOR,
+        "g",
+        whole=("blocks.[1-5]",),
+        rowless="on some rows",
+    ),
+    *(
+        _small(name, build, _VECTOR, _IN_LOOP, leave_out=("*.mixer",), whole=(), rowless=rowless)
+        for name, build, rowless in (
+            ("handed on in a loop", streams.Loop, "on some rows"),
+            ("mixers in a loop", streams.LoopInLine, ""),
+            ("mixers in a dict", streams.LoopInDict, ""),
+        )
     ),
 ]
 
-
-def wav2vec2(**options: Any) -> Any:
-    """A small Wav2Vec2, for what only it has: layerdrop, and a position encoding with a skip."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.Wav2Vec2Config(
-        hidden_size=32,
-        num_hidden_layers=6,
-        num_attention_heads=2,
-        intermediate_size=32,
-        conv_dim=(8, 8),
-        conv_stride=(2, 2),
-        conv_kernel=(3, 3),
-        num_feat_extract_layers=2,
-        num_conv_pos_embeddings=8,
-        num_conv_pos_embedding_groups=2,
-        **{"apply_spec_augment": False, **options},
-    )
-    return transformers.Wav2Vec2Model(config)
+ODD_BLOCKS = [
+    *(
+        _odd(f"form: {name}", partial(layers.Formed, form), "linear", masks="there" not in name)
+        for name, form in layers.RETURNS_ITS_INPUT.items()
+    ),
+    *(
+        _odd(
+            f"form: {name}",
+            partial(layers.Formed, form),
+            "linear",
+            whole=(),
+            masks=name != "turned",
+            rowless="its rows depend on each other" if name == "rolled" else "",
+        )
+        for name, form in layers.DOES_MORE.items()
+    ),
+    *(
+        _odd(
+            f"sum: {name}",
+            partial(layers.Summed, add),
+            (("attn",), ("ffn",)),
+            whole=whole,
+            units=("branch",),
+            unfoldable=layers.UNFOLDABLE_SUMS.get(name, ""),
+        )
+        for sums, whole in ((layers.SUMS, ("*",)), (layers.SUMS_WITH_A_FACTOR, ()))
+        for name, add in sums.items()
+    ),
+    *(
+        _odd(name, partial(layers.WithObjects, form), "attn.b")
+        for name, form in layers.OBJECTS.items()
+    ),
+    _odd("two branches", networks.TwoBranches, (("first",), ("second",)), units=_BOTH),
+    _odd("one layer twice", layers.TwiceTheSame, (("linear",), ("linear",)), units=_BOTH),
+    _odd("layer scale", layers.LayerScale, "linear", units=_BOTH),
+    _odd("parallel", layers.Parallel, (("first", "second"),), units=_BOTH),
+    _odd("interlaced", layers.Interlaced, "g", units=_BOTH),
+    _odd("moves behind", partial(layers.BehindMoves, 0.0), "conv", units=_BOTH),
+    *(
+        _odd(
+            f"ends in blocks: {kind.__name__}",
+            partial(layers.EndsInBlocks, kind),
+            {
+                **{f"blocks.{i}": (("inner",),) for i in range(3)},
+                **{f"blocks.{i}.inner.{n}": (("linear",),) for i in range(3) for n in (0, 1)},
+            },
+            masks=False,
+            unfoldable="its last operations feed more than the sum",
+        )
+        for kind in (networks.Residual, layers.Cubic)
+    ),
+    _odd("product", networks.ProductBypass, "second", unfoldable="mul in blocks.0"),
+    _odd("excited", partial(layers.Ended, layers.Excite), "last", unfoldable="mul in blocks.0"),
+    _odd("saturated", partial(layers.Ended, nn.Tanh), "last", unfoldable="tanh in blocks.0.last"),
+    _odd(
+        "norm without weights",
+        partial(layers.Ended, layers.norm_without_weights),
+        "last",
+        unfoldable="the norm blocks.0.last has no weight",
+    ),
+    _odd(
+        "weight norm",
+        partial(layers.Ended, layers.weight_norm),
+        "last",
+        unfoldable="weight of blocks.0.last is itself computed",
+    ),
+]
+SPECIMENS = [*NETWORKS, *ODD_BLOCKS, *LIBRARIES]
+SMALL = {specimen.name: specimen for specimen in NETWORKS}

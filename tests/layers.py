@@ -1,0 +1,335 @@
+"""Residual blocks of odd shapes: around the sum, in the spelling of it, in what ends the branch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from networks import WIDTH, Residual
+
+
+class Stack(nn.Module):
+    """A stem, and blocks that hand on what they return, with what else the network is given."""
+
+    def __init__(self, kind: Callable[[], nn.Module], blocks: int = 6, given: int = 3) -> None:
+        super().__init__()
+        self.stem, self.blocks = (
+            nn.Linear(given, WIDTH),
+            nn.ModuleList(kind() for _ in range(blocks)),
+        )
+
+    def forward(self, x: Tensor, *more: Any) -> Any:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x, *more)
+        return x
+
+
+# What a block does around its sum.
+
+Form = Callable[["Formed", Tensor], Tensor]
+
+
+class Formed(Residual):
+    """A residual block whose forward is a function."""
+
+    def __init__(self, form: Form) -> None:
+        super().__init__()
+        self.form, self.drop = form, nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.form(self, x)
+
+
+def added(block: Formed, x: Tensor) -> Tensor:
+    return x + block.branch(x)
+
+
+def in_place(block: Formed, x: Tensor) -> Tensor:
+    x += block.branch(1 * x)
+    return x
+
+
+def there_and_back(block: Formed, x: Tensor) -> Tensor:
+    return added(block, x.transpose(0, 1).roll(1, 0)).roll(-1, 0).transpose(0, 1)
+
+
+def widened(block: Formed, x: Tensor) -> Tensor:
+    return (x.double() + block.branch(x)).to(x.dtype)
+
+
+def noise(block: Formed, x: Tensor) -> Tensor:
+    return added(block, x + 0.1 * torch.randn_like(x) if block.training else x)
+
+
+def in_training(act: Callable[[Tensor], Tensor]) -> Form:
+    """Something is done with the sum in training only."""
+    return lambda block, x: act(added(block, x)) if block.training else added(block, x)
+
+
+RETURNS_ITS_INPUT: dict[str, Form] = {
+    "added in place": in_place,
+    "there and back": there_and_back,
+    "widened": widened,
+}
+"""Without its branch such a block is the identity."""
+DOES_MORE: dict[str, Form] = {
+    "turned": lambda block, x: added(block, x).transpose(0, 1),
+    "rolled": lambda block, x: added(block, x).roll(1, 0),
+    "rounded": lambda block, x: added(block, x).half().to(x.dtype),
+    "doubled": lambda block, x: 2 * x + block.branch(x),
+    "dropout behind": lambda block, x: block.drop(added(block, x)),
+    "functional dropout": lambda block, x: F.dropout(added(block, x), 0.5, block.training),
+    "dropout in front": lambda block, x: added(block, block.drop(x)),
+    "doubled in training": in_training(lambda y: y * 2),
+    "noise in training": noise,
+    "clipped in training": in_training(lambda y: y.clamp(-0.5, 0.5)),
+}
+"""Without its branch it still does something, in training at least."""
+
+
+# How the sum is spelled.
+
+
+class Add(nn.Module):
+    """A sum that is a module of its own, with a factor on the skip connection."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return 0.5 * x + y
+
+
+Sum = Callable[["Summed", Tensor, Tensor], Tensor]
+
+
+class Summed(nn.Module):
+    """Two branches: one is added as usual, one by this function."""
+
+    def __init__(self, add: Sum) -> None:
+        super().__init__()
+        self.attn, self.ffn = (
+            nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+            for _ in "ab"
+        )
+        self.gate, self.own, self.add = nn.Parameter(torch.rand(8)), Add(), add
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(x)
+        return self.add(self, x, self.ffn(x))
+
+
+SUMS: dict[str, Sum] = {
+    "add": lambda block, x, y: torch.add(x, y),
+    "add with alpha": lambda block, x, y: torch.add(x, y, alpha=0.5),
+    "sub": lambda block, x, y: x - y,
+    "rsub": lambda block, x, y: torch.rsub(y, x),
+    "addcmul": lambda block, x, y: torch.addcmul(x, block.gate, y),
+    "addcmul with value": lambda block, x, y: torch.addcmul(x, y, block.gate, value=0.5),
+    "addcmul that broadcasts": lambda block, x, y: torch.addcmul(
+        x, y.mean(-1, keepdim=True), block.gate
+    ),
+    "addcdiv": lambda block, x, y: torch.addcdiv(x, y, block.gate + 1),
+    "stack": lambda block, x, y: torch.stack([x, y]).sum(0),
+    "stack at the end": lambda block, x, y: torch.stack([y, x], -1).sum(-1),
+    "python's sum": lambda block, x, y: sum([x, y]),  # type: ignore[dict-item, return-value]
+    "addmm": lambda block, x, y: torch.addmm(x, y, torch.eye(8, dtype=x.dtype)),
+}
+SUMS_WITH_A_FACTOR: dict[str, Sum] = {  # on the skip connection, which is not skipped then
+    "add to the branch": lambda block, x, y: torch.add(y, x, alpha=0.5),
+    "sub from the branch": lambda block, x, y: y - x,
+    "lerp": lambda block, x, y: torch.lerp(x, y, 0.3),
+    "lerp by a weight": lambda block, x, y: torch.lerp(x, y, block.gate),
+    "mean": lambda block, x, y: torch.stack([x, y]).mean(0),
+    "in place": lambda block, x, y: y.add_(x, alpha=0.5),
+    "own module": lambda block, x, y: block.own(x, y),
+}
+UNFOLDABLE_SUMS = {
+    "addcdiv": "a weight of blocks.0 is itself computed",
+    "lerp by a weight": "blocks.0.gate is shared with blocks.0",
+    **dict.fromkeys(["stack", "stack at the end", "mean"], "feed more than the sum"),
+}
+
+
+# What ends the branch.
+
+
+class TwiceTheSame(nn.Module):
+    """Two branches that end in one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.linear(F.gelu(self.norm1(x)))
+        return x + self.linear(F.gelu(self.norm2(x)))
+
+
+class LayerScale(Residual):
+    """A raw parameter behind the branch's last module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gamma * self.branch(x)
+
+
+class Conv1D(nn.Module):
+    """transformers' Conv1D is a Linear with its weight the other way around; this is one, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH) / 4)
+        self.bias = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+class BehindMoves(nn.Module):
+    """Dropout, Identity, a reshape and a ReLU come after the last affine operation."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.conv, self.drop, self.identity = Conv1D(), nn.Dropout(dropout), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.drop(self.conv(x.tanh())).view(-1, 2, WIDTH // 2)
+        return x + self.identity(F.relu(y.flatten(1)))
+
+
+class Parallel(nn.Module):
+    """A branch that is the sum of two (GPT-NeoX)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return self.first(y.tanh()) + self.second(F.gelu(y)) + x
+
+
+class Interlaced(nn.Module):
+    """As EdgeNeXt's: `x + g(y + f(y))` with `y = h(x)`; the inner sum is no block of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h, self.f, self.g = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.h(x).relu()
+        y = y + self.f(y.tanh())
+        return x + self.g(y.sigmoid())
+
+
+class EndsInBlocks(nn.Module):
+    """An affine operation whose output residual connections of its own go around.
+
+    A factor on what goes into the inner block is none on what comes out of its branch.
+    """
+
+    def __init__(self, inner: type[nn.Module]) -> None:
+        super().__init__()
+        self.linear, self.inner = nn.Linear(WIDTH, WIDTH), nn.Sequential(inner(), inner())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(self.linear(x.tanh()))
+
+
+class Cubic(Residual):
+    """A residual block that tells from the size of its input."""
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.linear(x.tanh())
+
+
+class Ended(Residual):
+    """The branch ends in this module."""
+
+    def __init__(self, last: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.last = last()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.last(self.branch(x))
+
+
+class Excite(nn.Module):
+    """A product of two computed values, as in squeeze and excite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x).sigmoid()
+
+
+def weight_norm() -> nn.Module:
+    """The weight that would take a factor is computed."""
+    return parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))
+
+
+def norm_without_weights() -> nn.Module:
+    return nn.LayerNorm(WIDTH, elementwise_affine=False)
+
+
+# More than one value, in an argument or in what is returned.
+
+
+@dataclass
+class Extra:
+    hidden: Tensor
+    name: str = "extra"
+
+
+@dataclass(frozen=True)
+class Whole:
+    value: Tensor
+    extra: Extra | None = None
+
+
+class Beside(nn.Module):
+    """A branch that hands an object out beside its value."""
+
+    def __init__(self, form: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.a, self.b, self.form = nn.Linear(8, 8), nn.Linear(8, 8), form
+
+    def forward(self, x: Tensor) -> Any:
+        h = torch.tanh(self.a(x))
+        return self.form(self.b(h), h)
+
+
+class WithObjects(nn.Module):
+    def __init__(self, form: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(8), Beside(form)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.attn(self.norm(x))
+        return x + (out.value if isinstance(out, Whole) else out[0])
+
+
+OBJECTS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "a dataclass beside": lambda y, h: (y, Extra(h)),
+    "a dataclass in a list": lambda y, h: (y, [Whole(h, Extra(h))]),
+    "a value in a dataclass": lambda y, h: Whole(y, Extra(h)),
+}
+
+
+class InDict(Residual):
+    """The stream and a mask travel in a dictionary."""
+
+    def forward(self, given: Any) -> Any:
+        return {"x": super().forward(given["x"]), "mask": given["mask"]}
