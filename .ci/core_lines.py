@@ -8,7 +8,7 @@ import ast
 import pathlib
 import sys
 
-MOST_LINES = 5_267
+MOST_LINES = 5_263
 MOST_FILES = 47
 CORE = pathlib.Path("src/stochastic_depth")
 

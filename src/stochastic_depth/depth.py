@@ -15,13 +15,13 @@ from stochastic_depth.distributions import Distribution, DropRate, resolve_rates
 from stochastic_depth.draw import Draw, check_choice
 from stochastic_depth.errors import OptionError, warn, wrong_value
 from stochastic_depth.gating.attach import attach, detach, gated_modules
-from stochastic_depth.gating.batch import allowed_counts, watch_more_rows
+from stochastic_depth.gating.batch import watch_more_rows
 from stochastic_depth.gating.ranks import refuse, refuse_parts
 from stochastic_depth.handle import StochasticDepth
 from stochastic_depth.plan import Mode, Plan, Scale, Unit
 from stochastic_depth.proving import prove
 from stochastic_depth.schedules import ScheduleFunction, resolve_schedule
-from stochastic_depth.selection import Selector, refuse_inexact, select
+from stochastic_depth.selection import Selector, allowed_counts, refuse_inexact, select
 from stochastic_depth.torch_private.tracing import is_wrapper
 
 Rates = tuple[DropRate, str | Distribution | None] | None

@@ -156,11 +156,6 @@ class Plan:
         each = (tuple([of_unit[unit] for unit in gate.units]) for gate in self.gates)
         return [None if set(own) <= {1.0} else own for own in each]
 
-    def may_multiply(self, units: tuple[int, ...], *, training: bool) -> bool:
-        """Whether branches of these units are multiplied at one step or another."""
-        applies = self.scale == ("train" if training else "eval")
-        return applies and any(self.base_rates[unit] for unit in units)
-
     def inference_factors(self, units: tuple[int, ...]) -> tuple[float, ...] | None:
         """What one gate multiplies by in inference, in a way that torch.compile can follow."""
         if self.scale != "eval":

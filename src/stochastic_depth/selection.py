@@ -1,4 +1,4 @@
-"""Which of the found blocks to gate (`blocks=`), and whether these options allow it."""
+"""Which of the found blocks to gate (`blocks=`), whether these options allow it, on which rows."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ from stochastic_depth.discovery import none_found
 from stochastic_depth.discovery.blocks import Discovery, ResidualBlock
 from stochastic_depth.errors import OptionError, RefusedBlockError, SelectionError, matching
 from stochastic_depth.plan import Plan
+from stochastic_depth.rows import Counts
 
 Selector = str | type | ResidualBlock | Callable[[ResidualBlock], bool]
+
+# The least part of a batch to drop, where any: what is dropped has to pay for moving the others.
+# That costs the more the less a branch computes for each value, and convolutions compute little.
+_IMAGE_DIMS, _FEWEST_IMAGES, _FEWEST_ROWS = 4, 0.5, 0.25
 
 
 def select(model: nn.Module, found: Discovery, blocks: Any) -> tuple[ResidualBlock, ...]:
@@ -85,6 +90,22 @@ def _chosen(
             instead=f"print sd.find_residual_blocks(model, ...) and choose: {choices}",
         )
     return chosen
+
+
+def allowed_counts(model: nn.Module, found: Discovery, block: ResidualBlock) -> Counts:
+    """How many rows a block may run on, by its modules and the shape of what it adds to."""
+    names = {module for branch in block.branches for module in branch.modules}
+    if block.explicit:  # which modules make up the branch is not known: any beside it
+        names = {block.scope}
+    parts = [part for name in names for part in model.get_submodule(name).modules()]
+    batch_norm = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in parts)
+    if block.explicit:
+        images = any(isinstance(part, nn.modules.conv._ConvNd) for part in parts)
+    else:
+        stream = found.recording.nodes[found.sites[block.name][0].additions[0].node]
+        images = len(stream.shape) >= _IMAGE_DIMS
+    fewest = _FEWEST_IMAGES if images else _FEWEST_ROWS
+    return Counts(lone=not batch_norm, fewest_dropped=fewest)
 
 
 def refuse_inexact(found: Discovery, plan: Plan) -> None:

@@ -129,7 +129,6 @@ def watch_once(model: nn.Module, example: Arguments) -> Recording:
 
 def record(model: nn.Module, example: Arguments, mode: Mode) -> Recording:
     """Call the model once, without gradients, and write down what happened."""
-    args, kwargs = example
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model, mode))
         watcher = Watcher(model, mode)
@@ -141,7 +140,7 @@ def record(model: nn.Module, example: Arguments, mode: Mode) -> Recording:
         stack.enter_context(torch.no_grad())
         stack.callback(watcher.note_functions())
         stack.enter_context(watcher)
-        model(*args, **kwargs)
+        model(*example[0], **example[1])
     return watcher.recording
 
 

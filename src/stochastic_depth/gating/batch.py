@@ -15,19 +15,14 @@ from torch import Tensor, nn
 
 from stochastic_depth.discovery import watch_once
 from stochastic_depth.discovery.additions import Addition
-from stochastic_depth.discovery.blocks import Discovery, ResidualBlock
 from stochastic_depth.discovery.recording import Call, Recording
 from stochastic_depth.discovery.templates import Given, Template, named, placed_leaves
 from stochastic_depth.discovery.undisturbed import Arguments
 from stochastic_depth.errors import ChangedModelError, ExampleInputsError
-from stochastic_depth.rows import Counts, Rows, change_leaves
+from stochastic_depth.rows import Rows, change_leaves
 from stochastic_depth.torch_private.trees import tree_flatten, tree_unflatten
 
 MORE = 3  # rows: enough for a window of two that wraps around the end; the first comes again
-
-# The least part of a batch to drop, where any: what is dropped has to pay for moving the others.
-# That costs the more the less a branch computes for each value, and convolutions compute little.
-_IMAGE_DIMS, _FEWEST_IMAGES, _FEWEST_ROWS = 4, 0.5, 0.25
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,22 +101,6 @@ def with_more_rows(example: Arguments) -> tuple[Arguments, int]:
         return made.setdefault(id(leaf), torch.cat([leaf, *new]))
 
     return tree_unflatten([longer(leaf) for leaf in leaves], spec), few
-
-
-def allowed_counts(model: nn.Module, found: Discovery, block: ResidualBlock) -> Counts:
-    """How many rows a block may run on, by its modules and the shape of what it adds to."""
-    names = {module for branch in block.branches for module in branch.modules}
-    if block.explicit:  # which modules make up the branch is not known: any beside it
-        names = {block.scope}
-    parts = [part for name in names for part in model.get_submodule(name).modules()]
-    batch_norm = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in parts)
-    if block.explicit:
-        images = any(isinstance(part, nn.modules.conv._ConvNd) for part in parts)
-    else:
-        stream = found.recording.nodes[found.sites[block.name][0].additions[0].node]
-        images = len(stream.shape) >= _IMAGE_DIMS
-    fewest = _FEWEST_IMAGES if images else _FEWEST_ROWS
-    return Counts(lone=not batch_norm, fewest_dropped=fewest)
 
 
 def _cannot_tell(model: nn.Module, why: str) -> ExampleInputsError:

@@ -120,8 +120,8 @@ def run_compiled(call: ModuleCall, factors: tuple[float, ...] | None) -> Any:
     """A block all of whose branches run, as a graph."""
     gate, module, original, args, kwargs = call
     graph, compiler = gate.plan.graphs.get(gate.name), running.compiler
-    if factors is None and gate.plan.may_multiply(gate.units, training=module.training):
-        factors = (1.0,) * len(gate.units)  # until the schedule begins
+    if factors is None and gate.plan.scale == ("train" if module.training else "eval"):
+        factors = (1.0,) * len(gate.units)  # one graph for a rate of 0, now or always, and others
     gate.scales = None if factors is None else _scales(factors, args, kwargs)
     if graph is not None and module._compiled_call_impl is None:  # also of a copy
         module._compiled_call_impl = Compiled(gate.name, gate, module, graph)
