@@ -16,32 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import stochastic_depth as sd
 from ddp_cases import NETWORKS, averaged, containers, same
 from networks import settled
 from processes import report
+from sharding import checkpointed, fill, full, shard
 
 RATES = [0.3, 0.5, 0.6, 0.7, 0.8, 0.9]
 STEPS = 24
-
-
-def shard(model: nn.Module) -> nn.Module:
-    for stage in containers(model):
-        for block in stage:
-            fully_shard(block)
-    fully_shard(model)
-    return model
-
-
-def checkpointed(model: nn.Module) -> None:
-    for stage in containers(model):
-        for number, block in enumerate(stage):
-            stage[number] = checkpoint_wrapper(block)
 
 
 def each_compiled(model: nn.Module) -> None:
@@ -70,9 +54,7 @@ def compare(
             for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module."):
                 name = name.replace(wrapper, "")
             name = name.removeprefix("module.")
-            gradient: Any = parameter.grad
-            full = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-            assert same(full, expected[name]), f"step {step}, {name}"
+            assert same(full(parameter.grad), expected[name]), f"step {step}, {name}"
         dropped += sum(not kept for kept in depth.last_gates.values())
         if step == 18:
             built = counters["stats"]["unique_graphs"]
@@ -134,18 +116,7 @@ def as_in_torchtitan(order: str) -> None:
         depth = gated(model, x)
         depth.compile("aot_eager")
     shard(model)
-    model.to_empty(device="cpu")
-    weights = iter(alone.state_dict().values())
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            full = next(weights)
-            tensor.copy_(
-                full
-                if not isinstance(tensor, DTensor)
-                else torch.distributed.tensor.distribute_tensor(
-                    full, tensor.device_mesh, tensor.placements
-                )
-            )
+    fill(model, alone)
     gated(alone, x)
     compare(model, depth, alone, shape)
 

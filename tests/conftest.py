@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import settings
 
 torch.set_num_threads(1)
@@ -108,3 +111,11 @@ def asked_for(request: pytest.FixtureRequest) -> list[str]:
     chosen = [item for item in request.session.items if item.path == request.path]
     parameters = [item.callspec.params for item in chosen if hasattr(item, "callspec")]
     return [values["case"] for values in parameters if "case" in values]
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """A world of one process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

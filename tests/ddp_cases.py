@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+import networks
 import stochastic_depth as sd
-from networks import ExplicitLayer, PostNormLayer, PreNormLayer, ResNet, Transformer, settled
+from networks import ResNet, settled
 from processes import report
 
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "resnet": (ResNet, (4, 3, 8, 8)),
-    "pre-norm": (lambda: Transformer(PreNormLayer), (4, 5, 3)),
-    "post-norm": (lambda: Transformer(PostNormLayer), (4, 5, 3)),
-    "explicit": (lambda: Transformer(ExplicitLayer), (4, 5, 3)),
+NETWORKS = {
+    name: (build, tuple(example().shape))
+    for name, (build, example) in networks.NETWORKS.items()
+    if name not in ("shared", "nested")
 }
 DRAWS = {
     "same": sd.Draw(seed=3),

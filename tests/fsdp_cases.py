@@ -25,7 +25,8 @@ from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
 import stochastic_depth as sd
 from ddp_cases import NETWORKS, averaged, same
-from networks import WIDTH, Residual, settled, vectors
+from layers import Dropped
+from networks import WIDTH, settled, vectors
 from processes import report
 from sharding import (
     DRAWS,
@@ -324,25 +325,6 @@ def a_pipeline_is_refused() -> None:
     )
     with pytest.raises(sd.SetupError, match=r"a pipeline of torch\.distributed\.pipelining"):
         ScheduleGPipe(stage, n_microbatches=2, loss_fn=nn.functional.mse_loss).step(x)
-
-
-class DropPath(nn.Identity):
-    """As other libraries have it."""
-
-    def __init__(self, drop_prob: float) -> None:
-        super().__init__()
-        self.drop_prob = drop_prob
-
-
-class Dropped(Residual):
-    """A residual block with a drop path."""
-
-    def __init__(self, drop_prob: float) -> None:
-        super().__init__()
-        self.drop = DropPath(drop_prob)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop(self.linear(self.norm(x).relu()))
 
 
 def own_rates_come_to_the_same_as_a_number(wrap: Callable[[nn.Module], Any]) -> None:

@@ -333,3 +333,29 @@ class InDict(Residual):
 
     def forward(self, given: Any) -> Any:
         return {"x": super().forward(given["x"]), "mask": given["mask"]}
+
+
+# With a drop path.
+
+
+class DropPath(nn.Module):
+    """As other libraries have it; here it may not be active in training."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert not (self.training and self.drop_prob)
+        return x
+
+
+class Dropped(Residual):
+    """A residual block with a drop path."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop = DropPath(drop_prob)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.branch(x))

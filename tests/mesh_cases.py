@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -19,7 +19,14 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import stochastic_depth as sd
 from ddp_cases import averaged
-from networks import WIDTH, Transformer, settled
+from networks import (
+    WIDTH,
+    ExplicitLayer,
+    PostNormLayer,
+    PreNormLayer,
+    Transformer,
+    settled,
+)
 from processes import report
 from sharding import DRAWS, LOWER_RATES, RATES, STEPS, Setup, blocks_of, full, trained_as_alone
 
@@ -29,64 +36,34 @@ SHARDS_ON_THE_CPU = tuple(map(int, torch.__version__.split(".")[:2])) > (2, 6)
 
 
 class Attention(nn.Module):
-    """Four heads, of which each rank has some."""
+    """Four heads, of which each rank has some; called as `nn.MultiheadAttention`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *same: Tensor, need_weights: bool) -> tuple[Tensor, None]:
         q, k, v = (
             part(x).unflatten(-1, (-1, WIDTH // 4)).transpose(1, 2)
             for part in (self.q, self.k, self.v)
         )
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.out(mixed), None
 
 
-class Layer(nn.Module):
-    """A pre-norm layer of modules that tensor parallel can split."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.attention = Attention()
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 16), nn.GELU(), nn.Linear(16, WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class PostNormLayer(Layer):
-    """The same, with the norms behind the sums."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm1(x + self.attention(x))
-        return self.norm2(x + self.mlp(x))
-
-
-class ExplicitLayer(Layer):
-    """The same, which says where its residual connections are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add1, self.add2 = sd.Residual(), sd.Residual()
-
-    def attend(self, x: Tensor) -> Tensor:
-        return self.attention(self.norm1(x))
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        return self.mlp(self.norm2(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.add2(self.add1(x, self.attend), self.feed_forward)
+def network(layer: type[nn.Module]) -> nn.Module:
+    """Of layers whose modules tensor parallel can split."""
+    made: Any = settled(lambda: Transformer(layer))
+    for each in made.layers:
+        each.attention = settled(Attention)
+    return made
 
 
 @dataclass(frozen=True)
 class Parallel:
     """How a network is split and drawn."""
 
-    layer: type[nn.Module] = Layer
+    layer: type[nn.Module] = PreNormLayer
     unit: Literal["block", "branch"] = "block"
     mode: Literal["batch", "sample"] = "batch"
     sharded: bool = False  # over the pairs
@@ -108,7 +85,7 @@ def split(model: nn.Module, mesh: DeviceMesh) -> None:
 def trained_in_pairs(setup: Parallel) -> None:
     """Two ranks share each layer; the two pairs have data of their own."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    model, alone = (settled(lambda: Transformer(setup.layer)) for _ in range(2))
+    model, alone = (network(setup.layer) for _ in range(2))
     draw = sd.Draw(seed=4, process_group=mesh["dp"].get_group())
 
     def apply(net: nn.Module) -> sd.StochasticDepth:
@@ -155,7 +132,7 @@ def gradients_agree(model: nn.Module, alone: nn.Module, setup: Parallel) -> None
 
 def draws_that_differ_within_a_pair_are_refused() -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    model = settled(lambda: Transformer(Layer))
+    model = network(PreNormLayer)
     sd.apply_stochastic_depth(model, 0.5, example_inputs=torch.randn(SHAPE), mode="sample")
     split(model, mesh)
     with pytest.raises(sd.SetupError, match=r"tensor parallel.*process_group"):
@@ -166,7 +143,7 @@ def draws_that_differ_within_a_pair_are_refused() -> None:
 
 def a_pair_that_disagrees_raises() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    model = settled(lambda: Transformer(Layer))
+    model = network(PreNormLayer)
     draw = sd.Draw(seed=dist.get_rank())
     sd.apply_stochastic_depth(model, 0.5, example_inputs=torch.randn(SHAPE), draw=draw)
     split(model, mesh["tp"])

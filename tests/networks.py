@@ -282,6 +282,16 @@ def make(name: str) -> tuple[Any, Tensor]:
     return settled(build), example()
 
 
+def gated(
+    name: str, drop_rate: Any = 0.2, **options: Any
+) -> tuple[Any, Tensor, sd.StochasticDepth]:
+    """A network of the table with stochastic depth, at one rate, its example, and the handle."""
+    model, x = make(name)
+    if isinstance(drop_rate, float):
+        options = {"drop_distribution": "uniform", **options}
+    return model, x, sd.apply_stochastic_depth(model, drop_rate, example_inputs=x, **options)
+
+
 def settled(build: Callable[[], nn.Module]) -> Any:
     """A network with weights that do something, the same at every call."""
     with torch.random.fork_rng():

@@ -86,10 +86,11 @@ def full(gradient: Any) -> Tensor | None:
 def fill(model: nn.Module, source: nn.Module) -> None:
     """Give a model from the meta device, sharded by now, the weights of another."""
     model.to_empty(device=torch.get_default_device())
-    values = dict(source.state_dict())
     with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            value = values[name]
+        # In their order: names may have those of wrappers inside.
+        for tensor, value in zip(
+            model.state_dict().values(), source.state_dict().values(), strict=True
+        ):
             if isinstance(tensor, DTensor):
                 value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
             tensor.copy_(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -22,6 +23,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True"),
     pytest.mark.filterwarnings("ignore:dropout is active"),
 ]
+
+
+Walk = Callable[["Network", Tensor], Tensor]
 
 
 class Layer(nn.Module):
@@ -47,9 +51,7 @@ class Layer(nn.Module):
 class Network(nn.Module):
     """Eight layers, run by `walk`, which decides what is checkpointed."""
 
-    def __init__(
-        self, walk: Callable[[Network, Tensor], Tensor], *, inner: bool | None = None
-    ) -> None:
+    def __init__(self, walk: Walk, *, inner: bool | None = None) -> None:
         super().__init__()
         self.stem = nn.Linear(4, 8)
         self.layers = nn.ModuleList(Layer(inner=inner) for _ in range(8))
@@ -71,7 +73,7 @@ def plainly(network: Network, x: Tensor) -> Tensor:
     return network.segment(0, 8)(x)
 
 
-def each_block(reentrant: bool) -> Callable[[Network, Tensor], Tensor]:
+def each_block(reentrant: bool) -> Walk:
     def walk(network: Network, x: Tensor) -> Tensor:
         for layer in network.layers:
             x = checkpoint(layer, x, use_reentrant=reentrant)
@@ -80,7 +82,7 @@ def each_block(reentrant: bool) -> Callable[[Network, Tensor], Tensor]:
     return walk
 
 
-def segments(reentrant: bool) -> Callable[[Network, Tensor], Tensor]:
+def segments(reentrant: bool) -> Walk:
     def walk(network: Network, x: Tensor) -> Tensor:
         for start in (0, 3, 6):
             x = checkpoint(network.segment(start, min(start + 3, 8)), x, use_reentrant=reentrant)
@@ -89,7 +91,7 @@ def segments(reentrant: bool) -> Callable[[Network, Tensor], Tensor]:
     return walk
 
 
-def nested(reentrant: bool) -> Callable[[Network, Tensor], Tensor]:
+def nested(reentrant: bool) -> Walk:
     def walk(network: Network, x: Tensor) -> Tensor:
         def outer(x: Tensor) -> Tensor:
             for start in (0, 2, 4, 6):
@@ -105,7 +107,7 @@ SHAPES = {"each block": each_block, "segments": segments, "nested": nested}
 
 
 def gradients(
-    walk: Callable[[Network, Tensor], Tensor],
+    walk: Walk,
     *,
     forwards: int = 1,
     inner: bool | None = None,
@@ -148,57 +150,38 @@ def same(mine: list[Tensor | None], theirs: list[Tensor | None]) -> bool:
     )
 
 
-@pytest.mark.parametrize("unit", ["block", "branch"])
-@pytest.mark.parametrize("forwards", [1, 2])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_non_reentrant(shape: str, forwards: int, unit: Any) -> None:
-    expected = gradients(plainly, forwards=forwards, unit=unit)
-    assert any(g is None for g in expected)
-    assert same(gradients(SHAPES[shape](False), forwards=forwards, unit=unit), expected)
+WAYS: dict[str, tuple[Walk, dict[str, Any]]] = {
+    **{f"{name}, reentrant": (shape(True), {}) for name, shape in SHAPES.items()},
+    **{name: (shape(False), {}) for name, shape in SHAPES.items()},
+    "inside of a block, reentrant": (plainly, {"inner": True}),
+    "inside of a block": (plainly, {"inner": False}),
+    "inside of a block within a segment": (segments(False), {"inner": False}),
+}
+DRAWS: dict[str, dict[str, Any]] = {
+    "block": {},
+    "branch": {"unit": "branch"},
+    "one a step": {"redraw": "step"},
+    "rows": {"mode": "sample"},
+    "rows, branch": {"mode": "sample", "unit": "branch"},
+}
 
 
-@pytest.mark.parametrize("unit", ["block", "branch"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_reentrant_with_one_forward(shape: str, unit: Any) -> None:
-    assert same(gradients(SHAPES[shape](True), unit=unit), gradients(plainly, unit=unit))
+@functools.cache
+def expected(draws: str, forwards: int) -> list[Tensor | None]:
+    found = gradients(plainly, forwards=forwards, **DRAWS[draws])
+    assert "rows" in draws or any(gradient is None for gradient in found)
+    return found
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("unit", ["block", "branch"])
-def test_inside_of_a_block(unit: Any, reentrant: bool) -> None:
-    assert same(gradients(plainly, inner=reentrant, unit=unit), gradients(plainly, unit=unit))
-
-
-@pytest.mark.parametrize("unit", ["block", "branch"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_rows(shape: str, unit: Any) -> None:
-    drawn = {"mode": "sample", "unit": unit}
-    expected = gradients(plainly, **drawn)
-    assert same(gradients(SHAPES[shape](False), **drawn), expected)
-    assert same(gradients(SHAPES[shape](True), **drawn), expected)
-    assert same(gradients(plainly, inner=False, **drawn), expected)
-    assert same(gradients(plainly, inner=True, **drawn), expected)
-    expected = gradients(plainly, forwards=2, **drawn)
-    assert same(gradients(SHAPES[shape](False), inner=False, forwards=2, **drawn), expected)
-
-
-@pytest.mark.parametrize("forwards", [1, 2])
-def test_inside_of_a_block_within_a_segment(forwards: int) -> None:
-    mine = gradients(segments(False), inner=False, unit="branch", forwards=forwards)
-    assert same(mine, gradients(plainly, unit="branch", forwards=forwards))
-
-
-@pytest.mark.parametrize("unit", ["block", "branch"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_reentrant_with_two_forwards(shape: str, unit: Any) -> None:
-    mine = gradients(SHAPES[shape](True), forwards=2, unit=unit)
-    assert same(mine, gradients(plainly, forwards=2, unit=unit))
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_reentrant_with_two_forwards_that_share_a_draw(shape: str) -> None:
-    mine = gradients(SHAPES[shape](True), forwards=2, redraw="step")
-    assert same(mine, gradients(plainly, forwards=2, redraw="step"))
+@pytest.mark.parametrize(
+    ("draws", "forwards"), [*((draws, 1) for draws in DRAWS), ("block", 2), ("rows, branch", 2)]
+)
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_are_those_without_checkpoints(way: str, draws: str, forwards: int) -> None:
+    walk, more = WAYS[way]
+    assert same(
+        gradients(walk, forwards=forwards, **more, **DRAWS[draws]), expected(draws, forwards)
+    )
 
 
 def test_recomputations_do_not_count_as_calls() -> None:
@@ -277,7 +260,7 @@ def test_backward_twice_through_a_checkpoint() -> None:
 def test_forwards_that_have_no_backward(shape: str) -> None:
     """Without gradients, or left out (a loss of NaN), beside a reentrant checkpoint."""
 
-    def found(walk: Callable[[Network, Tensor], Tensor]) -> list[Tensor | None]:
+    def found(walk: Walk) -> list[Tensor | None]:
         torch.manual_seed(0)
         network = Network(walk).train()
         sd.apply_stochastic_depth(
@@ -290,10 +273,10 @@ def test_forwards_that_have_no_backward(shape: str) -> None:
         network(vectors(3, 4, seed=3).requires_grad_()).square().sum().backward()
         return [p.grad for p in network.parameters()]
 
-    expected = found(plainly)
-    assert any(grad is None for grad in expected)
-    assert same(found(SHAPES[shape](True)), expected)
-    assert same(found(SHAPES[shape](False)), expected)
+    without = found(plainly)
+    assert any(grad is None for grad in without)
+    assert same(found(SHAPES[shape](True)), without)
+    assert same(found(SHAPES[shape](False)), without)
 
 
 class Inner(nn.Module):

@@ -8,7 +8,6 @@ import os
 import pickle
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -28,6 +27,7 @@ from networks import (
     Wrapped,
     assert_same,
     batch,
+    gated,
     make,
     residuals,
     settled,
@@ -37,12 +37,6 @@ from networks import (
 )
 
 pytestmark = pytest.mark.oldest
-
-
-def gated(name: str, **options: Any) -> tuple[Any, Tensor, sd.StochasticDepth]:
-    model, x = make(name)
-    options = {"drop_rate": 0.2, "drop_distribution": "uniform", **options}
-    return model, x, sd.apply_stochastic_depth(model, example_inputs=x, **options)
 
 
 def saved_and_loaded(model: nn.Module) -> nn.Module:
@@ -348,32 +342,6 @@ def test_attributes_and_methods_are_reached_as_ever() -> None:
     assert (model[3].say(), model[3].words, model[0].words) == ("Talki 2", 2, 0)
     model[3].extra = 5
     assert copy.deepcopy(model)[3].extra == 5
-
-
-def test_threads_in_eval_and_train_do_not_disturb_each_other() -> None:
-    model, x, _ = gated("post-norm")
-    model.eval()
-    with torch.no_grad():
-        expected = model(x)
-    twin, _, _ = gated("post-norm")
-    wrong: list[int] = []
-    stop = threading.Event()
-
-    def evaluate() -> None:
-        with torch.no_grad():
-            while not stop.is_set():
-                if not torch.equal(model(x), expected):
-                    wrong.append(1)
-
-    threads = [threading.Thread(target=evaluate) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for number in range(30):
-        twin.train()(batch(x, number))
-    stop.set()
-    for thread in threads:
-        thread.join()
-    assert not wrong
 
 
 # What is changed after apply is noticed.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import stochastic_depth as sd
-from networks import batch, make
+from networks import batch, gated
 
 pytestmark = pytest.mark.oldest
 
@@ -27,12 +27,6 @@ MODES: dict[str, dict[str, Any]] = {
 }
 Gradients = dict[str, Tensor | None]
 MICROBATCHES, STEPS = 3, 4
-
-
-def gated(name: str, **options: Any) -> tuple[Any, Tensor, sd.StochasticDepth]:
-    model, x = make(name)
-    depth = sd.apply_stochastic_depth(model, 0.7, "uniform", example_inputs=x, **options)
-    return model.train(), x, depth
 
 
 def gradients(model: nn.Module) -> Gradients:
@@ -51,12 +45,8 @@ def together(parts: Iterable[Gradients]) -> Gradients:
     return total
 
 
-def assert_equal(ours: Gradients, theirs: Gradients) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, mine in ours.items():
-        other = theirs[name]
-        assert (mine is None) == (other is None), name
-        assert mine is None or other is None or torch.equal(mine, other), name
+def same(mine: Tensor | None, other: Tensor | None) -> bool:
+    return mine is other if mine is None or other is None else torch.equal(mine, other)
 
 
 def comparable(gates: dict[str, Any]) -> str:
@@ -69,7 +59,7 @@ def comparable(gates: dict[str, Any]) -> str:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_sum_is_that_of_the_microbatches(name: str, mode: str, redraw: Any) -> None:
-    model, x, depth = gated(name, draw=sd.Draw(seed=2, redraw=redraw), **MODES[mode])
+    model, x, depth = gated(name, 0.7, draw=sd.Draw(seed=2, redraw=redraw), **MODES[mode])
     single = copy.deepcopy(model)  # opens the same gates at the same calls
     own = sd.get_stochastic_depth(single)
     untouched = touched_by_some = 0
@@ -85,7 +75,9 @@ def test_the_sum_is_that_of_the_microbatches(name: str, mode: str, redraw: Any) 
             (single(data).square().mean() / MICROBATCHES).backward()
             parts.append(gradients(single))
             assert comparable(own.last_gates) == gates[-1]
-        assert_equal(gradients(model), together(parts))
+        ours, theirs = gradients(model), together(parts)
+        assert ours.keys() == theirs.keys()
+        assert all(same(ours[parameter], theirs[parameter]) for parameter in ours)
         assert (len(set(gates)) == 1) == (redraw == "step")
         drawn.append(gates[0])
         ran = [[part[n] is not None for part in parts] for n in parts[0]]
@@ -101,7 +93,7 @@ def test_the_sum_is_that_of_the_microbatches(name: str, mode: str, redraw: Any) 
 @pytest.mark.parametrize("mode", ["batch", "rows"])
 @pytest.mark.parametrize("name", NAMES)
 def test_none_only_where_no_microbatch_ran_the_block(name: str, mode: str) -> None:
-    model, x, depth = gated(name, scale="none", **MODES[mode])
+    model, x, depth = gated(name, 0.7, scale="none", **MODES[mode])
     first, second, *others = [block.name for block in depth.blocks]
     patterns = [{first: True, second: False}, {first: False, second: False}]
     for number, pattern in enumerate(patterns):
@@ -121,7 +113,7 @@ def test_none_only_where_no_microbatch_ran_the_block(name: str, mode: str) -> No
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", NAMES)
 def test_one_backward_for_all_microbatches(name: str, mode: str) -> None:
-    model, x, depth = gated(name, draw=sd.Draw(seed=2), **MODES[mode])
+    model, x, depth = gated(name, 0.7, draw=sd.Draw(seed=2), **MODES[mode])
     twin = copy.deepcopy(model)
     data = [batch(x, number) for number in range(MICROBATCHES)]
     for each in data:

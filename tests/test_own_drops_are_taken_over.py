@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import stochastic_depth as sd
 from comparing import rates
+from layers import DropPath, Dropped
 from libraries import wav2vec2
 from networks import WIDTH, Residual, vectors
 
@@ -30,126 +30,118 @@ both_presets = pytest.mark.parametrize("preset", [sd.apply_drop_path, sd.apply_l
 # "model": what is known of libraries.
 
 
-def assert_inactive(model: nn.Module) -> None:
-    """Nothing is dropped but by this library."""
+def numbered(names: str, found: Sequence[float]) -> dict[str, float]:
+    return {names.format(number): rate for number, rate in enumerate(found)}
+
+
+def of_timm(**options: Any) -> Any:
+    create = pytest.importorskip("timm").create_model
+    return create("vit_tiny_patch16_224", img_size=32, num_classes=10, **options)
+
+
+def of_torchvision(name: str, mode: str = "row") -> nn.Module:
+    model: nn.Module = pytest.importorskip("torchvision.models").get_model(name, weights=None)
     for module in model.modules():
-        for attribute in ("drop_prob", "p", "layerdrop"):
-            if type(module).__name__.endswith(("DropPath", "StochasticDepth", "Encoder")):
+        if type(module).__name__ == "StochasticDepth":
+            module.mode = mode  # type: ignore[assignment]
+    return model
+
+
+def bart() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = {f"{end}_{what}": n for end in ("encoder", "decoder") for what, n in BART.items()}
+    options = {"vocab_size": 99, "d_model": 16, "max_position_embeddings": 32}
+    rates = {"encoder_layerdrop": 0.1, "decoder_layerdrop": 0.2}
+    return transformers.BartModel(transformers.BartConfig(**options, **sizes, **rates))
+
+
+BART = {"layers": 3, "attention_heads": 2, "ffn_dim": 16}
+SMALL = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def beit() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BeitConfig(
+        image_size=32, num_hidden_layers=6, drop_path_rate=0.1, **SMALL
+    )
+    return transformers.BeitModel(config)
+
+
+# torchvision's rate of block i is 0.2 * i / (12 - 1), in stages of 2, 2, 6 and 2 blocks.
+SWIN = [(1, 0), (1, 1), (3, 0), (3, 1), *((5, n) for n in range(6)), (7, 0), (7, 1)]
+# 16 blocks in stages of 1, 2, 2, 3, 3, 4 and 1, the rate of block i is 0.2 * i / 16; the first of
+# each stage changes its shape and has no skip connection, though a drop path it never calls.
+EFFICIENTNET = {"2.1": 2, "3.1": 4, "4.1": 6, "4.2": 7, "5.1": 9, "5.2": 10}
+EFFICIENTNET |= {"6.1": 12, "6.2": 13, "6.3": 14}
+SOUND = vectors(2, 400, seed=0)
+OF_SOUND = {"encoder.pos_conv_embed": 0.0, **numbered("encoder.layers.{}", [0.15] * 6)}
+LIBRARIES: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, float]]] = {
+    "timm": (
+        lambda: of_timm(drop_path_rate=0.1),
+        PIXELS,
+        numbered("blocks.{}", [0.1 * n / 11 for n in range(12)]),
+    ),
+    **{
+        f"swin, {mode}": (
+            lambda mode=mode: of_torchvision("swin_t", mode),  # type: ignore[misc]
+            PIXELS,
+            {f"features.{stage}.{n}": 0.2 * i / 11 for i, (stage, n) in enumerate(SWIN)},
+        )
+        for mode in ("row", "batch")
+    },
+    "efficientnet": (
+        lambda: of_torchvision("efficientnet_b0"),
+        vectors(2, 3, 64, 64),
+        {f"features.{name}": 0.2 * i / 16 for name, i in EFFICIENTNET.items()},
+    ),
+    **{
+        f"wav2vec2, {stable}": (
+            lambda stable=stable: wav2vec2(layerdrop=0.15, do_stable_layer_norm=stable),  # type: ignore[misc]
+            SOUND,
+            OF_SOUND,
+        )
+        for stable in (False, True)
+    },
+    "bart": (
+        bart,
+        {"input_ids": torch.arange(14).view(2, 7)},
+        {**numbered("encoder.layers.{}", [0.1] * 3), **numbered("decoder.layers.{}", [0.2] * 3)},
+    ),
+    "beit": (
+        beit,
+        {"pixel_values": PIXELS},
+        numbered("layers.{}", [0.1 * n / 5 for n in range(6)]),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:dropout is active")
+@both_presets
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_model_takes_the_rates_of_a_library_over(name: str, preset: Preset) -> None:
+    build, example, expected = LIBRARIES[name]
+    model: Any = build()
+    if name in ("bart", "beit") and preset is sd.apply_drop_path:
+        return
+    depth = preset(model, "model", example_inputs=example)
+    assert rates(depth) == pytest.approx(expected, rel=1e-6)
+    for module in model.modules():  # nothing is dropped but by this library
+        if type(module).__name__.endswith(("DropPath", "StochasticDepth", "Encoder", "Decoder")):
+            for attribute in ("drop_prob", "p", "layerdrop"):
                 assert getattr(module, attribute, 0.0) == 0.0
+    config = vars(getattr(model, "config", object)).items()
+    assert not any(rate for attribute, rate in config if "layerdrop" in str(attribute))
 
 
 @both_presets
-def test_model_takes_timms_rates_over(preset: Preset) -> None:
-    timm = pytest.importorskip("timm")
-    options: dict[str, Any] = {"img_size": 32, "num_classes": 10}
-    model = timm.create_model("vit_tiny_patch16_224", drop_path_rate=0.1, **options)
-    plain = timm.create_model("vit_tiny_patch16_224", **options)
+def test_a_model_whose_rates_were_taken_over_computes_as_one_without(preset: Preset) -> None:
+    model, plain = of_timm(drop_path_rate=0.1), of_timm()
     plain.load_state_dict(model.state_dict())
     depth = preset(model, "model", example_inputs=PIXELS)
-    expected = {f"blocks.{number}": 0.1 * number / 11 for number in range(12)}
-    assert rates(depth) == pytest.approx(expected, rel=1e-6)
-    assert_inactive(model)
     assert torch.equal(model.eval()(PIXELS), plain.eval()(PIXELS))
     if preset is sd.apply_layer_drop:
         with depth.fixed({}):  # every gate is open: nothing else drops
             assert torch.equal(model.train()(PIXELS), plain.train()(PIXELS))
-
-
-@both_presets
-@pytest.mark.parametrize("mode", ["row", "batch"])
-def test_model_takes_torchvisions_rates_over(preset: Preset, mode: str) -> None:
-    models = pytest.importorskip("torchvision.models")
-    model = models.swin_t(weights=None)
-    for module in model.modules():
-        if type(module).__name__ == "StochasticDepth":
-            module.mode = mode
-    depth = preset(model, "model", example_inputs=PIXELS)
-    # 2, 2, 6 and 2 blocks; torchvision's rate of block i is 0.2 * i / (12 - 1).
-    names = [(1, 0), (1, 1), (3, 0), (3, 1), *((5, n) for n in range(6)), (7, 0), (7, 1)]
-    expected = {f"features.{s}.{n}": 0.2 * i / 11 for i, (s, n) in enumerate(names)}
-    assert rates(depth) == pytest.approx(expected, rel=1e-12)
-    assert_inactive(model)
-
-
-@both_presets
-def test_model_takes_the_rates_of_efficientnet_over(preset: Preset) -> None:
-    models = pytest.importorskip("torchvision.models")
-    model = models.efficientnet_b0(weights=None)
-    depth = preset(model, "model", example_inputs=torch.randn(2, 3, 64, 64))
-    # 16 blocks in stages of 1, 2, 2, 3, 3, 4 and 1, the rate of block i is 0.2 * i / 16; the first
-    # of each stage changes its shape and has no skip connection, though a drop path it never calls.
-    expected = {
-        "features.2.1": 0.2 * 2 / 16,
-        "features.3.1": 0.2 * 4 / 16,
-        "features.4.1": 0.2 * 6 / 16,
-        "features.4.2": 0.2 * 7 / 16,
-        "features.5.1": 0.2 * 9 / 16,
-        "features.5.2": 0.2 * 10 / 16,
-        "features.6.1": 0.2 * 12 / 16,
-        "features.6.2": 0.2 * 13 / 16,
-        "features.6.3": 0.2 * 14 / 16,
-    }
-    assert rates(depth) == pytest.approx(expected, rel=1e-12)
-    assert_inactive(model)
-
-
-SOUND = vectors(2, 400, seed=0)
-
-
-@both_presets
-@pytest.mark.filterwarnings("ignore:dropout is active")
-@pytest.mark.parametrize("stable", [False, True])
-def test_model_takes_layerdrop_over_for_the_layers_alone(preset: Preset, stable: bool) -> None:
-    model = wav2vec2(layerdrop=0.15, do_stable_layer_norm=stable)
-    depth = preset(model, "model", example_inputs=SOUND)
-    assert rates(depth) == {
-        "encoder.pos_conv_embed": 0.0,
-        **{f"encoder.layers.{number}": 0.15 for number in range(6)},
-    }
-    assert model.config.layerdrop == 0.0
-
-
-def test_model_takes_the_layerdrops_of_encoder_and_decoder_over() -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.BartConfig(
-        vocab_size=99,
-        d_model=16,
-        max_position_embeddings=32,
-        encoder_layers=3,
-        decoder_layers=3,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=16,
-        decoder_ffn_dim=16,
-        encoder_layerdrop=0.1,
-        decoder_layerdrop=0.2,
-    )
-    model = transformers.BartModel(config)
-    depth = sd.apply_layer_drop(
-        model, "model", example_inputs={"input_ids": torch.arange(14).view(2, 7)}
-    )
-    assert rates(depth) == {
-        **{f"encoder.layers.{number}": 0.1 for number in range(3)},
-        **{f"decoder.layers.{number}": 0.2 for number in range(3)},
-    }
-    assert model.encoder.layerdrop == model.decoder.layerdrop == 0.0
-    assert model.config.encoder_layerdrop == model.config.decoder_layerdrop == 0.0
-
-
-def test_model_takes_the_drop_path_of_transformers_over() -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.BeitConfig(
-        hidden_size=32,
-        num_hidden_layers=6,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=32,
-        drop_path_rate=0.1,
-    )
-    model = transformers.BeitModel(config)
-    depth = sd.apply_layer_drop(model, "model", example_inputs={"pixel_values": PIXELS})
-    assert [*rates(depth).values()] == pytest.approx([0.1 * number / 5 for number in range(6)])
-    assert_inactive(model)
 
 
 def test_transformers_swin_drops_only_one_of_two_branches_and_a_warning_says_so() -> None:
@@ -177,33 +169,6 @@ def test_transformers_swin_drops_only_one_of_two_branches_and_a_warning_says_so(
 
 
 # "model": how it finds the block, on networks of torch alone.
-
-
-class DropPath(nn.Module):
-    """As other libraries have it; here it may not be active in training."""
-
-    def __init__(self, drop_prob: float) -> None:
-        super().__init__()
-        self.drop_prob = drop_prob
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert not (self.training and self.drop_prob)
-        return x
-
-
-class Dropped(nn.Module):
-    """A residual block with a drop path."""
-
-    def __init__(self, drop_prob: float) -> None:
-        super().__init__()
-        self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.drop = DropPath(drop_prob)
-
-    def branch(self, x: Tensor) -> Tensor:
-        return self.linear(F.gelu(self.norm(x)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop(self.branch(x))
 
 
 class OnlyInTraining(Dropped):

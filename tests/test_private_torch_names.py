@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,14 +127,6 @@ def test_collectives_are_operations_that_tell_their_group() -> None:
     finally:
         dist.destroy_process_group()
     assert found == [("allreduce_", (0,)), ("alltoall_base_", (0,)), ("all_reduce", (0,))]
-
-
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    """A world of one process."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_units_of_fully_shard_are_known(one_process: None) -> None:

@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -55,175 +56,151 @@ def pasted(error: sd.StochasticDepthError) -> Any:
 
 @dataclass
 class Refusal:
-    """What is called, the error that comes, and what it has to say."""
+    """What is called, the error that comes, and what it has to say; it is named by the first."""
 
-    name: str
+    says: tuple[str, ...]
     call: Callable[[nn.Module], Any]
     kind: type[sd.StochasticDepthError]
-    says: tuple[str, ...]
     model: Model = stack
 
 
-def number(value: object) -> Refusal:
-    return Refusal(
-        f"rate {value!r}",
-        lambda model: gate(model, value),
-        sd.OptionError,
-        (f"drop_rate is {value!r}", "from 0 up to, but not including, 1", "such as 0.2"),
-    )
+def refused(
+    *says: str, kind: Any = sd.OptionError, model: Model = stack, **options: Any
+) -> Refusal:
+    """By `apply_stochastic_depth` with these options."""
+    return Refusal(says, lambda model: gate(model, **options), kind, model)
 
 
-def option(options: dict[str, Any], *says: str, kind: Any = sd.OptionError) -> Refusal:
-    name = re.sub(r" at 0x\w+", "", repr(options))
-    return Refusal(name, lambda model: gate(model, **options), kind, says)
+def called(*says: str, by: Callable[[nn.Module], Any], kind: Any = sd.OptionError) -> Refusal:
+    return Refusal(says, by, kind)
 
 
-def selection(blocks: Any, *says: str, kind: Any = sd.SelectionError) -> Refusal:
-    name = re.sub(r" at 0x\w+", "", f"blocks {blocks!r}")  # the same in every test process
-    return Refusal(name, lambda model: gate(model, blocks=blocks), kind, says)
-
-
+UNKNOWN: Any = partial(refused, kind=sd.SelectionError)
+FLAT = ("drop_distribution is 'uniform' although drop_rate says",)
 RATES = [
-    *map(number, [1.0, 1, 1.5, -0.1, float("nan"), float("inf"), True, None, "0.1", {0.1}, 1j]),
-    Refusal(
-        "a list too short",
-        lambda model: gate(model, [0.1] * 7),
-        sd.OptionError,
-        ("drop_rate holds 7 rates for 8 blocks", "one rate per block", "give 8 rates"),
+    *(
+        refused(
+            f"drop_rate is {value!r}",
+            "from 0 up to, but not including, 1",
+            "such as 0.2",
+            drop_rate=value,
+        )
+        for value in [1.0, 1, 1.5, -0.1, float("nan"), float("inf"), True, None, "0.1", {0.1}, 1j]
     ),
-    Refusal(
-        "a list too long",
-        lambda model: gate(model, (0.1,) * 9),
-        sd.OptionError,
-        ("drop_rate holds 9 rates for 8 blocks",),
+    refused(
+        "drop_rate holds 7 rates for 8 blocks",
+        "one rate per block",
+        "give 8 rates",
+        drop_rate=[0.1] * 7,
     ),
-    Refusal(
-        "one rate of a list",
-        lambda model: gate(model, [0.1] * 7 + [1.0]),
-        sd.OptionError,
-        ("drop_rate[7] is 1.0",),
-    ),
-    Refusal(
-        "one rate of a mapping",
-        lambda model: gate(model, {"0": 0.1, "3": 2}),
-        sd.OptionError,
-        ("drop_rate['3'] is 2",),
-    ),
-    Refusal(
-        "a mapping that matches nothing",
-        lambda model: gate(model, {"layer*": 0.1}),
-        sd.SelectionError,
-        ("drop_rate names 'layer*'", "none of the 8 names", EIGHT),
-    ),
-    Refusal(
-        "an empty mapping",
-        lambda model: gate(model, {}),
-        sd.SelectionError,
-        ("drop_rate is an empty mapping", EIGHT),
-    ),
-    Refusal(
-        "a name mistyped",
-        lambda model: gate(model, {"layers.12": 0.1}, example_inputs=sequences()),
-        sd.SelectionError,
-        ("drop_rate names 'layers.12'", 'did you mean "layers.2" or "layers.1"'),
+    refused("drop_rate holds 9 rates for 8 blocks", drop_rate=(0.1,) * 9),
+    refused("drop_rate[7] is 1.0", drop_rate=[0.1] * 7 + [1.0]),
+    refused("drop_rate['3'] is 2", drop_rate={"0": 0.1, "3": 2}),
+    UNKNOWN("drop_rate names 'layer*'", "none of the 8 names", EIGHT, drop_rate={"layer*": 0.1}),
+    UNKNOWN("drop_rate is an empty mapping", EIGHT, drop_rate={}),
+    UNKNOWN(
+        "drop_rate names 'layers.12'",
+        'did you mean "layers.2" or "layers.1"',
+        drop_rate={"layers.12": 0.1},
+        example_inputs=sequences(),
         model=lambda: make("pre-norm")[0],
     ),
-    Refusal(
-        "a list and a distribution",
-        lambda model: gate(model, [0.1] * 8, "linear"),
-        sd.OptionError,
-        ("drop_distribution is 'linear' although drop_rate says", "leave drop_distribution out"),
+    refused(
+        "drop_distribution is 'linear' although drop_rate says",
+        "leave drop_distribution out",
+        drop_rate=[0.1] * 8,
+        drop_distribution="linear",
     ),
-    Refusal(
-        "a mapping and a distribution",
-        lambda model: gate(model, {"0": 0.1}, "uniform"),
-        sd.OptionError,
-        ("drop_distribution is 'uniform' although drop_rate says",),
+    refused(*FLAT, drop_rate={"0": 0.1}, drop_distribution="uniform"),
+    UNKNOWN(
+        'drop_distribution is "liner"',
+        "linear_from_zero",
+        'did you mean "linear"',
+        drop_distribution="liner",
     ),
-    Refusal(
-        "an unknown distribution",
-        lambda model: gate(model, 0.1, "liner"),
-        sd.SelectionError,
-        ('drop_distribution is "liner"', "linear_from_zero", 'did you mean "linear"'),
-    ),
-    Refusal(
-        "a distribution of another length",
-        lambda model: gate(model, 0.1, lambda blocks, rate: [rate] * 3),
-        sd.OptionError,
-        ("holds 3 rates for 8 blocks",),
-    ),
+    refused("holds 3 rates for 8 blocks", drop_distribution=lambda blocks, rate: [rate] * 3),
 ]
 
 OPTIONS = [
-    option({"unit": "blok"}, "unit= got 'blok'", '"block" or "branch"', 'did you mean "block"'),
-    option({"mode": "batches"}, "mode= got 'batches'", '"batch" or "sample"'),
-    option({"scale": "trian"}, "scale= got 'trian'", 'did you mean "train"'),
-    option(
-        {"mode": "sample", "draw": sd.Draw(sampling="balanced")},
+    refused("unit= got 'blok'", '"block" or "branch"', 'did you mean "block"', unit="blok"),
+    refused("mode= got 'batches'", '"batch" or "sample"', mode="batches"),
+    refused("scale= got 'trian'", 'did you mean "train"', scale="trian"),
+    refused(
         'mode="sample" with Draw(sampling="balanced")',
         'mode="batch"',
+        mode="sample",
+        draw=sd.Draw(sampling="balanced"),
     ),
-    option({"draw": 3}, "draw is 3", "sd.Draw(seed=1)"),
-    option({"schedule": 3}, "schedule is 3", "linear_warmup"),
-    option(
-        {"schedule": {"9": sd.constant(1)}},
-        "schedule names '9'",
-        EIGHT,
-        kind=sd.SelectionError,
-    ),
-    option({"schedule": {"0:0": sd.constant(1)}}, "schedule names '0:0'", kind=sd.SelectionError),
-    Refusal(
-        "fixed",
-        lambda model: gate(model).fixed({"00": True}).__enter__(),
-        sd.SelectionError,
-        ('fixed() got "00"', EIGHT),
-    ),
-    Refusal(
-        "fixed, a branch's name",
-        lambda model: gate(model).fixed({"0:0": True}).__enter__(),
-        sd.SelectionError,
-        ('fixed() got "0:0"', 'with unit="branch" of a branch'),
+    refused("draw is 3", "sd.Draw(seed=1)", draw=3),
+    refused("schedule is 3", "linear_warmup", schedule=3),
+    UNKNOWN("schedule names '9'", EIGHT, schedule={"9": sd.constant(1)}),
+    UNKNOWN("schedule names '0:0'", schedule={"0:0": sd.constant(1)}),
+    *(
+        called(*says, by=lambda model, n=name: gate(model).fixed({n: True}).__enter__(), kind=kind)  # type: ignore[misc]
+        for name, kind, says in [
+            ("00", sd.SelectionError, ('fixed() got "00"', EIGHT)),
+            ("0:0", sd.SelectionError, ('fixed() got "0:0"', 'with unit="branch" of a branch')),
+        ]
     ),
     *(
-        Refusal(f"Draw {options}", lambda model, o=options: sd.Draw(**o), sd.OptionError, says)  # type: ignore[misc]
+        called(*says, by=lambda model, o=options: sd.Draw(**o))  # type: ignore[misc]
         for options, says in [
-            ({"seed": "a"}, ("Draw(seed='a')", "an integer")),
+            (
+                {"seed": "a"},
+                (
+                    "Draw(seed='a')",
+                    "an integer",
+                ),
+            ),
             ({"seed": True}, ("Draw(seed=True)",)),
             ({"seed": 0.5}, ("Draw(seed=0.5)",)),
             (
                 {"sampling": "balance"},
-                ("Draw(sampling=...) got 'balance'", 'did you mean "balanced"'),
+                "Draw(sampling=...) got 'balance'",
+                'did you mean "balanced"',
             ),
-            ({"redraw": "never"}, ("Draw(redraw=...) got 'never'", '"forward" or "step"')),
+            (
+                {"redraw": "never"},
+                (
+                    "Draw(redraw=...) got 'never'",
+                    '"forward" or "step"',
+                ),
+            ),
             (
                 {"across_ranks": "all"},
-                ("Draw(across_ranks=...) got 'all'", '"same" or "different"'),
+                (
+                    "Draw(across_ranks=...) got 'all'",
+                    '"same" or "different"',
+                ),
             ),
         ]
     ),
 ]
 
+LEAVES = "leaves nothing of 8 residual blocks"
 SELECTIONS = [
-    selection("9", "blocks names '9'", EIGHT),
-    selection(["0", "layer1"], "blocks names 'layer1'", EIGHT),
-    selection(["a*"], "blocks names 'a*'"),
-    selection("!9", "blocks names '9'", EIGHT),
-    selection(["!*"], "blocks=['!*'] leaves nothing of 8 residual blocks", "find_residual_blocks"),
-    selection(["0", "!0"], "leaves nothing"),
-    selection([], "blocks=[] leaves nothing of 8 residual blocks"),
-    selection(
-        nn.Conv2d, "the class Conv2d", "matches none of 8", "the blocks are of class Residual"
+    UNKNOWN("blocks names '9'", EIGHT, blocks="9"),
+    UNKNOWN("blocks names 'layer1'", EIGHT, blocks=["0", "layer1"]),
+    UNKNOWN("blocks names 'a*'", blocks=["a*"]),
+    UNKNOWN("blocks names '9'", EIGHT, blocks="!9"),
+    UNKNOWN(f"blocks=['!*'] {LEAVES}", "find_residual_blocks", blocks=["!*"]),
+    UNKNOWN("leaves nothing", blocks=["0", "!0"]),
+    UNKNOWN(f"blocks=[] {LEAVES}", blocks=[]),
+    UNKNOWN(
+        "the class Conv2d",
+        "matches none of 8",
+        "the blocks are of class Residual",
+        blocks=nn.Conv2d,
     ),
-    selection(
-        lambda block: False, "predicate", "matches none of 8", "called with each found block"
+    UNKNOWN(
+        "predicate",
+        "matches none of 8",
+        "called with each found block",
+        blocks=lambda block: False,
     ),
-    selection([3], "blocks= holds 3", "names, globs, classes", kind=sd.OptionError),
-    selection(3, "blocks= holds 3", "names, globs, classes", kind=sd.OptionError),
+    refused("blocks= holds 3", "names, globs, classes", blocks=[3]),
+    refused("blocks= holds 3", "names, globs, classes", blocks=3),
 ]
-
-
-def lstm() -> nn.Module:
-    return nn.LSTM(WIDTH, WIDTH, num_layers=2)
 
 
 def mlp() -> nn.Module:
@@ -241,70 +218,44 @@ class Concatenating(nn.Module):
         return torch.cat([x, self.linear(x)], -1)
 
 
+NO_EXAMPLE: Any = partial(called, kind=sd.ExampleInputsError)
+FAILS: Any = partial(refused, kind=sd.ExampleInputsError)
+NO_SKIPS = ("has no residual block", "concatenation, as in DenseNet, is none")
 MODELS = [
-    Refusal(
-        kind,
-        lambda model: gate(model),
-        sd.NoResidualBlocksError,
-        (
-            kind,
-            "has no residual block",
-            "y = x + branch(x)",
-            "concatenation, as in DenseNet, is none",
-        ),
-        model=model,
-    )
-    for kind, model in [
-        ("LSTM", lstm),
-        ("Sequential", mlp),
-        ("Concatenating", Concatenating),
-        ("Linear", lambda: nn.Linear(WIDTH, WIDTH)),
-    ]
-] + [
-    Refusal(
-        "no example",
-        lambda model: sd.apply_stochastic_depth(model, 0.1),
-        sd.ExampleInputsError,
-        (
-            "Sequential without example_inputs",
-            "pass example_inputs=batch",
-            "a batch of two is enough",
-        ),
+    *(
+        refused(kind, *NO_SKIPS, "y = x + branch(x)", kind=sd.NoResidualBlocksError, model=model)
+        for kind, model in [
+            ("LSTM", lambda: nn.LSTM(WIDTH, WIDTH, num_layers=2)),
+            ("Sequential", mlp),
+            ("Concatenating", Concatenating),
+            ("Linear", lambda: nn.Linear(WIDTH, WIDTH)),
+        ]
     ),
-    Refusal(
-        "no example, only looking",
-        sd.find_residual_blocks,
-        sd.ExampleInputsError,
-        ("Sequential without example_inputs",),
+    NO_EXAMPLE(
+        "Sequential without example_inputs",
+        "pass example_inputs=batch",
+        "a batch of two is enough",
+        by=lambda model: sd.apply_stochastic_depth(model, 0.1),
     ),
-    Refusal(
-        "no example at all",
-        lambda model: gate(model, example_inputs="cat"),
-        sd.ExampleInputsError,
-        ("example_inputs is a str", "a tensor, a tuple of positional or a dict of keyword"),
+    NO_EXAMPLE("Sequential without example_inputs", by=sd.find_residual_blocks),
+    FAILS(
+        "example_inputs is a str",
+        "a tensor, a tuple of positional or a dict of keyword",
+        example_inputs="cat",
     ),
-    Refusal(
-        "an example that fails",
-        lambda model: gate(model, example_inputs=torch.randn(2, 3)),
-        sd.ExampleInputsError,
-        (
-            "the forward of Sequential failed on its example inputs",
-            "RuntimeError",
-            "as for training",
-        ),
+    FAILS(
+        "the forward of Sequential failed on its example inputs",
+        "RuntimeError",
+        "as for training",
+        example_inputs=vectors(2, 3),
     ),
-    Refusal(
-        "keywords that fail",
-        lambda model: gate(model, example_kwargs={"mask": None}),
-        sd.ExampleInputsError,
-        ("failed on its example inputs: TypeError", "mask"),
-    ),
+    FAILS("failed on its example inputs: TypeError", "mask", example_kwargs={"mask": None}),
 ]
 
 
 @oldest
 @pytest.mark.parametrize(
-    "refusal", [*RATES, *OPTIONS, *SELECTIONS, *MODELS], ids=lambda refusal: refusal.name
+    "refusal", [*RATES, *OPTIONS, *SELECTIONS, *MODELS], ids=lambda refusal: refusal.says[0]
 )
 def test_refused_with_its_reason(refusal: Refusal) -> None:
     check(refusal)
@@ -345,33 +296,21 @@ VISION: list[tuple[str, int]] = [("vgg11", 32), ("alexnet", 64), ("densenet121",
 @pytest.mark.parametrize(("name", "size"), VISION)
 def test_torchvision_models_without_skips(name: str, size: int) -> None:
     models = pytest.importorskip("torchvision.models")
-    check(
-        Refusal(
-            name,
-            lambda model: gate(model, example_inputs=torch.randn(2, 3, size, size)),
-            sd.NoResidualBlocksError,
-            ("has no residual block", "concatenation, as in DenseNet, is none"),
-            model=lambda: models.get_model(name, weights=None),
-        )
-    )
+    x, build = torch.randn(2, 3, size, size), partial(models.get_model, name, weights=None)
+    check(refused(*NO_SKIPS, kind=sd.NoResidualBlocksError, model=build, example_inputs=x))
 
 
 def test_a_torchvision_model_needs_an_example_and_a_timm_model_does_not() -> None:
     models = pytest.importorskip("torchvision.models")
     timm = pytest.importorskip("timm")
-    check(
-        Refusal(
-            "resnet18",
-            lambda model: sd.apply_stochastic_depth(model, 0.1),
-            sd.ExampleInputsError,
-            (
-                "ResNet without example_inputs",
-                "carries no example of its own",
-                "example_inputs=batch",
-            ),
-            model=lambda: models.resnet18(weights=None),
-        )
+    says = (
+        "ResNet without example_inputs",
+        "carries no example of its own",
+        "example_inputs=batch",
     )
+    with pytest.raises(sd.ExampleInputsError) as caught:
+        sd.apply_stochastic_depth(models.resnet18(weights=None), 0.1)
+    assert all(part in str(caught.value) for part in says)
     model = timm.create_model("test_resnet")
     assert sd.apply_stochastic_depth(model, 0.1).blocks
 
@@ -432,12 +371,14 @@ def test_an_active_drop_path_is_refused_until_what_the_error_names_is_0(
     name: str, model: Model, example: Any, says: str, preset: str
 ) -> None:
     error = check(
-        Refusal(
-            name,
-            lambda model: gate(model, example_inputs=example),
-            sd.ActiveDropPathError,
-            (says, "drops branches of its own accord", "drop_path_rate=0", preset),
+        refused(
+            says,
+            "drops branches of its own accord",
+            "drop_path_rate=0",
+            preset,
+            kind=sd.ActiveDropPathError,
             model=model,
+            example_inputs=example,
         )
     )
     built = model()
@@ -467,7 +408,7 @@ def t5() -> nn.Module:
 
 @pytest.mark.filterwarnings("ignore:dropout is active")
 @pytest.mark.parametrize(
-    ("blocks", "refused", "left"),
+    ("blocks", "refused_ones", "left"),
     [
         (None, ["encoder.block.0", "decoder.block.0"], 4),
         (["encoder.*"], ["encoder.block.0"], 2),
@@ -475,22 +416,23 @@ def t5() -> nn.Module:
     ],
 )
 def test_the_first_layers_of_t5_are_refused_with_blocks_to_paste(
-    blocks: Any, refused: list[str], left: int
+    blocks: Any, refused_ones: list[str], left: int
 ) -> None:
     example = {**TOKENS, "decoder_input_ids": TOKENS["input_ids"]}
     error = check(
-        Refusal(
-            "t5",
-            lambda model: gate(model, blocks=blocks, example_inputs=example),
-            sd.RefusedBlockError,
-            (*(f'block "{name}"' for name in refused), "computes with a value made inside of it"),
+        refused(
+            *(f'block "{name}"' for name in refused_ones),
+            "computes with a value made inside of it",
+            kind=sd.RefusedBlockError,
             model=t5,
+            blocks=blocks,
+            example_inputs=example,
         )
     )
     depth = gate(t5(), blocks=pasted(error), example_inputs=example)
     names = [block.name for block in depth.blocks]
     assert len(names) == left
-    assert not set(names) & set(refused)
+    assert not set(names) & set(refused_ones)
     depth.model.train()(**example)
     assert list(depth.last_gates) == names
 
@@ -514,20 +456,8 @@ def test_a_branch_that_cannot_be_scaled_is_refused_with_blocks_to_paste() -> Non
     def mixed() -> nn.Module:
         return settled(lambda: nn.Sequential(*residuals(6), EndsInLine(), *residuals(2)))
 
-    error = check(
-        Refusal(
-            "in line",
-            lambda model: gate(model),
-            sd.RefusedBlockError,
-            (
-                'block "6": 6:0 cannot be scaled',
-                "tanh",
-                'scale="none" works',
-                "leave it out",
-            ),
-            model=mixed,
-        )
-    )
+    says = ('block "6": 6:0 cannot be scaled', "tanh", 'scale="none" works', "leave it out")
+    error = check(refused(*says, kind=sd.RefusedBlockError, model=mixed))
     assert pasted(error) == ["!6"]
     assert len(gate(mixed(), blocks=pasted(error)).blocks) == 8
     assert len(gate(mixed(), scale="none").blocks) == 9
@@ -676,15 +606,9 @@ def test_what_is_no_module_is_refused_by_every_function(model: Any) -> None:
 
 @oldest
 def test_a_branch_whose_values_are_used_elsewhere_is_refused() -> None:
-    error = check(
-        Refusal(
-            "leaking",
-            lambda model: gate(model),
-            sd.RefusedBlockError,
-            ('block "first"', "computes with a value made inside of it"),
-            model=lambda: settled(Leaking),
-        )
-    )
+    says = ('block "first"', "computes with a value made inside of it")
+    leaking = partial(settled, Leaking)
+    error = check(refused(*says, kind=sd.RefusedBlockError, model=leaking))
     assert len(gate(settled(Leaking), blocks=pasted(error)).blocks) == 6
 
 

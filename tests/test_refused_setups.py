@@ -5,36 +5,16 @@ FSDP1 and pipelines need real processes: `fsdp_cases.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
 import pytest
-import torch
-import torch.distributed as dist
 from torch import nn
 
 import stochastic_depth as sd
-from networks import make
+from networks import gated, make
 
 pytestmark = [
     pytest.mark.oldest,
     pytest.mark.filterwarnings("ignore:`torch.nn.DataParallel`"),
 ]
-
-
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    """A world of one process."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def gated() -> tuple[Any, torch.Tensor]:
-    model, x = make("pre-norm")
-    sd.apply_stochastic_depth(model, 0.2, example_inputs=x)
-    return model.train(), x
 
 
 def test_data_parallel() -> None:
@@ -45,7 +25,7 @@ def test_data_parallel() -> None:
 
 def test_a_replica_of_data_parallel() -> None:
     """What each GPU's thread runs."""
-    model, x = gated()
+    model, x, _ = gated("pre-norm")
     replica = model._replicate_for_data_parallel()
     replica.layers = nn.ModuleList(layer._replicate_for_data_parallel() for layer in model.layers)
     with pytest.raises(sd.SetupError, match=r'"layers\.0".*torch\.nn\.DataParallel.*torchrun'):
@@ -54,7 +34,7 @@ def test_a_replica_of_data_parallel() -> None:
 
 def test_zero_3(one_process: None) -> None:
     """DeepSpeed marks the parameters that it partitions."""
-    model, x = gated()
+    model, x, _ = gated("pre-norm")
     other, _ = make("pre-norm")
     for number, parameter in enumerate([*model.parameters(), *other.parameters()]):
         parameter.ds_id = number

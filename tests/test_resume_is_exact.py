@@ -141,72 +141,47 @@ class Run:
 
 
 TOTAL = 12
-cuts = st.integers(0, TOTAL)
 warmup: dict[str, Any] = {"schedule": sd.linear_warmup(5)}
-some = settings(max_examples=5)
+CLOCKS = ("follow", "step", "none")
+SCALED: dict[str, Any] = {"options": warmup, "optimizer_class": torch.optim.SGD}
+RUNS: list[dict[str, Any]] = [
+    *(
+        {"name": name, "clock": clock}
+        for name, clock in zip(
+            [name for name in NETWORKS if name != "shared"], CLOCKS * 2, strict=False
+        )
+    ),
+    *({"clock": clock, "with_average": True, "options": warmup} for clock in CLOCKS[:2]),
+    *(
+        {
+            "name": "post-norm",
+            "accumulation": accumulation,
+            "options": {"draw": sd.Draw(seed=5, redraw=redraw), "unit": unit, **warmup},
+        }
+        for accumulation in (2, 3)
+        for redraw in ("forward", "step")
+        for unit in ("block", "branch")
+    ),
+    # Without a step of the clock the number of the call is saved.
+    {"clock": "none", "accumulation": 2},
+    *(
+        {"name": "pre-norm", "accumulation": accumulation, "spoiled": spoiled, **SCALED}
+        for accumulation, spoiled in ((1, 0), (1, 7), (2, 4), (2, 11))
+    ),
+]
 
 
 @oldest
-@some
-@given(cut=cuts, clock=st.sampled_from(["follow", "step", "none"]))
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "shared"])
-def test_every_kind_of_network_resumes_at_any_step(name: str, cut: int, clock: str) -> None:
-    Run(name, clock=clock).check(cut, TOTAL)
-
-
-@oldest
-@some
-@given(cut=cuts)
-@pytest.mark.parametrize("clock", ["follow", "step", "none"])
-def test_the_clock_may_be_followed_stepped_or_left_alone(clock: str, cut: int) -> None:
-    Run(clock=clock).check(cut, TOTAL)
-
-
-@oldest
-@some
-@given(cut=cuts)
-@pytest.mark.parametrize("clock", ["follow", "step"])
-def test_with_a_schedule_and_an_average_that_follows_the_clock(clock: str, cut: int) -> None:
-    Run(clock=clock, options=warmup, with_average=True).check(cut, TOTAL)
-
-
-@oldest
-@some
-@given(cut=cuts, accumulation=st.sampled_from([2, 3]))
-@pytest.mark.parametrize("redraw", ["forward", "step"])
-@pytest.mark.parametrize("unit", ["block", "branch"])
-def test_also_in_the_middle_of_an_accumulation(
-    redraw: Any, unit: str, cut: int, accumulation: int
-) -> None:
-    draw = sd.Draw(seed=5, redraw=redraw)
-    options = {"draw": draw, "unit": unit, **warmup}
-    run = Run("post-norm", accumulation=accumulation, options=options)
+@settings(max_examples=4)
+@given(cut=st.integers(0, TOTAL))
+@pytest.mark.parametrize("values", RUNS, ids=lambda values: ", ".join(map(str, values.values())))
+def test_a_run_resumes_at_any_microbatch(values: dict[str, Any], cut: int) -> None:
+    """By any clock, with an average, in the middle of an accumulation, under a GradScaler."""
+    run = Run(**values)
     run.check(cut, TOTAL)
-
-
-@oldest
-@some
-@given(cut=cuts)
-def test_without_a_step_of_the_clock_the_call_number_is_saved(cut: int) -> None:
-    Run(clock="none", accumulation=2).check(cut, TOTAL)
-
-
-@oldest
-@some
-@given(cut=cuts, spoiled=st.integers(0, TOTAL - 1))
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_with_a_grad_scaler_that_leaves_a_step_out(
-    accumulation: int, cut: int, spoiled: int
-) -> None:
-    run = Run(
-        "pre-norm",
-        accumulation=accumulation,
-        spoiled=spoiled,
-        options=warmup,
-        optimizer_class=torch.optim.SGD,
-    )
-    run.check(cut, TOTAL)
-    assert run.depth.state_dict()["step"] == TOTAL // accumulation - 1
+    left_out = run.spoiled >= 0
+    if run.clock != "none":
+        assert run.depth.state_dict()["step"] == TOTAL // run.accumulation - left_out
 
 
 def test_a_step_that_a_fused_optimizer_leaves_out_for_its_grad_scaler_does_not_count() -> None:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 import stochastic_depth as sd
+from comparing import assert_identical_gradients
 from draws import kept, rates_of
-from networks import assert_same, batch, make, sgd, vectors
+from networks import assert_same, batch, gated, make, sgd, vectors
 
 pytestmark = pytest.mark.oldest
 
@@ -31,13 +32,8 @@ PAIRS = (("resnet", "crops"), ("pre-norm", "views"), ("post-norm", "crops"), ("e
 SEED, RATE = 4, 0.5
 
 
-def gated(name: str, **options: Any) -> tuple[Any, Tensor, sd.StochasticDepth]:
-    model, x = make(name)
-    draw = sd.Draw(seed=SEED)
-    depth = sd.apply_stochastic_depth(
-        model, RATE, "uniform", example_inputs=x, draw=draw, **options
-    )
-    return model.train(), x, depth
+def drawing(name: str, **options: Any) -> tuple[Any, Tensor, sd.StochasticDepth]:
+    return gated(name, RATE, draw=sd.Draw(seed=SEED), **options)
 
 
 def drawn(depth: sd.StochasticDepth, step: int, call: int) -> dict[str, bool]:
@@ -47,13 +43,6 @@ def drawn(depth: sd.StochasticDepth, step: int, call: int) -> dict[str, bool]:
 
 def listed(gates: dict[str, Any]) -> dict[str, Any]:
     return {name: gate if isinstance(gate, bool) else list(gate) for name, gate in gates.items()}
-
-
-def assert_same_gradients(ours: nn.Module, theirs: nn.Module) -> None:
-    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        assert (mine.grad is None) == (other.grad is None), name
-        if mine.grad is not None and other.grad is not None:
-            assert torch.equal(mine.grad, other.grad), name
 
 
 def crops(x: Tensor, number: int) -> list[Tensor]:
@@ -78,7 +67,7 @@ def contrast(outputs: Sequence[Tensor]) -> Tensor:
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("name", NAMES)
 def test_views_and_crops_of_one_step(name: str, data: str) -> None:
-    model, x, depth = gated(name)
+    model, x, depth = drawing(name)
     twin = copy.deepcopy(model)
     own = sd.get_stochastic_depth(twin)
     for step in range(2):
@@ -90,7 +79,7 @@ def test_views_and_crops_of_one_step(name: str, data: str) -> None:
                 forced.append(twin(each))
         contrast(outputs).backward()
         contrast(forced).backward()
-        assert_same_gradients(model, twin)
+        assert_identical_gradients(model, twin)
         depth.step()  # without an optimizer's: the weights stay alike
 
 
@@ -99,7 +88,7 @@ def test_views_and_crops_of_one_step(name: str, data: str) -> None:
 def test_an_evaluation_in_between_changes_nothing(name: str, data: str, mode: str) -> None:
     found = []
     for evaluates in (False, True):
-        model, x, depth = gated(name, **MODES[mode])
+        model, x, depth = drawing(name, **MODES[mode])
         optimizer = sgd(model)
         depth.follow(optimizer)
         gates = []
@@ -137,7 +126,7 @@ def evaluate(model: Any, depth: sd.StochasticDepth, x: Tensor) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("name", "data"), PAIRS)
 def test_resumed_between_two_forwards_of_a_step(name: str, data: str, mode: str) -> None:
-    model, x, depth = gated(name, **MODES[mode])
+    model, x, depth = drawing(name, **MODES[mode])
     depth.step()
     places, gates = [], []
     for each in DATA[data](x, 0):
@@ -145,7 +134,7 @@ def test_resumed_between_two_forwards_of_a_step(name: str, data: str, mode: str)
         model(each)
         gates.append(listed(depth.last_gates))
     for number, place in enumerate(places):
-        other, _, resumed = gated(name, **MODES[mode])
+        other, _, resumed = drawing(name, **MODES[mode])
         resumed.load_state_dict(place)
         for later, each in enumerate(DATA[data](x, 0)[number:], number):
             other(each)
@@ -168,7 +157,7 @@ class Generator(nn.Module):
 def test_the_steps_of_a_gan() -> None:
     """The discriminator sees real and made examples, then judges for the generator's step."""
     torch.manual_seed(0)
-    judge, x, of_judge = gated("post-norm")
+    judge, x, of_judge = drawing("post-norm")
     maker = Generator().train()
     of_maker = sd.apply_stochastic_depth(
         maker, RATE, "uniform", example_inputs=x, draw=sd.Draw(seed=SEED)
@@ -196,7 +185,7 @@ def test_the_steps_of_a_gan() -> None:
             with own[0].fixed(drawn(of_judge, step, call)):
                 forced.append(twins[0](seen))
         (forced[0].mean() - forced[1].mean()).backward()
-        assert_same_gradients(judge, twins[0])
+        assert_identical_gradients(judge, twins[0])
         optimizers[0].step()
         twin_optimizers[0].step()
         optimizers[0].zero_grad()
@@ -211,7 +200,7 @@ def test_the_steps_of_a_gan() -> None:
         gates = own[0].fixed(of_judge.last_gates), own[1].fixed(of_maker.last_gates)
         with gates[0], gates[1]:
             twins[0](twins[1](noise)).mean().backward()
-        assert_same_gradients(maker, twins[1])
+        assert_identical_gradients(maker, twins[1])
         assert all(parameter.grad is None for parameter in judge.parameters())
         judge.requires_grad_(True)
         twins[0].requires_grad_(True)
@@ -227,7 +216,7 @@ def test_the_steps_of_a_gan() -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_statistics_of_inference_in_the_middle_of_a_training(mode: str) -> None:
     """`update_bn` under `disabled`, as for the folded network; the sequence goes on."""
-    model, x, depth = gated("resnet", **MODES[mode])
+    model, x, depth = drawing("resnet", **MODES[mode])
     for number in range(2):
         model(batch(x, number))
     state, gates = depth.state_dict(), listed(depth.last_gates)
