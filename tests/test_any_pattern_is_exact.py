@@ -23,7 +23,7 @@ from comparing import (
     run,
     with_factors,
 )
-from networks import WIDTH, assert_same, make
+from networks import assert_same, make
 from specimen import Specimen
 from twins import TWINS
 
@@ -201,17 +201,3 @@ def test_any_gates_equal_the_reference_twin(name: str, gates: list[bool], traini
     else:
         assert_identical_gradients(model, twin)
     assert_same(depth.remove(), twin)
-
-
-@pytest.mark.oldest
-def test_a_dropped_projection_block_runs_its_projection_alone() -> None:
-    model, example = make("resnet")
-    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=example)
-    block = model.stages[1][0]
-    x = torch.randn(2, WIDTH, 8, 8)
-    with depth.fixed({"stages.1.0": False}), torch.no_grad():
-        with CountOperations() as ours:
-            found = block(x)
-        expected = block.downsample(x).relu_()
-    assert ours.counts["convolution.default"] == 1
-    assert torch.equal(found, expected)

@@ -22,7 +22,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 import stochastic_depth as sd
-from networks import BasicBlock, PreNormLayer, make, vectors
+from libraries import LIBRARIES
+from networks import BasicBlock, PreNormLayer, make
 from networks import batch as batch_of
 
 oldest = pytest.mark.oldest
@@ -122,62 +123,7 @@ def test_the_handle_of_a_wrapped_model(name: str) -> None:
     torch.testing.assert_close(depth.fold()(x), expected)
 
 
-SMALL: dict[str, Any] = {
-    "num_hidden_layers": 4,
-    "hidden_size": 16,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-}
-
-
-def bert() -> tuple[Any, Loss]:
-    from transformers import BertConfig, BertForMaskedLM
-
-    config = BertConfig(vocab_size=50, max_position_embeddings=16, **SMALL)
-    return text(BertForMaskedLM(config))
-
-
-def gpt2() -> tuple[Any, Loss]:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return text(
-        GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=4, n_head=2))
-    )
-
-
-def llama() -> tuple[Any, Loss]:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(vocab_size=50, attention_dropout=0.1, **SMALL)
-    return text(LlamaForCausalLM(config))
-
-
-def text(model: Any) -> tuple[Any, Loss]:
-    def loss(number: int) -> Tensor:
-        numbers = torch.Generator().manual_seed(number)
-        tokens = torch.randint(50, (4, 9), generator=numbers, device="cpu").to(model.device)
-        mask = torch.ones_like(tokens)
-        mask[1, 5:] = 0
-        return model(input_ids=tokens, attention_mask=mask, labels=tokens).loss
-
-    return model, loss
-
-
-def vit() -> tuple[Any, Loss]:
-    from transformers import ViTConfig, ViTForImageClassification
-
-    config = ViTConfig(image_size=8, patch_size=4, **SMALL)
-    config.hidden_dropout_prob = 0.1
-    model = ViTForImageClassification(config)
-
-    def loss(number: int) -> Tensor:
-        images = vectors(4, 3, 8, 8, seed=number)
-        return model(pixel_values=images, labels=torch.tensor([0, 1, 0, 1])).loss
-
-    return model, loss
-
-
-FAMILIES = {"BERT": bert, "GPT-2": gpt2, "Llama": llama, "ViT": vit}
+FAMILIES = [f"transformers:{family}" for family in ("Bert", "GPT2", "Llama", "ViT")]
 SWITCHES: dict[str, dict[str, Any]] = {
     "default": {},
     "non-reentrant": {"gradient_checkpointing_kwargs": {"use_reentrant": False}},
@@ -188,41 +134,40 @@ SWITCHES: dict[str, dict[str, Any]] = {
 BOTH = ("batch", "random rows")
 
 
-@pytest.mark.filterwarnings("ignore:dropout is active", "ignore:4 blocks with a drop rate")
+@pytest.mark.filterwarnings("ignore:dropout is active", "ignore:3 blocks with a drop rate")
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")  # 5.24's
 @pytest.mark.parametrize(
-    ("family", "order"), [*((f, "gates first") for f in FAMILIES), ("BERT", "checkpoints first")]
+    ("family", "order"),
+    [*((f, "gates first") for f in FAMILIES), ("transformers:Bert", "checkpoints first")],
 )
 @pytest.mark.parametrize(
     ("switch", "mode"), [("default", "batch"), *itertools.product(list(SWITCHES)[1:], BOTH)]
 )
 def test_the_switch_of_transformers(family: str, switch: str, mode: str, order: str) -> None:
-    pytest.importorskip("transformers")
+    (specimen,) = (each for each in LIBRARIES if each.name == family)
+
+    def given(number: int) -> dict[str, Tensor]:
+        torch.manual_seed(number)
+        example = {name: torch.cat([x, x.flip(-1)]) for name, x in specimen.example().items()}
+        if "input_ids" in example:
+            example["attention_mask"] = torch.ones_like(example["input_ids"])
+            example["attention_mask"][1, 5:] = 0
+        return example
 
     def run(checkpoints: bool, forwards: int) -> list[Tensor | None]:
-        torch.manual_seed(0)
-        model, loss = FAMILIES[family]()
+        model = specimen.model(dropout=0.1)
         model.config.use_cache = False  # as checkpointing does
         if checkpoints and order == "checkpoints first":
             model.gradient_checkpointing_enable(**SWITCHES[switch])
-        inputs = example(loss, model)
-        depth = sd.apply_stochastic_depth(model, [0.6] * 4, example_inputs=inputs, **MODES[mode])
+        depth = sd.apply_stochastic_depth(model, [0.6] * 3, example_inputs=given(0), **MODES[mode])
         if checkpoints and order == "gates first":
             model.gradient_checkpointing_enable(**SWITCHES[switch])
+
+        def loss(number: int) -> Tensor:
+            output = model(**given(number))
+            return output[0].square().mean()
+
         return gradients(model, depth, loss, forwards=forwards, steps=2)
 
     for forwards in (1, 2):
         assert_same(run(True, forwards), run(False, forwards))
-
-
-def example(loss: Loss, model: nn.Module) -> dict[str, Any]:
-    """What a loss calls its model with."""
-    given: dict[str, Any] = {}
-
-    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-        given.update(kwargs)
-
-    hook = model.register_forward_pre_hook(note, with_kwargs=True)
-    loss(0)
-    hook.remove()
-    return given

@@ -211,7 +211,17 @@ ODD_BLOCKS = [
         )
         for kind in (networks.Residual, layers.Cubic)
     ),
-    _odd("product", networks.ProductBypass, "second", unfoldable="mul in blocks.0"),
+    _odd("product", networks.ProductBypass, "second", unfoldable="mul in blocks.0", units=_BOTH),
+    # 0 times what stands in for the other factor is 0 for finite numbers only.
+    _odd(
+        "product, post-norm",
+        networks.ProductPostNorm,
+        "second",
+        whole=(),
+        units=_BOTH,
+        unfoldable="mul in blocks.0",
+        rowless="on some rows",
+    ),
     _odd("excited", partial(layers.Ended, layers.Excite), "last", unfoldable="mul in blocks.0"),
     _odd("saturated", partial(layers.Ended, nn.Tanh), "last", unfoldable="tanh in blocks.0.last"),
     _odd(
