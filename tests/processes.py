@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,3 +77,13 @@ def report(cases: Callable[[], Mapping[str, Callable[[], None]]]) -> None:
     # Threads of torch's that still let go of a tensor abort a Python that is ending under them.
     sys.stdout.flush()
     os._exit(0)
+
+
+def results_of(script: str, ranks: int, *, seconds: int = 400) -> Any:
+    """A fixture: what `launch` gives for the cases of a module that pytest runs."""
+
+    @pytest.fixture(scope="module")
+    def results(asked_for: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+        return launch(script, ranks, tmp_path_factory.mktemp("ranks"), asked_for, seconds=seconds)
+
+    return results

@@ -5,20 +5,15 @@ A synchronised BatchNorm, experts on other ranks. Real processes over gloo.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from collective_cases import cases
-from processes import launch
+from processes import results_of
 
 pytestmark = pytest.mark.oldest
 
 
-@pytest.fixture(scope="module")
-def results(asked_for: list[str], tmp_path_factory: pytest.TempPathFactory) -> object:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    return launch("collective_cases.py", 2, folder, asked_for, seconds=200)
+results = results_of("collective_cases.py", 2, seconds=200)
 
 
 @pytest.mark.parametrize("case", cases())

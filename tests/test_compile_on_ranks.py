@@ -6,18 +6,12 @@ graph of each block, shards; the graphs made by torch.compile or by depth.compil
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from compile_cases import cases
-from processes import launch
+from processes import results_of
 
-
-@pytest.fixture(scope="module")
-def results(asked_for: list[str], tmp_path_factory: pytest.TempPathFactory) -> object:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    return launch("compile_cases.py", 2, folder, asked_for)
+results = results_of("compile_cases.py", 2)
 
 
 @pytest.mark.parametrize("case", cases())

@@ -198,17 +198,6 @@ def test_a_whole_model_is_loaded_in_a_new_process(tmp_path: Path) -> None:
     assert torch.equal(theirs["output"], output)
 
 
-def test_a_copy_that_is_saved_beside_its_original_keeps_to_its_clock() -> None:
-    model, _, _ = gated("pre-norm", schedule=sd.linear_warmup(10))
-    both = nn.ModuleList([model, copy.deepcopy(model)])
-    model, average = saved_and_loaded(both).children()
-    depth, own = sd.get_stochastic_depth(model), sd.get_stochastic_depth(average)
-    depth.step()
-    assert own.blocks[0].drop_rate == depth.blocks[0].drop_rate > 0
-    own.step()
-    assert (depth.state_dict()["step"], own.state_dict()["step"]) == (1, 2)
-
-
 def test_copying_a_block_does_not_copy_the_model() -> None:
     model, x, depth = gated("resnet")
     block = model.stages[0][1]
@@ -437,31 +426,6 @@ def test_a_forward_that_bypasses_the_call_raises(
     for part in (f'"{block}', "called outside of a call", ".forward(x)", "depth.remove()"):
         assert part in str(caught.value)
     module(torch.randn(shape))  # and through the call it works
-
-
-def test_a_long_chain_of_copies_goes_on() -> None:
-    """A population, a federated loop: each a copy of the last, with the clock of the first."""
-    model, x, depth = gated("resnet")
-    first, generations = model, []
-    for _ in range(1100):
-        model = copy.deepcopy(model)
-        generations.append(model)
-    depth.step()
-    assert sd.get_stochastic_depth(model).state_dict()["step"] == 1
-    # One in the middle goes its own way, and takes those that were made of it along.
-    middle = sd.get_stochastic_depth(generations[500])
-    middle.step()
-    depth.step()
-    steps = [sd.get_stochastic_depth(generations[n]).state_dict()["step"] for n in (499, 500, 1099)]
-    assert steps == [2, 2, 2]
-    middle.step()
-    depth.step()
-    assert middle.state_dict()["step"] == 3
-    assert sd.get_stochastic_depth(model).state_dict()["step"] == 3
-    model.train()(x)
-    again = pickle.loads(pickle.dumps(model))
-    assert sd.get_stochastic_depth(again).state_dict()["step"] == 3
-    assert first is not model
 
 
 # Several applies, and finding the handle.

@@ -8,17 +8,9 @@ from __future__ import annotations
 import pytest
 
 from ddp_cases import cases
-from processes import launch
+from processes import results_of
 
-
-@pytest.fixture(scope="module")
-def on_two(asked_for: list[str], tmp_path_factory: pytest.TempPathFactory) -> object:
-    return launch("ddp_cases.py", 2, tmp_path_factory.mktemp("ranks"), asked_for)
-
-
-@pytest.fixture(scope="module")
-def on_four(asked_for: list[str], tmp_path_factory: pytest.TempPathFactory) -> object:
-    return launch("ddp_cases.py", 4, tmp_path_factory.mktemp("ranks"), asked_for)
+on_two, on_four = results_of("ddp_cases.py", 2), results_of("ddp_cases.py", 4)
 
 
 @pytest.mark.oldest

@@ -5,20 +5,15 @@ Real processes over gloo, four of them.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from mesh_cases import cases
-from processes import launch
+from processes import results_of
 
 pytestmark = pytest.mark.oldest
 
 
-@pytest.fixture(scope="module")
-def results(asked_for: list[str], tmp_path_factory: pytest.TempPathFactory) -> object:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    return launch("mesh_cases.py", 4, folder, asked_for)
+results = results_of("mesh_cases.py", 4)
 
 
 @pytest.mark.parametrize("case", cases())

@@ -27,8 +27,6 @@ from networks import (
     make,
     residuals,
     settled,
-    sgd,
-    train,
     vectors,
 )
 from specimen import Specimen
@@ -256,88 +254,6 @@ def test_each_branch_has_the_scale_of_its_own_schedule() -> None:
         torch.testing.assert_close(model(x), pre_norm(plain, x, factor), rtol=1e-5, atol=1e-5)
         assert torch.equal(model(x), pre_norm(plain, x, survival(depth)))
         depth.step()
-
-
-def test_an_averaged_model_made_at_step_0_follows_the_clock_until_its_own_step() -> None:
-    plain, model, x, depth = gated("resnet", schedule=sd.linear_warmup(4))
-    optimizer = sgd(model)
-    depth.follow(optimizer)
-    average = AveragedModel(model)
-    own = sd.get_stochastic_depth(average)
-    assert own is not depth
-    for step in range(6):
-        train(model, optimizer, x, range(step, step + 1))
-        average.update_parameters(model)
-        plain.load_state_dict(average.module.state_dict())
-        share = min((step + 1) / 4, 1.0)
-        assert own.blocks[-1].drop_rate == depth.blocks[-1].drop_rate == pytest.approx(RATE * share)
-        assert torch.equal(average.eval()(x), resnet(plain.eval(), x, survival(depth)))
-    assert not torch.allclose(average(x), plain(x), rtol=1e-3, atol=1e-3)
-
-
-def test_a_copy_that_is_trained_beside_its_original_waits_for_no_step_of_its_own() -> None:
-    """As in the inner loop of meta-learning; warnings are errors here."""
-    _, model, x, _ = gated("pre-norm", schedule=sd.linear_warmup(10))
-    twin = copy.deepcopy(model)
-    train(twin, sgd(twin), x, range(6))
-
-
-def test_a_copy_leaves_the_clock_with_a_step_of_its_own() -> None:
-    _, model, _, depth = gated("pre-norm", schedule=sd.linear_warmup(10))
-    twin = copy.deepcopy(model)
-    own = sd.get_stochastic_depth(twin)
-    for _ in range(3):
-        depth.step()
-    assert rate(own) == pytest.approx(0.3 * RATE)
-    own.step()  # from where the original stands
-    assert rate(own) == pytest.approx(0.4 * RATE)
-    assert rate(depth) == pytest.approx(0.3 * RATE)
-    depth.step()
-    depth.step()
-    assert rate(own) == pytest.approx(0.4 * RATE)
-    assert rate(depth) == pytest.approx(0.5 * RATE)
-
-
-def test_a_copy_leaves_the_clock_where_it_follows_an_optimizer_of_its_own() -> None:
-    _, model, x, depth = gated("pre-norm", schedule=sd.linear_warmup(10))
-    twin = copy.deepcopy(model)
-    own = sd.get_stochastic_depth(twin)
-    optimizer = sgd(twin)
-    own.follow(optimizer)
-    depth.step()
-    assert rate(own) == rate(depth)
-    train(twin, optimizer, x, 2)
-    assert rate(own) == pytest.approx(0.3 * RATE)
-    assert rate(depth) == pytest.approx(0.1 * RATE)
-
-
-def test_resuming_the_original_takes_its_copies_along() -> None:
-    _, model, x, depth = gated("pre-norm", schedule=sd.linear_warmup(10))
-    for _ in range(5):
-        depth.step()
-    state = depth.state_dict()
-
-    _, model, x, depth = gated("pre-norm", schedule=sd.linear_warmup(10))
-    average = AveragedModel(model)
-    depth.load_state_dict(state)
-    assert rate(depth) == pytest.approx(0.5 * RATE)
-    assert rate(sd.get_stochastic_depth(average)) == rate(depth)
-    assert torch.equal(average.eval()(x), model.eval()(x))
-
-
-def test_resuming_a_copy_leaves_the_original_alone() -> None:
-    _, model, _, depth = gated("pre-norm", schedule=sd.linear_warmup(10))
-    own = sd.get_stochastic_depth(copy.deepcopy(model))
-    depth.step()
-    state = depth.state_dict()
-    depth.step()
-    own.load_state_dict(state)
-    assert rate(depth) == pytest.approx(0.2 * RATE)
-    assert rate(own) == pytest.approx(0.1 * RATE)
-
-
-def rate(depth: sd.StochasticDepth) -> float:
-    return depth.blocks[-1].drop_rate
 
 
 # What sets the gates by hand.

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import (
 import stochastic_depth as sd
 from networks import assert_same, batch, make
 from optimizer_cases import cases
-from processes import launch
+from processes import results_of
 from twins import TWINS, of_blocks
 
 oldest = pytest.mark.oldest
@@ -189,9 +189,7 @@ def test_an_average_is_that_by_hand(kind: str) -> None:
     torch.testing.assert_close(average.eval()(x), plain.eval()(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def results(asked_for: list[str], tmp_path_factory: pytest.TempPathFactory) -> object:
-    return launch("optimizer_cases.py", 2, tmp_path_factory.mktemp("ranks"), asked_for)
+results = results_of("optimizer_cases.py", 2)
 
 
 @pytest.mark.parametrize("case", cases())

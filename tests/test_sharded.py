@@ -5,18 +5,12 @@ Real processes over gloo. What is not shown here is refused by name.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from fsdp_cases import cases
-from processes import launch
+from processes import results_of
 
-
-@pytest.fixture(scope="module")
-def results(asked_for: list[str], tmp_path_factory: pytest.TempPathFactory) -> object:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    return launch("fsdp_cases.py", 2, folder, asked_for)
+results = results_of("fsdp_cases.py", 2)
 
 
 @pytest.mark.parametrize("case", cases(2))
