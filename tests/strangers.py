@@ -184,21 +184,6 @@ class Matryoshka(nn.Module):
         return self.layers(self.stem(x))
 
 
-class SharedLayer(nn.Module):
-    """One layer, called six times (as in ALBERT)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Linear(4, 8)
-        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for _ in range(6):
-            x = self.layer(x)
-        return x
-
-
 class Local(nn.Module):
     def __init__(self) -> None:
         super().__init__()

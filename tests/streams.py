@@ -146,17 +146,6 @@ class GraphLayer(nn.Module):
         return nodes + self.update(gathered)
 
 
-class GraphNetwork(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(GraphLayer() for _ in range(6))
-
-    def forward(self, nodes: Tensor, edges: Tensor) -> Tensor:
-        for layer in self.layers:
-            nodes = layer(nodes, edges)
-        return nodes
-
-
 class TimedBlock(nn.Module):
     """As in a diffusion model's U-net: the time is added in the middle of the branch."""
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import stochastic_depth as sd
-from networks import gated, make, sgd, train
+from networks import gated, make, residuals, settled, sgd, train, vectors
 from test_copies import COPIES
 from twins import of_blocks, resnet
 
@@ -103,7 +103,8 @@ def test_a_copy_that_is_saved_beside_its_original_keeps_to_its_clock() -> None:
 
 def test_a_long_chain_of_copies_goes_on() -> None:
     """A population, a federated loop: each a copy of the last, with the clock of the first."""
-    model, x, depth = gated("resnet")
+    model, x = settled(lambda: residuals(6)), vectors(1, 8)
+    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=x)
     first, generations = model, []
     for _ in range(1100):
         model = copy.deepcopy(model)

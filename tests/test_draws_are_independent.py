@@ -26,9 +26,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import stochastic_depth as sd
-import strangers
 from networks import (
     NETWORKS,
+    WIDTH,
     Residual,
     Shared,
     TwoBranches,
@@ -200,32 +200,8 @@ def test_a_rate_of_zero_never_drops_and_a_high_one_rarely_keeps() -> None:
 
 # A pure function: of nothing else.
 
-PROGRAM = """
-import json, sys, torch
-from networks import nested, residuals, sequences, settled
-import stochastic_depth as sd
-torch.manual_seed(int(sys.argv[1]))
-model = settled(nested).train()
-depth = sd.apply_stochastic_depth(model, 0.5, example_inputs=sequences(), draw=sd.Draw(seed=3))
-seen = []
-for step in range(4):
-    for call in range(3):
-        model(sequences())
-        seen.append(depth.last_gates)
-    depth.step()
-print(json.dumps(seen))
-"""
 
-
-def test_a_new_process_draws_the_same() -> None:
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    told = subprocess.run(
-        [sys.executable, "-c", PROGRAM, "7"],
-        check=True,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "1"},
-    ).stdout
+def of_nested_blocks() -> list[Gates]:
     model = settled(nested).train()
     depth = sd.apply_stochastic_depth(model, 0.5, example_inputs=sequences(), draw=sd.Draw(seed=3))
     seen = []
@@ -234,6 +210,27 @@ def test_a_new_process_draws_the_same() -> None:
             model(sequences())
             seen.append(depth.last_gates)
         depth.step()
+    return seen
+
+
+PROGRAM = """
+import json, torch
+from test_draws_are_independent import of_nested_blocks
+torch.manual_seed(7)
+print(json.dumps(of_nested_blocks()))
+"""
+
+
+def test_a_new_process_draws_the_same() -> None:
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    told = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "1"},
+    ).stdout
+    seen = of_nested_blocks()
     assert json.loads(told) == seen
     assert len({tuple(gates.values()) for gates in seen}) > 6
 
@@ -375,8 +372,8 @@ def test_a_shared_layer_draws_at_each_of_its_calls() -> None:
 
 
 def test_a_shared_layer_of_torchs_own_draws_at_every_call() -> None:
-    torch.manual_seed(0)
-    model, x = strangers.SharedLayer(), torch.randn(2, 5, 4)
+    model, x = settled(Shared), sequences()
+    model.layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0, batch_first=True)
     depth = sd.apply_stochastic_depth(
         model, 0.2, "uniform", example_inputs=x, draw=sd.Draw(seed=1), scale="train"
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -127,6 +127,7 @@ def test_every_model_folds_or_says_early_that_it_cannot(specimen: Specimen, unit
 
 
 @oldest
+@settings(max_examples=30)
 @given(st.lists(st.floats(0, 0.99), min_size=6, max_size=6))
 def test_any_rates_fold(rates: list[float]) -> None:
     model, x = make("resnet")

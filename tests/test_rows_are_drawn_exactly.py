@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import stochastic_depth as sd
+from layers import Layers
 from networks import WIDTH, Residual, make, settled, vectors
 from stochastic_depth.rows import Counts, kept_count
 
@@ -218,36 +219,23 @@ class Masked(nn.Module):
         return x + (y if mask is None else y * mask)
 
 
-class Holder(nn.Module):
-    """Six blocks, and what they are called with."""
-
-    def __init__(self, kind: type[nn.Module]) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(kind() for _ in range(6))
-
-    def forward(self, x: Tensor, *more: Tensor | None) -> Tensor:
-        for block in self.blocks:
-            x = block(x, *more)
-        return x
-
-
 def test_rows_that_depend_on_each_other_are_refused_by_name() -> None:
-    model = Holder(Mixing)
-    with pytest.raises(sd.RefusedBlockError, match=r'"blocks\.0".*rows depend on each other'):
+    model = Layers(Mixing)
+    with pytest.raises(sd.RefusedBlockError, match=r'"layers\.0".*rows depend on each other'):
         gate(model)
-    assert type(model.blocks[0]) is Mixing
+    assert type(model.layers[0]) is Mixing
 
 
 def test_weights_that_overflow_are_refused_for_what_they_are() -> None:
-    model = Holder(Residual)
+    model = Layers(Residual)
     with torch.no_grad():
-        model.get_submodule("blocks.0.linear").get_parameter("weight").fill_(torch.inf)
+        model.get_submodule("layers.0.linear").get_parameter("weight").fill_(torch.inf)
     with pytest.raises(sd.RefusedBlockError, match="with these weights it computes inf or NaN"):
         gate(model)
 
 
 def test_arguments_that_the_example_lacked_are_refused() -> None:
-    model = Holder(Masked)
+    model = Layers(Masked)
     depth = gate(model)
     x, mask = torch.randn(4, WIDTH), torch.ones(4, 1)
     model(x)
@@ -262,14 +250,14 @@ def test_a_mask_may_be_left_out_that_the_example_had() -> None:
     x, mask = vectors(4, WIDTH), torch.ones(4, 1)
     outputs = []
     for example, called in (((x, mask), (x, None)), ((x,), (x,))):
-        model = settled(lambda: Holder(Masked))
+        model = settled(lambda: Layers(Masked))
         gate(model, example_inputs=example)
         outputs.append(model(*called))
     assert torch.equal(*outputs)
 
 
 def test_a_mask_of_one_row_holds_for_all() -> None:
-    model = Holder(Masked)
+    model = Layers(Masked)
     depth = gate(model, 0.5, example_inputs=(torch.randn(2, WIDTH), torch.ones(2, 1)))
     twin = copy.deepcopy(model)
     x, mask = torch.randn(8, WIDTH), torch.rand(1, WIDTH)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import stochastic_depth as sd
-from layers import SUMS, Sum, Summed
+from spellings import SUMS, Sum, Summed
 
 pytestmark = pytest.mark.oldest
 

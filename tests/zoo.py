@@ -11,6 +11,7 @@ from torch import nn
 
 import layers
 import networks
+import spellings
 import strangers
 import streams
 from libraries import LIBRARIES
@@ -109,7 +110,7 @@ NETWORKS = [
     _small("masked", strangers.MaskedNet, (2, 5, 4), "out", unfoldable="itself computed"),
     _small(
         "graph",
-        streams.GraphNetwork,
+        lambda: layers.Layers(streams.GraphLayer),
         lambda: (vectors(7, WIDTH), torch.tensor([[0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6]])),
         "update",
         rowless="out of bounds",
@@ -162,30 +163,30 @@ NETWORKS = [
 
 ODD_BLOCKS = [
     *(
-        _odd(f"form: {name}", partial(layers.Formed, form), "linear", masks="there" not in name)
-        for name, form in layers.RETURNS_ITS_INPUT.items()
+        _odd(f"form: {name}", partial(spellings.Formed, form), "linear", masks="there" not in name)
+        for name, form in spellings.RETURNS_ITS_INPUT.items()
     ),
     *(
         _odd(
             f"form: {name}",
-            partial(layers.Formed, form),
+            partial(spellings.Formed, form),
             "linear",
             whole=(),
             masks=name != "turned",
             rowless="its rows depend on each other" if name == "rolled" else "",
         )
-        for name, form in layers.DOES_MORE.items()
+        for name, form in spellings.DOES_MORE.items()
     ),
     *(
         _odd(
             f"sum: {name}",
-            partial(layers.Summed, add),
+            partial(spellings.Summed, add),
             (("attn",), ("ffn",)),
             whole=whole,
             units=("branch",),
-            unfoldable=layers.UNFOLDABLE_SUMS.get(name, ""),
+            unfoldable=spellings.UNFOLDABLE_SUMS.get(name, ""),
         )
-        for sums, whole in ((layers.SUMS, ("*",)), (layers.SUMS_WITH_A_FACTOR, ()))
+        for sums, whole in ((spellings.SUMS, ("*",)), (spellings.SUMS_WITH_A_FACTOR, ()))
         for name, add in sums.items()
     ),
     *(
