@@ -205,3 +205,12 @@ def wav2vec2(**options: Any) -> Any:
         **{"apply_spec_augment": False, **options},
     )
     return transformers.Wav2Vec2Model(config)
+
+
+def bart(**layerdrop: float) -> Any:
+    """A small one, whose encoder and decoder have a layerdrop each."""
+    transformers = pytest.importorskip("transformers")
+    layers = {"layers": 3, "attention_heads": 2, "ffn_dim": 16}
+    sizes = {f"{end}_{what}": n for end in ("encoder", "decoder") for what, n in layers.items()}
+    sizes |= {"vocab_size": 99, "d_model": 16, "max_position_embeddings": 32}
+    return transformers.BartModel(transformers.BartConfig(**sizes, **layerdrop))

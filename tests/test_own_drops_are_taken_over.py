@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import stochastic_depth as sd
 from comparing import rates
 from layers import DropPath, Dropped
-from libraries import wav2vec2
+from libraries import bart, wav2vec2
 from networks import WIDTH, Residual, vectors
 
 oldest = pytest.mark.oldest
@@ -47,15 +47,6 @@ def of_torchvision(name: str, mode: str = "row") -> nn.Module:
     return model
 
 
-def bart() -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    sizes = {f"{end}_{what}": n for end in ("encoder", "decoder") for what, n in BART.items()}
-    options = {"vocab_size": 99, "d_model": 16, "max_position_embeddings": 32}
-    rates = {"encoder_layerdrop": 0.1, "decoder_layerdrop": 0.2}
-    return transformers.BartModel(transformers.BartConfig(**options, **sizes, **rates))
-
-
-BART = {"layers": 3, "attention_heads": 2, "ffn_dim": 16}
 SMALL = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32}
 
 
@@ -103,7 +94,7 @@ LIBRARIES: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, float]]] = {
         for stable in (False, True)
     },
     "bart": (
-        bart,
+        lambda: bart(encoder_layerdrop=0.1, decoder_layerdrop=0.2),
         {"input_ids": torch.arange(14).view(2, 7)},
         {**numbered("encoder.layers.{}", [0.1] * 3), **numbered("decoder.layers.{}", [0.2] * 3)},
     ),
