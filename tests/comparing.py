@@ -22,14 +22,19 @@ every_model = pytest.mark.parametrize(
     "specimen",
     [pytest.param(s, marks=oldest if s.is_small else (), id=s.name) for s in SPECIMENS],
 )
-every_model_and_unit = pytest.mark.parametrize(
-    ("specimen", "unit"),
-    [
+
+
+def _with_units(*, both: bool) -> pytest.MarkDecorator:
+    """Large models in every unit, small ones as well, or in the finest."""
+    cells = [
         pytest.param(s, unit, marks=oldest if s.is_small else (), id=f"{s.name}-{unit}")
         for s in SPECIMENS
-        for unit in s.units
-    ],
-)
+        for unit in (s.units if both or not s.is_small else s.units[-1:])
+    ]
+    return pytest.mark.parametrize(("specimen", "unit"), cells)
+
+
+every_model_and_unit, every_model_and_a_unit = _with_units(both=True), _with_units(both=False)
 every_network = pytest.mark.parametrize("specimen", NETWORKS, ids=lambda s: s.name)
 every_small_one = pytest.mark.parametrize(
     "specimen", [*NETWORKS, *ODD_BLOCKS], ids=lambda s: s.name

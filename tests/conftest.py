@@ -19,8 +19,8 @@ from hypothesis import settings
 
 torch.set_num_threads(1)
 
-# Of the tables of these files `make test` runs every fifth case, and every small specimen of the
-# zoo; `make check` runs all.
+# Of the tables of these files `make test` runs every fifth case, and of the zoo every small network
+# and every fifth odd block; `make check` runs all.
 LONG_TABLES = """
     activation_checkpointing
     any_pattern_is_exact
@@ -83,15 +83,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    met: Counter[tuple[str, str]] = Counter()
+    met: Counter[tuple[str, str, str]] = Counter()
     for item in items:
         values = item.callspec.params if hasattr(item, "callspec") else {}
-        is_small = getattr(values.get("specimen"), "is_small", False)
-        of_long_table = item.path.stem.removeprefix("test_") in LONG_TABLES and not is_small
+        size = getattr(values.get("specimen"), "size", "large")
+        is_long = item.path.stem.removeprefix("test_") in LONG_TABLES and size != "small"
         if any(name in item.nodeid for name in THOROUGH):
             item.add_marker("thorough")
-        elif of_long_table and isinstance(item, pytest.Function):
-            table = item.path.stem, item.originalname
+        elif (is_long or size == "odd") and isinstance(item, pytest.Function):
+            table = item.path.stem, item.originalname, size
             if met[table] % STEP:
                 item.add_marker("thorough")
             met[table] += 1

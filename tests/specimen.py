@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -33,7 +33,12 @@ class Specimen:
     masks: bool = True  # whether rows that are dropped equal rows of masks, on the first dimension
     units: tuple[str, ...] = ("block", "branch")  # what may draw on its own
     rounding: float = 0.0  # part of the largest value, where a sum is taken in another order
-    is_small: bool = False  # of torch alone
+    # Small networks are of torch alone; odd ones are stacks of one block.
+    size: Literal["large", "small", "odd"] = "large"
+
+    @property
+    def is_small(self) -> bool:
+        return self.size != "large"
 
     @property
     def gated_blocks(self) -> list[str] | None:

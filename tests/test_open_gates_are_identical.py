@@ -14,14 +14,14 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import stochastic_depth as sd
-from comparing import assert_identical_gradients, every_model, every_model_and_unit, run
+from comparing import assert_identical_gradients, every_model, every_model_and_a_unit, run
 from networks import WIDTH, make, residuals, vectors
 from specimen import Specimen
 
 pytestmark = pytest.mark.filterwarnings("ignore::stochastic_depth.StochasticDepthWarning")
 
 
-@every_model_and_unit
+@every_model_and_a_unit
 def test_outputs_gradients_and_buffers(specimen: Specimen, unit: Any) -> None:
     plain = specimen.model(dropout=0.1)
     gated = copy.deepcopy(plain)
@@ -105,7 +105,8 @@ def test_apply_and_remove_leave_no_trace(specimen: Specimen) -> None:
         assert isinstance(module, original)
         assert (kind.__name__, kind.__qualname__) == (original.__name__, original.__qualname__)
         assert (kind.__module__, kind.__doc__) == (original.__module__, original.__doc__)
-        assert kind.forward is original.forward
+        if not specimen.name.startswith("transformers"):  # which wraps it in every subclass
+            assert kind.forward is original.forward
     assert changed or specimen.name == "explicit"
 
     assert depth.remove() is model

@@ -30,14 +30,14 @@ def _small(
     if isinstance(ends, str):
         ends = ((ends,),)
     blocks = len(ends) if isinstance(ends, dict) else 6
-    more = {"blocks": blocks, "whole": ("*",), **more}
-    return Specimen(name, lambda dropout: build(), example, ends=ends, is_small=True, **more)
+    more = {"blocks": blocks, "whole": ("*",), "size": "small", **more}
+    return Specimen(name, lambda dropout: build(), example, ends=ends, **more)
 
 
 def _odd(name: str, kind: Callable[[], nn.Module], ends: Any, **more: Any) -> Specimen:
     """Three such blocks behind a stem; a branch draws on its own where that is said."""
     blocks = len(ends) if isinstance(ends, dict) else 3
-    more = {"blocks": blocks, "units": ("block",), **more}
+    more = {"blocks": blocks, "units": ("block",), "size": "odd", **more}
     shape = (6, 6, 3) if name.startswith("form") else (4, 3)
     return _small(name, lambda: layers.Stack(kind, 3), shape, ends, **more)
 
