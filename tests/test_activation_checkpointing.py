@@ -6,7 +6,7 @@ import copy
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -364,3 +364,27 @@ def test_blocks_checkpointed_in_eval_mode(reentrant: bool, forced: bool) -> None
         loss.backward()
         found.append([p.grad for p in network.parameters()])
     assert same(*found)
+
+
+@pytest.mark.parametrize("forced", ["forward", "backward"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_forced_on_one_side_only(forced: str, reentrant: bool) -> None:
+    """What the forward did is done again, whatever is forced while it is recomputed."""
+
+    def run(walk: Callable[[Network, Tensor], Tensor]) -> list[Tensor | None]:
+        torch.manual_seed(0)
+        network = Network(walk).train()
+        for layer in network.layers:
+            cast(Layer, layer).dropout.p = 0.0
+        depth = sd.apply_stochastic_depth(network, 0.5, example_inputs=torch.randn(2, 4))
+        gates = {block.name: number % 3 > 0 for number, block in enumerate(depth.blocks)}
+        with depth.fixed(gates) if forced == "forward" else nullcontext():
+            loss = network(vectors(5, 4).requires_grad_()).square().sum()
+        with depth.fixed(gates) if forced == "backward" else nullcontext():
+            loss.backward()
+        return [None if p.grad is None else p.grad.clone() for p in network.parameters()]
+
+    expected = run(plainly)
+    assert any(g is None for g in expected)
+    for walk in SHAPES.values():
+        assert same(run(walk(reentrant)), expected)

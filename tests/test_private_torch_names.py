@@ -96,6 +96,13 @@ def test_fake_tensors_know_shapes() -> None:
     assert not norm.running_mean.any()
 
 
+def test_autocast_is_seen_for_any_device() -> None:
+    assert not tracing.autocasts()
+    for kind in ("cpu", "cuda"):
+        with torch.autocast(kind, enabled=kind == "cpu" or torch.cuda.is_available()):
+            assert tracing.autocasts() is torch.is_autocast_enabled(kind)
+
+
 def test_user_modes_do_not_see_what_is_hidden_from_them() -> None:
     class Mode(tracing.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]

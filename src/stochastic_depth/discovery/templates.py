@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.torch_private import trees
+from stochastic_depth.torch_private.tracing import autocasts
 from stochastic_depth.torch_private.trees import PLAIN_VALUES, tree_flatten, tree_leaves
 
 Place = int | str  # where an argument stands in a call: its position or its keyword
@@ -158,7 +159,8 @@ def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ..
     """What the shapes of a module's output may depend on, hashable."""
     x = args[0] if len(args) == 1 and not kwargs else None
     if isinstance(x, Tensor) and x.layout == torch.strided:  # the short way, for most
-        return x.shape, x.stride(), x.dtype, x.device, _autocast(x.device.type)
+        autocast = _autocast(x.device.type) if autocasts() else None
+        return x.shape, x.stride(), x.dtype, x.device, autocast
     leaves = tree_leaves((args, kwargs))
     kinds = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
     described = map(_describe_leaf, leaves)

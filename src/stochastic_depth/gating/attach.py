@@ -17,6 +17,7 @@ from stochastic_depth.gating.gate import Gate, KnownCalls, Role, gate_of
 from stochastic_depth.gating.ranks import ALONE
 from stochastic_depth.gating.swap import swap_in, swap_out
 from stochastic_depth.plan import Plan
+from stochastic_depth.torch_private.backward import HOOKS_CAN_BE_READ
 from stochastic_depth.torch_private.tracing import is_wrapper
 
 
@@ -97,7 +98,8 @@ def _settle(model: nn.Module, gate: Gate, members: Sequence[Gate]) -> None:
     hands_on = gate.whole is not None and gate.whole.is_leaf and gate.whole.leaves == (Given(0),)
     gate.returns_first = hands_on and not gate.returns_copy
     gate.is_fast = (
-        plan.mode == "batch"
+        HOOKS_CAN_BE_READ
+        and plan.mode == "batch"
         and plan.draw.redraw == "forward"
         and gate.simple_ends
         and not gate.roles

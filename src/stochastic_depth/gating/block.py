@@ -19,7 +19,14 @@ from stochastic_depth.errors import SetupError, warn
 from stochastic_depth.gating.branch import Passage
 from stochastic_depth.gating.compiled import Compiled, let_rows_vary, run_compiled
 from stochastic_depth.gating.gate import KEY, Gate, ModuleCall, changed, running
-from stochastic_depth.gating.ranks import ALONE, Setup, may_run_alone, refuse, refuse_talk, setup_of
+from stochastic_depth.gating.ranks import (
+    ALONE,
+    Setup,
+    refuse,
+    refuse_talk,
+    setup_of,
+    states_under_ddp,
+)
 from stochastic_depth.gating.recomputation import remembered
 from stochastic_depth.gating.stand_in import around, library_hooks, show
 from stochastic_depth.plan import Row
@@ -58,16 +65,18 @@ def call_block(call: ModuleCall) -> Any:
         return running.trial(call)
     if is_traced_by_fx() and not _is_exporting():
         raise _no_trace(gate, "torch.fx")
-    decision = remembered(
+    decision: Any = remembered(
         gate,
         lambda: decide(gate, module, lambda: gate.batch.size(call.args, call.kwargs), module),
         is_certain=not module.training,
     )
+    if isinstance(decision, Row):  # of a forward that went the fast way
+        return run_drawn(call, decision)
     return carry_out(call, decision)
 
 
 def run_drawn(call: ModuleCall, row: Row) -> Any:
-    """Call a block's module as this row of mode "batch" says: not under a checkpoint."""
+    """Call a block's module as this row of mode "batch" says."""
     gate = call.gate
     setup = ALONE
     if is_running():
@@ -91,8 +100,8 @@ def begin(gate: Gate, module: nn.Module, number: int) -> Row:
     plan = gate.plan
     row = plan.row_for(number)
     if is_running():  # those that look closer do not go the fast way
-        alone = may_run_alone(plan)
-        plan.row = row = row._replace(states=[(runs and alone) or None for runs in row.states])
+        setup_of(plan, gate, module)
+        plan.row = row = row._replace(states=states_under_ddp(plan, row.states))
     if plan.needs_steps and not plan.clock.expect_steps(gate.name, module):
         plan.row = row._replace(number=-1)  # the next gate comes here, too
     return row
@@ -173,7 +182,7 @@ def _run(call: ModuleCall, decision: Decision) -> Any:
     if factors is not None and not gate.simple_ends:
         return run_in_part(call, decision)
     check_parts(gate, call.module)
-    running.blocks.append((gate, factors, None, torch.is_grad_enabled()))
+    running.blocks.append((gate, factors, None, torch.is_grad_enabled(), None))
     try:
         if gate.plan.graphs or running.compiler is not None or is_compiled(call.module):
             return run_compiled(call, factors)
@@ -209,7 +218,8 @@ def run_in_part(call: ModuleCall, decision: Decision) -> Any:
             "example: where it is dropped its branches are computed all the same, and thrown away. "
             "Pass the example that you train with, as example_inputs and example_kwargs",
         )
-    running.blocks.append((gate, None, Passage(gate, decision), torch.is_grad_enabled()))
+    passage = Passage(gate, decision)
+    running.blocks.append((gate, None, passage, torch.is_grad_enabled(), None))
     try:
         if not is_compiled(module) or isinstance(module._compiled_call_impl, Compiled):
             return call()
@@ -226,7 +236,7 @@ def _skip_value(call: ModuleCall, setup: Setup) -> Any:
     value = gate.whole.build(args, kwargs, positional=gate.known.positional)
     if gate.returns_copy:
         value = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
-    value = setup.skipped(value, module)
+    value = setup.skipped(value, gate, module)
     show(library_hooks(module), module, args, kwargs, value)
     return value
 

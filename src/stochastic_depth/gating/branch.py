@@ -50,7 +50,7 @@ def call_branch_module(call: ModuleCall) -> Any:
     gate = call.gate
     if running.open_all:
         return _call(call)
-    for owner, factors, passage, _ in reversed(running.blocks):
+    for owner, factors, passage, _, _ in reversed(running.blocks):
         if owner not in gate.owners:
             continue
         role = gate.role if passage is None else passage.next_role(gate)
@@ -107,7 +107,7 @@ def _call_recomputed(call: ModuleCall, decision: Any, role: Role) -> Any:
     if not hasattr(decision, "kept"):  # the factors of branches that all ran
         return _multiplied(call, decision, role)
     passage = Passage(decision.gate, decision)
-    running.blocks.append((decision.gate, None, passage, torch.is_grad_enabled()))
+    running.blocks.append((decision.gate, None, passage, torch.is_grad_enabled(), None))
     try:
         out = _call_as(call, role, passage)
     finally:

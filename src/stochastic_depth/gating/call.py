@@ -14,12 +14,18 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from stochastic_depth.distributed import is_running
-from stochastic_depth.gating.block import begin, call_block, check_parts, run_drawn
+from stochastic_depth.gating.block import begin, call_block, carry_out, check_parts, run_drawn
 from stochastic_depth.gating.branch import call_branch_module, run_multiplied
 from stochastic_depth.gating.gate import KEY, Gate, ModuleCall, Original, running
-from stochastic_depth.gating.stand_in import stand_in
+from stochastic_depth.gating.recomputation import next_noted
+from stochastic_depth.gating.stand_in import stand_in_again
 from stochastic_depth.gating.traced import call_between_graphs, traced_call
-from stochastic_depth.torch_private.backward import backward_task, top_hooks
+from stochastic_depth.plan import Row
+from stochastic_depth.torch_private.backward import (
+    backward_task,
+    of_hooks,
+    top_hooks,
+)
 from stochastic_depth.torch_private.tracing import begins_no_graph, set_compiler
 
 _impl: Original = nn.Module._call_impl
@@ -38,7 +44,7 @@ def part_call(original: Original) -> Original:
         gate: Gate = self.__dict__[KEY]
         blocks = running.blocks
         if blocks and "_compiled_call_impl" not in self.__dict__:
-            owner, factors, passage, has_grad = blocks[-1]
+            owner, factors, passage, has_grad, seen = blocks[-1]
             if owner is gate.owner:
                 if passage is None and (factors is None or not gate.role.ends):
                     return run(self, *args, **kwargs)
@@ -48,7 +54,7 @@ def part_call(original: Original) -> Original:
                         call = ModuleCall(gate, self, run, args, kwargs)
                         return run_multiplied(call, gate.role, factors)
                     if passage is owner.closed:
-                        return stand_in(gate, self, args, kwargs, gate.role)
+                        return stand_in_again(gate, self, args, kwargs, seen)
         if "torch._dynamo" in modules and (compiler := set_compiler(None)) is not None:
             set_compiler(compiler)
             return call_between_graphs(self, original, args, kwargs)
@@ -71,20 +77,31 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
         own = self.__dict__
         gate: Gate = own[KEY]
         plan = gate.plan
-        if not gate.is_fast or plan.forcing or plan.graphs or top_hooks(False) is not None:  # noqa: FBT003
+        hooks = top_hooks(False)  # noqa: FBT003
+        if not gate.is_fast or plan.forcing or plan.graphs or (hooks is not None and is_running()):
             call = ModuleCall(gate, self, original, args, kwargs)
             return call_branch_module(call) if gate.roles else call_block(call)
-        passage = None
-        if self.training and _grad_is_enabled() and backward_task() == -1:
-            step = plan.clock.step
-            if gate.step == step:
-                number = gate.calls
-                gate.calls = number + 1
+        passage = recomputed = None
+        logs: Any = ()
+        if hooks is not None:
+            logs, recomputed = of_hooks(hooks)
+        if self.training and _grad_is_enabled() and (recomputed or backward_task() == -1):
+            if recomputed:
+                row = next_noted(gate, recomputed)
             else:
-                gate.step, gate.calls, number = step, 1, 0
-            row = plan.row
-            if row.number != number or row.step != step:
-                row = begin(gate, self, number)
+                step = plan.clock.step
+                if gate.step == step:
+                    number = gate.calls
+                    gate.calls = number + 1
+                else:
+                    gate.step, gate.calls, number = step, 1, 0
+                row = plan.row
+                if row.number != number or row.step != step:
+                    row = begin(gate, self, number)
+            for log in logs:
+                log.setdefault(gate, []).append(row)
+            if not isinstance(row, Row):  # recomputed, of a forward that went the slow way
+                return carry_out(ModuleCall(gate, self, original, args, kwargs), row)
             runs = row.states[gate.index]
             known = gate.known
             is_one = known.with_one and len(args) == 1 and not kwargs
@@ -103,6 +120,7 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
             or nn.Module.__call__ is not _plain_call
             or "_compiled_call_impl" in own
             or is_running()
+            or hooks is not None
             or backward_task() != -1  # a checkpoint, whose forward may have been forced
         ):
             return call_block(ModuleCall(gate, self, original, args, kwargs))
@@ -117,7 +135,8 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
         except (KeyError, AttributeError):  # replaced; or wrapped (for a checkpoint, say)
             check_parts(gate, self)
         blocks = running.blocks
-        blocks.append((gate, factors, passage, _grad_is_enabled()))
+        seen = None if passage is None else [None, None]
+        blocks.append((gate, factors, passage, _grad_is_enabled(), seen))
         try:
             return run(self, *args, **kwargs)
         finally:

@@ -45,7 +45,7 @@ class Compiled:
         return call(nn.Module._call_impl, self.module, *args, **kwargs)
 
     def _runs_in_part(self) -> bool:
-        return any(gate is self.gate and passage for gate, _, passage, _ in running.blocks)
+        return any(gate is self.gate and passage for gate, _, passage, _, _ in running.blocks)
 
 
 def compile_blocks(model: nn.Module, plan: Plan, options: Mapping[str, Any]) -> None:

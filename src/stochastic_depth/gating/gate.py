@@ -58,6 +58,7 @@ class Gate(Counted):
     role: Any = None  # a branch module's: its `Role` at every call, where it has one owner
     owner: Gate | None = None  # a branch module's: this one, where it is no block itself
     templates: dict[tuple[object, ...], Template] = field(default_factory=dict)
+    last: Any = (None, None)  # the last signature, and what stands in: `Made`, or None: the input
     warned: bool = False  # a block's: that dropping it saves nothing
     used_elsewhere: bool = False  # a branch module's: is called outside of its blocks, too
 
@@ -153,8 +154,9 @@ class Running(threading.local):
 
     def __init__(self) -> None:
         # Calls of blocks, outermost first: its gate, what its branches are multiplied by where all
-        # run, the passage where not all do, or on some rows, and whether it records a graph.
-        self.blocks: list[tuple[Gate, Any, Any, bool]] = []
+        # run, the passage where not all do, or on some rows, whether it records a graph, and the
+        # last argument that its modules were called with while none of its branches runs.
+        self.blocks: list[tuple[Gate, Any, Any, bool, Any]] = []
         self.open_all = False  # while the shapes of an output are looked up
         self.compiler: Any = None  # what torch.compile does with frames, while a gate decides
         self.trial: Any = None  # what is tried at each call of a block, before apply returns

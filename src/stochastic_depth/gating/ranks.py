@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,8 +25,8 @@ from stochastic_depth.plan import Counted, Plan
 from stochastic_depth.torch_private import processes
 from stochastic_depth.torch_private.trees import tree_map
 
-# Of a wrapper, which has to be made anew where parameters are replaced: those of its modules.
-_parameters: WeakKeyDictionary[nn.Module, dict[nn.Module, dict[Tensor, None]]] = WeakKeyDictionary()
+# Of a wrapper, which has to be made anew where parameters are replaced: those of gates and modules.
+_parameters: WeakKeyDictionary[nn.Module, dict[object, dict[Tensor, None]]] = WeakKeyDictionary()
 
 
 @dataclass(eq=False)
@@ -98,22 +99,25 @@ class Setup:
                     instead='use a larger batch or a lower rate, or mode="batch"',
                 )
 
-    def skip(self, module: nn.Module) -> None:
-        """Have the DistributedDataParallel whose forward this is not wait for these parameters."""
+    def skip(self, module: nn.Module, gate: Counted | None = None) -> None:
+        """Have the DistributedDataParallel whose forward this is not wait for these parameters.
+
+        Where they are all that a gate skips they are noted for it.
+        """
         wrapper = processes.inside_ddp() if self is not ALONE else None
         if wrapper is not None and isinstance(forward := _taken_by(wrapper), Forward):
-            known = _parameters.setdefault(wrapper, {})
-            if module not in known:
-                known[module] = dict.fromkeys(module.parameters())
-            forward.skipped.update(known[module])
+            known, key = _parameters.setdefault(wrapper, {}), gate or module
+            if key not in known:
+                known[key] = dict.fromkeys(module.parameters())
+            forward.skipped.update(known[key])
 
-    def skipped(self, value: Any, module: nn.Module) -> Any:
+    def skipped(self, value: Any, gate: Counted, module: nn.Module) -> Any:
         """What a block hands on that is not called.
 
         A unit of `fully_shard` casts its inputs and outputs. Where the unit lies around the block,
         its hooks want no view of its own input for an output.
         """
-        self.skip(module)
+        self.skip(module, gate)
         if not self.sharded:
             return value
         is_unit = processes.is_fully_sharded_unit(module)
@@ -164,16 +168,27 @@ def setup_of(plan: Plan, gate: Counted, module: nn.Module) -> Setup:
     return setup
 
 
-def may_run_alone(plan: Plan) -> bool:
-    """Whether blocks that run need nothing of this module: under a wrapper, where all draw alike.
+def states_under_ddp(plan: Plan, states: Sequence[bool | None]) -> list[bool | None]:
+    """Of each gate what it may do without a look at its module, where all ranks draw alike.
 
-    Their setups are known then, and a wrapper's module is taken apart no more.
+    A block that runs needs nothing then. One whose parameters are known from when it was skipped
+    before has them hung on the output already here, with those of all others: where it runs in
+    another call of this forward, its gradients come all the same.
     """
-    differ = plan.ranks_differ or plan.ranks_differed or plan.talks
-    if differ or processes.inside_ddp() is None:
-        return False
+    wrapper = processes.inside_ddp()
     setups = [plan.setups.get(gate.name) for gate in plan.gates]
-    return all(setup is not None and not setup.in_parts for setup in setups)
+    differ = plan.ranks_differ or plan.ranks_differed or plan.talks
+    if wrapper is None or differ or any(setup is None or setup.in_parts for setup in setups):
+        return [None] * len(states)
+    known, forward = _parameters.get(wrapper, {}), _taken_by(wrapper)
+    assert isinstance(forward, Forward)
+    found = list(states)
+    for number, (runs, gate) in enumerate(zip(states, plan.gates, strict=True)):
+        if runs is False and gate in known:
+            forward.skipped.update(known[gate])
+        elif not runs:
+            found[number] = None
+    return found
 
 
 def _settled(plan: Plan, gate: Counted, module: nn.Module, key: object) -> Setup:

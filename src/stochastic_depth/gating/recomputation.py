@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from stochastic_depth.errors import RecomputationError
-from stochastic_depth.torch_private.backward import checkpoints
+from stochastic_depth.torch_private.backward import Cursor, Log, checkpoints
 
 T = TypeVar("T")
 
@@ -30,20 +30,29 @@ def remembered(gate: Any, make: Callable[[], T], *, is_certain: bool = False) ->
     if recomputed is None or (is_certain and gate not in recomputed[0]):
         value = make()
     else:
-        log, cursor = recomputed
-        position, decided = cursor.get(gate, 0), log.get(gate, [])
-        if position >= len(decided):
-            raise RecomputationError(
-                f"{gate.name} is called in a recomputation more often ({position + 1}) than in the "
-                f"forward that is recomputed ({len(decided)})",
-                expected="a recomputation that repeats its forward",
-                instead="look for control flow in the checkpointed function that depends on state",
-            )
-        cursor[gate] = position + 1
-        value = decided[position]
+        value = next_noted(gate, recomputed)
     for log in logs:
         log.setdefault(gate, []).append(value)
     return value
+
+
+def next_noted(gate: Any, recomputed: tuple[Log, Cursor]) -> Any:
+    """What the recomputed forward noted at this call of a gate.
+
+    Raises:
+        RecomputationError: It noted less calls.
+    """
+    log, cursor = recomputed
+    position, decided = cursor.get(gate, 0), log.get(gate, ())
+    if position >= len(decided):
+        raise RecomputationError(
+            f"{gate.name} is called in a recomputation more often ({position + 1}) than in the "
+            f"forward that is recomputed ({len(decided)})",
+            expected="a recomputation that repeats its forward",
+            instead="look for control flow in the checkpointed function that depends on state",
+        )
+    cursor[gate] = position + 1
+    return decided[position]
 
 
 def recalled(gate: Any) -> tuple[bool, Any | None]:

@@ -28,6 +28,8 @@ _checkpoint_wrapped_module
 set_eval_frame,                 what a user compiles goes on beneath  import fails: no support
 skip_code, _torchdynamo_        a gate, which no graph holds
 disable
+_is_any_autocast_enabled        "which dtype has the next output?",   import fails: no support
+                                in one call
 _get_is_fx_tracing              "does torch.fx trace this thread?"    inference raises while
                                                                       another thread compiles
 maybe_mark_dynamic              one graph for all numbers of rows     the first two have a graph

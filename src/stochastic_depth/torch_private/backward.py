@@ -21,6 +21,7 @@ Log = dict[Any, list[Any]]
 Cursor = dict[Any, int]
 Checkpoints = tuple[tuple[Log, ...], tuple[Log, Cursor] | None]
 
+NO_CHECKPOINTS: Checkpoints = (), None
 _FOUND, _LOG = "_stochastic_depth_found", "_stochastic_depth"
 
 top_hooks: Callable[[bool], Any] = getattr(
@@ -47,7 +48,7 @@ def checkpoints() -> Checkpoints:
         The logs of those whose forward runs, innermost first; and the log of the innermost one that
         is recomputed, with the cursor of this recomputation.
     """
-    logs, recomputed = _of_hooks() if HOOKS_CAN_BE_READ else ((), None)
+    logs, recomputed = of_hooks(top_hooks(False)) if HOOKS_CAN_BE_READ else NO_CHECKPOINTS  # noqa: FBT003
     may_be_called = not HOOKS_CAN_BE_READ or backward_task() != -1 or not torch.is_grad_enabled()
     if recomputed is None and may_be_called:
         more, recomputed = _of_callers()
@@ -55,11 +56,13 @@ def checkpoints() -> Checkpoints:
     return logs, recomputed
 
 
-def _of_hooks() -> Checkpoints:
-    """Non-reentrant ones: forward and recomputation share a frame, which their pack hooks hold."""
-    top = top_hooks(False)  # noqa: FBT003
+def of_hooks(top: Any) -> Checkpoints:
+    """The non-reentrant ones among them, by the hooks on saved tensors that are in force.
+
+    Forward and recomputation share a frame, which their pack hooks hold.
+    """
     if top is None:
-        return (), None
+        return NO_CHECKPOINTS
     pack = getattr(top[0], "_torchdynamo_orig_callable", top[0])
     found: Checkpoints | None = getattr(pack, _FOUND, None)
     if found is not None:  # what lies below a checkpoint's own hooks stays there
@@ -75,7 +78,7 @@ def _of_hooks() -> Checkpoints:
     if found is None:  # only the top of the stack can be read: what is below, by lifting it off
         _autograd._pop_saved_tensors_default_hooks()
         try:
-            found = _of_hooks()
+            found = of_hooks(top_hooks(False))  # noqa: FBT003
         finally:
             _autograd._push_saved_tensors_default_hooks(*top)
         if own is None:

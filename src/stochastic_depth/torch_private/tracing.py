@@ -15,6 +15,9 @@ __all__ = ["TorchDispatchMode"]
 without_modes: Callable[[], Any] = _disable_current_modes
 """A context in which no dispatch mode of the user's sees the operations."""
 
+autocasts: Callable[[], bool] = torch._C._is_any_autocast_enabled
+"""Whether autocast is on for any kind of device."""
+
 _plain_call = nn.Module.__call__
 Call = TypeVar("Call", bound=Callable[..., Any])
 
