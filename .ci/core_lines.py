@@ -8,8 +8,8 @@ import ast
 import pathlib
 import sys
 
-MOST_LINES = 5_263
-MOST_FILES = 47
+MOST_LINES = 5_316
+MOST_FILES = 46
 CORE = pathlib.Path("src/stochastic_depth")
 
 

@@ -22,6 +22,7 @@ TIMM = {
     "cait cait": "cait_xxs24_224",
     "coat coat": "coat_lite_tiny",
     "convnext convnextv2": "convnextv2_atto",
+    "edgenext edgenext": "edgenext_xx_small",  # with branches inside of branches
     "efficientnet efficientnet": "efficientnet_lite0",
     "maxxvit maxvit": "maxvit_pico_rw_256",
     "mobilenetv3 mobilenetv3": "mobilenetv3_small_050",

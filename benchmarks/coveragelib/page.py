@@ -16,6 +16,7 @@ Written by `make coverage`; do not edit. The smallest model of each family (of t
 by the letters that names begin with), with random weights. *Found* are our branches, *expected*
 those that others have: for timm the calls of its own drop path that an addition follows, compared
 one by one and in order; else the residual additions that ran, counted in the source of the layers.
+A branch inside of another one is dropped with that, and set apart.
 *Exact*: with gates open, each block closed alone (of models with more than 100 million parameters
 three or four of them), and three random halves of the blocks closed,
 outputs and gradients equal those of the plain model whose branches' ends hooks force to zero

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from coveragelib.drop_path_calls import drop_path_calls
 from coveragelib.source_additions import source_additions
 from coveragelib.subjects import Subject
-from stochastic_depth.discovery.additions import Search
+from stochastic_depth.discovery.additions import Addition, Search
 from stochastic_depth.discovery.blocks import Discovery
 from stochastic_depth.discovery.recording import Call
 
@@ -66,11 +66,22 @@ def _beside_drop_paths(model: nn.Module, example: Tensor, found: Discovery) -> P
     affine |= {n for n, call in enumerate(recorded) if _is_affine_up_to(found, call)}
     additions = [a for b in found.blocks if not b.affine for a in found.sites[b.name][0].additions]
     ours = [drop_path_in(a) for a in sorted(additions, key=lambda a: a.node)]
-    theirs = [n for n, (_, added) in enumerate(calls) if added and n not in affine]
+    inside = _inside_of_branches(recorded, additions) - {*ours}  # one module may do both
+    theirs = [n for n, (_, added) in enumerate(calls) if added and n not in affine | inside]
     no_addition = sum(not added for _, added in calls)
-    parts = ((no_addition, "without an addition"), (len(affine - {None}), "affine"))
+    parts = (
+        (no_addition, "without an addition"),
+        (len(affine - {None}), "affine"),
+        (len(inside), "inside of another branch"),
+    )
     apart = ", ".join(f"{number} {what}" for number, what in parts if number)
     return Places(len(ours), len(theirs), ours == theirs, apart)
+
+
+def _inside_of_branches(recorded: list[Call], additions: list[Addition]) -> set[int]:
+    """The numbers of the calls that end a branch inside of another one, which goes with it."""
+    names = {name for addition in additions for name in addition.left_out}
+    return {number for number, call in enumerate(recorded) if call.module in names}
 
 
 def _is_affine_up_to(found: Discovery, call: Call) -> bool:
