@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -198,7 +199,10 @@ ODD_BLOCKS = [
     _odd("layer scale", layers.LayerScale, "linear", units=_BOTH),
     _odd("parallel", layers.Parallel, (("first", "second"),), units=_BOTH),
     _odd("interlaced", layers.Interlaced, "g", units=_BOTH),
-    _odd("moves behind", partial(layers.BehindMoves, 0.0), "conv", units=_BOTH),
+    replace(
+        _odd("moves behind", networks.Residual, "conv", units=_BOTH),
+        make=lambda dropout: layers.Stack(partial(layers.BehindMoves, dropout), 3),
+    ),
     *(
         _odd(
             f"ends in blocks: {kind.__name__}",
