@@ -9,8 +9,9 @@ ResNet-110 on two images of 8 pixels, on one thread, takes as long as Python and
 its operations do, so that a gate's time shows. Its twin leaves out by hand, before the clock
 starts, the blocks that the gated network drops in this step, and multiplies where the method
 itself must: with scale "train" a branch by 1 / (1 - p) in training, with scale "eval" by 1 - p in
-inference. The draws are real. The networks take turns step by step in one process. A figure is
-the median of paired differences or ratios, with a 95% interval from a bootstrap over the steps.
+inference. The draws are real. The networks take turns step by step in one process, in several
+rounds with new networks: where these lie in memory makes a difference as large as a gate. A figure
+is the median of paired differences or ratios, with a 95% interval from a bootstrap over the steps.
 
 The clock is that of the thread, which stands still while another program has the core. The unit is
 a call of `nn.Linear(4, 4)` on one row, timed in the same loop, which makes figures of different
@@ -62,21 +63,8 @@ def images() -> Tensor:
 def skipped_whole(steps: int) -> Lines:
     """A drawn gate of ResNet-110, on average and at its two states."""
     lines = {}
-    plain, x = CifarResNet(110), images()
     for scale, target in TARGETS.items():
-        pairs = {
-            name: Pair(plain, x, rate=rate, distribution=distribution, scale=scale)
-            for name, rate, distribution in (
-                (" half", 0.5, "linear"),
-                (" few", 0.2, "uniform"),
-                (" many", 0.8, "uniform"),
-            )
-        }
-        if scale == "train":
-            for pair in pairs.values():
-                factors = {name: 1 / (1 - p) for name, p in pair.rates.items()}
-                networks.scale_by_hand(pair.twin, factors)
-        found = contests(pairs, forward, steps)
+        found = contests(partial(_pairs, scale), forward, steps)
         is_open, closed = open_and_closed(found[" few"], found[" many"])
         lines[f'gate, scale "{scale}"'] = found[" half"].cost(target)
         lines[f'gate, scale "{scale}", open'] = Line(is_open, PER_GATE)
@@ -84,12 +72,31 @@ def skipped_whole(steps: int) -> Lines:
     return lines
 
 
+def _pairs(scale: Scale) -> dict[str, Pair]:
+    """Pairs of which about half, few and many blocks are dropped."""
+    plain, x = CifarResNet(110), images()
+    pairs = {
+        name: Pair(plain, x, rate=rate, distribution=distribution, scale=scale)
+        for name, rate, distribution in (
+            (" half", 0.5, "linear"),
+            (" few", 0.2, "uniform"),
+            (" many", 0.8, "uniform"),
+        )
+    }
+    if scale == "train":
+        for pair in pairs.values():
+            networks.scale_by_hand(pair.twin, {name: 1 / (1 - p) for name, p in pair.rates.items()})
+    return pairs
+
+
+def _resnets() -> Pair:
+    return Pair(CifarResNet(110), images())
+
+
 def whole_network(steps: int) -> Lines:
     """ResNet-110 as a whole."""
-    plain = CifarResNet(110)
-    pair = Pair(plain, images())
-    once = contest(pair, forward, steps, plain=plain)
-    twice = contest(pair, forward_and_backward, steps, plain=plain)
+    once = contest(_resnets, forward, steps, beside_plain=True)
+    twice = contest(_resnets, forward_and_backward, steps, beside_plain=True)
     return {
         "forward": once.ratio("twin", 1.04),
         "forward, to plain": once.ratio("plain", 0.77),
@@ -100,29 +107,39 @@ def whole_network(steps: int) -> Lines:
 
 def in_inference(steps: int) -> Lines:
     """ResNet-110 in eval mode, where each branch is multiplied."""
-    pair = Pair(CifarResNet(110), images())
-    networks.scale_by_hand(pair.twin, {name: 1 - p for name, p in pair.rates.items()})
-    pair.gated.eval()
-    pair.twin.eval()
-    return {'inference, scale "eval"': contest(pair, inference, steps).cost(3)}
+
+    def make() -> Pair:
+        pair = _resnets()
+        networks.scale_by_hand(pair.twin, {name: 1 - p for name, p in pair.rates.items()})
+        pair.gated.eval()
+        pair.twin.eval()
+        return pair
+
+    return {'inference, scale "eval"': contest(make, inference, steps).cost(3)}
 
 
 def at_branches(steps: int) -> Lines:
     """ResNet-110 with a norm behind each sum."""
-    pair = Pair(networks.normed_resnet(), images(), networks.normed_skip_path)
-    return _forward_and_backward("gated at its branches", pair, steps)
+
+    def make() -> Pair:
+        return Pair(networks.normed_resnet(), images(), networks.normed_skip_path)
+
+    return _forward_and_backward("gated at its branches", make, steps)
 
 
 def with_keywords(steps: int) -> Lines:
     """A decoder whose layers are called with keywords, and return tuples."""
-    pair = Pair(networks.Decoder(), torch.randn(2, 8, 16), lambda layer: None)
-    return _forward_and_backward("called with keywords", pair, steps)
+
+    def make() -> Pair:
+        return Pair(networks.Decoder(), torch.randn(2, 8, 16), lambda layer: None)
+
+    return _forward_and_backward("called with keywords", make, steps)
 
 
-def _forward_and_backward(name: str, pair: Pair, steps: int) -> Lines:
+def _forward_and_backward(name: str, make: Callable[[], Pair], steps: int) -> Lines:
     return {
-        name: contest(pair, forward, steps).cost(3),
-        f"{name}, with backward": contest(pair, forward_and_backward, steps).cost(3),
+        name: contest(make, forward, steps).cost(3),
+        f"{name}, with backward": contest(make, forward_and_backward, steps).cost(3),
     }
 
 
@@ -131,13 +148,16 @@ def under_ddp(steps: int) -> Lines:
 
     The two don't share their parameters: each wrapper puts its hooks on them.
     """
+    wrap: Wrap = {
+        "gated": DistributedDataParallel,
+        "twin": partial(DistributedDataParallel, find_unused_parameters=True),
+    }
+
+    def make() -> Pair:
+        return Pair(CifarResNet(110), images(), share=deepcopy)
+
     with one_rank():
-        pair = Pair(CifarResNet(110), images(), share=deepcopy)
-        wrap: Wrap = {
-            "gated": DistributedDataParallel,
-            "twin": partial(DistributedDataParallel, find_unused_parameters=True),
-        }
-        found = contest(pair, forward_and_backward, steps, wrap=wrap)
+        found = contest(make, forward_and_backward, steps, wrap=wrap)
     return {"under DistributedDataParallel, with backward": found.cost(3)}
 
 
@@ -154,8 +174,11 @@ def one_rank() -> Iterator[None]:
 
 def under_checkpoints(steps: int) -> Lines:
     """Each block under a non-reentrant checkpoint; the twin leaves it out inside of that."""
-    pair = Pair(networks.checkpointed_resnet(), images(), networks.inside_of_a_checkpoint)
-    found = contest(pair, forward_and_backward, steps)
+
+    def make() -> Pair:
+        return Pair(networks.checkpointed_resnet(), images(), networks.inside_of_a_checkpoint)
+
+    found = contest(make, forward_and_backward, steps)
     return {"under checkpoints, with backward": found.cost(3)}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import thread_time
@@ -21,6 +21,7 @@ Figures = NDArray[np.float64]
 Scale = Literal["eval", "train", "none"]
 
 WARMUP = 3
+ROUNDS = 4  # each with networks of its own
 CALLS = 100  # of the Linear in one turn
 PER_GATE = "calls of a Linear per gate"
 
@@ -62,7 +63,8 @@ class Pair:
         scale: Scale = "eval",
         share: Callable[[nn.Module], nn.Module] = sharing,
     ) -> None:
-        self.gated, self.twin, self.example = share(plain), share(plain), example
+        self.plain, self.example = plain, example
+        self.gated, self.twin = share(plain), share(plain)
         self.depth = sd.apply_stochastic_depth(
             self.gated, rate, distribution, example_inputs=example, scale=scale
         )
@@ -126,29 +128,45 @@ class Contest:
 
 
 def contest(
-    pair: Pair, way: Way, steps: int, *, wrap: Wrap | None = None, **others: nn.Module
-) -> Contest:
-    """Have a pair take turns with others and with calls of a Linear.
-
-    Args:
-        pair: The networks, both in training or both in inference.
-        way: What a step does with a network.
-        steps: How many.
-        wrap: What is put around the gated network, and around its twin.
-        **others: Networks that take turns with them.
-    """
-    return contests({"": pair}, way, steps, wrap=wrap, **others)[""]
-
-
-def contests(
-    pairs: Mapping[str, Pair],
+    make: Callable[[], Pair],
     way: Way,
     steps: int,
     *,
     wrap: Wrap | None = None,
-    **others: nn.Module,
+    beside_plain: bool = False,
+) -> Contest:
+    """Have a pair take turns with calls of a Linear, in several rounds.
+
+    Args:
+        make: Makes the networks, both in training or both in inference. Each round has new ones:
+            where their objects lie in memory makes a difference of a call or so for each gate.
+        way: What a step does with a network.
+        steps: How many.
+        wrap: What is put around the gated network, and around its twin.
+        beside_plain: Whether the network without gates takes turns with them.
+    """
+    return contests(lambda: {"": make()}, way, steps, wrap=wrap, beside_plain=beside_plain)[""]
+
+
+def contests(
+    make: Callable[[], Mapping[str, Pair]],
+    way: Way,
+    steps: int,
+    *,
+    wrap: Wrap | None = None,
+    beside_plain: bool = False,
 ) -> dict[str, Contest]:
     """Likewise with several pairs at once, so that their figures are of the same minutes."""
+    rounds = [
+        _round(make(), way, -(-steps // ROUNDS), wrap=wrap, beside_plain=beside_plain)
+        for _ in range(ROUNDS)
+    ]
+    return {key: _joined([one[key] for one in rounds]) for key in rounds[0]}
+
+
+def _round(
+    pairs: Mapping[str, Pair], way: Way, steps: int, *, wrap: Wrap | None, beside_plain: bool
+) -> dict[str, Contest]:
     dropped = {key: pair.draw(WARMUP + steps) for key, pair in pairs.items()}
 
     def prepare(step: int) -> None:
@@ -156,9 +174,10 @@ def contests(
             pair.prepare(step)
 
     x = next(iter(pairs.values())).example
-    turns: dict[str, Step] = {name: partial(way, model, x) for name, model in others.items()}
-    turns["linear"] = calls_of_a_linear()
+    turns: dict[str, Step] = {"linear": calls_of_a_linear()}
     for key, pair in pairs.items():
+        if beside_plain:
+            turns["plain" + key] = partial(way, pair.plain, x)
         for name, model in (("gated", pair.gated), ("twin", pair.twin)):
             turns[name + key] = partial(way, wrap[name](model) if wrap else model, x)
         for step in range(WARMUP):
@@ -171,6 +190,15 @@ def contests(
         key: _result(pair, dropped[key], {n.removesuffix(key): s for n, s in seconds.items()})
         for key, pair in pairs.items()
     }
+
+
+def _joined(rounds: Sequence[Contest]) -> Contest:
+    names = rounds[0].seconds
+    return Contest(
+        rounds[0].gates,
+        np.concatenate([one.dropped for one in rounds]),
+        {name: np.concatenate([one.seconds[name] for one in rounds]) for name in names},
+    )
 
 
 def _result(pair: Pair, dropped: list[frozenset[str]], seconds: dict[str, Figures]) -> Contest:
