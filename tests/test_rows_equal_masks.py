@@ -58,13 +58,6 @@ def masks(depth: sd.StochasticDepth) -> dict[str, Tensor]:
     return found
 
 
-@pytest.fixture(autouse=True)
-def known_fault(request: pytest.FixtureRequest) -> None:
-    if "added in place" in request.node.name:
-        why = "the block's forward changes a view of the batch in place, which autograd refuses"
-        request.applymarker(pytest.mark.xfail(raises=RuntimeError, reason=why))
-
-
 @every_model_and_unit
 def test_outputs_and_gradients_equal_the_masking_reference(specimen: Specimen, unit: Unit) -> None:
     plain, example = specimen.model(), specimen.example_inputs()

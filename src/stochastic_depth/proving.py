@@ -99,11 +99,15 @@ def _telling(example: Arguments) -> Arguments:
 def _alone(
     model: nn.Module, plan: Plan, example: Arguments
 ) -> Iterator[tuple[nn.Module, Arguments]]:
-    """Each block of a model without weights on its own, and what to call it with."""
+    """Each block of a model without weights on its own, and what to call it with.
+
+    A block that is a part of another one's branch is tried in that.
+    """
     calls: dict[str, list[Any]] = {}
 
     def note(call: ModuleCall) -> None:
-        calls.setdefault(call.gate.name, []).append((call.args, call.kwargs))
+        if not call.gate.owners:
+            calls.setdefault(call.gate.name, []).append((call.args, call.kwargs))
 
     with without_values(model, example) as fake:
         _at_each_call(model, plan, fake, "eval", note)

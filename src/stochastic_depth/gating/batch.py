@@ -121,6 +121,7 @@ class BatchDims:
         handed_on: For leaves of a block's output: the argument that a dropped row comes to.
         name: The block's.
         positional: The names of its forward's parameters.
+        writes: Whether it changes an argument in place, which a part of a split must not be.
     """
 
     inputs: Mapping[Given, tuple[int, int]] = field(default_factory=dict)
@@ -128,10 +129,12 @@ class BatchDims:
     handed_on: Mapping[int, Given] = field(default_factory=dict)
     name: str = ""
     positional: tuple[str, ...] = ()
+    writes: bool = False
 
     def __or__(self, other: BatchDims) -> BatchDims:
         """Of a call that is a part of two branches."""
-        return BatchDims({**self.inputs, **other.inputs}, {**self.outputs, **other.outputs})
+        inputs, outputs = {**self.inputs, **other.inputs}, {**self.outputs, **other.outputs}
+        return BatchDims(inputs, outputs, writes=self.writes or other.writes)
 
     def leaves(self, args: Any, kwargs: Any) -> Iterator[tuple[Tensor, int, int]]:
         """The leaves of a call that hold the batch: the dimension, the rows of each example."""
@@ -172,7 +175,8 @@ class BatchDims:
         for number, (given, leaf) in enumerate(placed_leaves(args, kwargs, self.positional)):
             dim, _ = self.inputs.get(given, (-1, 1))
             if dim >= 0 and isinstance(leaf, Tensor) and leaf.shape[dim] != 1:
-                leaves[number], rests[given] = rows.cut(leaf, dim)
+                kept, rests[given] = rows.cut(leaf, dim)
+                leaves[number] = kept.clone() if self.writes else kept
         return *tree_unflatten(leaves, spec), rests
 
     def put_back(self, rows: Rows, output: Any, rests: Mapping[Given, Any]) -> Any:
@@ -207,7 +211,8 @@ def of_block(
         for number, leaf in enumerate(whole.leaves if whole is not None else ())
         if isinstance(leaf, Given) and number in outputs
     }
-    return BatchDims(inputs, outputs, handed_on, name, positional)
+    writes = any(_writes(batches.few, call) for call in calls)
+    return BatchDims(inputs, outputs, handed_on, name, positional, writes)
 
 
 def of_members(
@@ -237,8 +242,20 @@ def of_members(
             # It leaves the block as an output, and nobody computes with it.
             or (node in handed_out and node is not None and not recording.consumers[node])
         }
-        found.append(BatchDims(batches.inputs(call, (), kept_rows), outputs))
+        writes = _writes(recording, call)
+        found.append(BatchDims(batches.inputs(call, (), kept_rows), outputs, writes=writes))
         kept_rows |= {
             node for n, node in enumerate(call.outputs) if node is not None and n not in outputs
         }
     return found
+
+
+def _writes(recording: Recording, call: Call) -> bool:
+    """Whether a call changes one of its arguments in place, or a view of it."""
+    nodes = recording.nodes
+    for value in (value for node in nodes[call.start : call.end] for value in node.overwrites):
+        while nodes[value].is_view and value not in call.given:
+            value = nodes[value].inputs[0]
+        if value in call.given:
+            return True
+    return False
