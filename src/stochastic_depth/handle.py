@@ -22,7 +22,7 @@ from stochastic_depth.gating.compiled import compile_blocks
 from stochastic_depth.gating.gate import KEY, Gate
 from stochastic_depth.plan import Plan
 
-_AT_A_STEP = 6  # blocks that are looked at
+_AT_A_STEP = 3  # blocks that are looked at
 _WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod")  # what lies in a wrapper put around later
 
 
@@ -236,9 +236,17 @@ class StochasticDepth:
 
     def _is_gated(self, block: ResidualBlock) -> bool:
         part: Any = self.model
-        for name in block.container.split(".") if block.container else ():
-            part = getattr(part, name, None)  # a wrapper put around later hands attributes on
-        gate = getattr(part, KEY, None)
+        path = block.container.split(".") if block.container else ()
+        try:
+            content = part.__dict__
+            for name in path:
+                content = content["_modules"][name].__dict__
+            gate = content[KEY]
+        except (KeyError, AttributeError):  # replaced; or wrapped, which hands attributes on
+            part = self.model
+            for name in path:
+                part = getattr(part, name, None)
+            gate = getattr(part, KEY, None)
         return gate is not None and gate.plan is self._plan
 
     def __str__(self) -> str:

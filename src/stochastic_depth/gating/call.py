@@ -41,9 +41,10 @@ def part_call(original: Original) -> Original:
     def call_part(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
             return traced_call(self, original, args, kwargs)
-        gate: Gate = self.__dict__[KEY]
+        own = self.__dict__  # each look-up at a module itself takes as long as ten in here
+        gate: Gate = own[KEY]
         blocks = running.blocks
-        if blocks and "_compiled_call_impl" not in self.__dict__:
+        if blocks and "_compiled_call_impl" not in own:
             owner, factors, passage, has_grad, seen = blocks[-1]
             if owner is gate.owner:
                 if passage is None and (factors is None or not gate.role.ends):
@@ -85,7 +86,8 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
         logs: Any = ()
         if hooks is not None:
             logs, recomputed = of_hooks(hooks)
-        if self.training and _grad_is_enabled() and (recomputed or backward_task() == -1):
+        has_grad = _grad_is_enabled()
+        if own["training"] and has_grad and (recomputed or backward_task() == -1):
             if recomputed:
                 row = next_noted(gate, recomputed)
             else:
@@ -116,7 +118,7 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
                 return run_drawn(ModuleCall(gate, self, original, args, kwargs), row)
             factors = row.factors[gate.index]
         elif (
-            self.training
+            own["training"]
             or nn.Module.__call__ is not _plain_call
             or "_compiled_call_impl" in own
             or is_running()
@@ -128,15 +130,15 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
             factors = plan.at(plan.clock.step).factors[False][gate.index]
         try:
             for path in gate.parts:
-                part: Any = self
+                part = own
                 for name in path:
-                    part = part._modules[name]
-                part.__dict__[KEY]
+                    part = part["_modules"][name].__dict__
+                part[KEY]
         except (KeyError, AttributeError):  # replaced; or wrapped (for a checkpoint, say)
             check_parts(gate, self)
         blocks = running.blocks
         seen = None if passage is None else [None, None]
-        blocks.append((gate, factors, passage, _grad_is_enabled(), seen))
+        blocks.append((gate, factors, passage, has_grad, seen))
         try:
             return run(self, *args, **kwargs)
         finally:
