@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import gc
 import random
 import re
 import time
@@ -137,7 +138,10 @@ def _compared(
     with changed_at(reference, ends, lambda end, value: torch.zeros_like(value)):
         other = run(mode(reference), example)
     where = ", ".join(pattern) if len(pattern) < 3 else f"{len(pattern)} blocks"
-    return same(own, other, ROUNDING, where or "open")
+    answer = same(own, other, ROUNDING, where or "open")
+    del mine, reference, own, other
+    gc.collect()  # else copies of large models pile up until they fill the memory
+    return answer
 
 
 def same(own: Any, other: Any, rounding: float, where: str) -> str:
