@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import figures
+from figures_text import RESULTS
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -37,7 +38,7 @@ def test_figures_are_those_of_the_result_files(page: Path) -> None:
 
 
 def test_every_language_model_beat_the_trigram() -> None:
-    results = json.loads((figures.RESULTS / "text.json").read_text())["results"]
+    results = json.loads((RESULTS / "text.json").read_text())["results"]
     assert results["every_model_beats_the_trigram"]
 
 

@@ -19,14 +19,7 @@ from stochastic_depth.errors import SetupError, warn
 from stochastic_depth.gating.branch import Passage
 from stochastic_depth.gating.compiled import Compiled, let_rows_vary, run_compiled
 from stochastic_depth.gating.gate import KEY, Gate, ModuleCall, changed, running
-from stochastic_depth.gating.ranks import (
-    ALONE,
-    Setup,
-    refuse,
-    refuse_talk,
-    setup_of,
-    states_under_ddp,
-)
+from stochastic_depth.gating.ranks import ALONE, Setup, known_states, refuse, refuse_talk, setup_of
 from stochastic_depth.gating.recomputation import remembered
 from stochastic_depth.gating.stand_in import around, library_hooks, show
 from stochastic_depth.plan import Row
@@ -100,8 +93,7 @@ def begin(gate: Gate, module: nn.Module, number: int) -> Row:
     plan = gate.plan
     row = plan.row_for(number)
     if is_running():  # those that look closer do not go the fast way
-        setup_of(plan, gate, module)
-        plan.row = row = row._replace(states=states_under_ddp(plan, row.states))
+        plan.row = row = row._replace(states=known_states(plan, gate, row.states))
     if plan.needs_steps and not plan.clock.expect_steps(gate.name, module):
         plan.row = row._replace(number=-1)  # the next gate comes here, too
     return row

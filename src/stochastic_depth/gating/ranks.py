@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from stochastic_depth.distributed import Forward, on_cpu, place, ranks_differ
 from stochastic_depth.errors import SetupError
@@ -151,15 +152,7 @@ def setup_of(plan: Plan, gate: Counted, module: nn.Module) -> Setup:
         _refuse_prefetch(gate, module)
     wrapper = processes.inside_ddp() if module.training else None
     if wrapper is not None:
-        if not isinstance(_taken_by(wrapper), Forward):
-            if wrapper.static_graph:
-                raise SetupError(
-                    f'block "{gate.name}" is trained under DistributedDataParallel('
-                    "static_graph=True), which takes the first step's graph for that of every step",
-                    expected="a graph that may change: the gradients would silently be wrong",
-                    instead="leave static_graph=True out; find_unused_parameters is not needed",
-                )
-            Forward(wrapper)
+        _forward_of(wrapper, gate)
         if setup.is_apart or plan.forcing:
             # For good, as gradients may be left that one rank has and another has not.
             plan.ranks_differed = True
@@ -168,24 +161,28 @@ def setup_of(plan: Plan, gate: Counted, module: nn.Module) -> Setup:
     return setup
 
 
-def states_under_ddp(plan: Plan, states: Sequence[bool | None]) -> list[bool | None]:
-    """Of each gate what it may do without a look at its module, where all ranks draw alike.
+def known_states(plan: Plan, gate: Counted, states: Sequence[bool | None]) -> list[bool | None]:
+    """A forward's states, but None (look closer) for each gate whose module has to be looked at.
 
-    A block that runs needs nothing then. One whose parameters are known from when it was skipped
-    before has them hung on the output already here, with those of all others: where it runs in
-    another call of this forward, its gradients come all the same.
+    Under DistributedDataParallel, where all ranks draw alike, a block that runs needs no look. Nor
+    does one that was skipped before: its parameters are known, and are hung on the output here.
+    Where it runs in another call of this forward its gradients come all the same.
+
+    Args:
+        plan: What the gates share.
+        gate: The one that is called first.
+        states: Of all gates.
     """
     wrapper = processes.inside_ddp()
     setups = [plan.setups.get(gate.name) for gate in plan.gates]
     differ = plan.ranks_differ or plan.ranks_differed or plan.talks
     if wrapper is None or differ or any(setup is None or setup.in_parts for setup in setups):
         return [None] * len(states)
-    known, forward = _parameters.get(wrapper, {}), _taken_by(wrapper)
-    assert isinstance(forward, Forward)
+    known, forward = _parameters.get(wrapper, {}), _forward_of(wrapper, gate)
     found = list(states)
-    for number, (runs, gate) in enumerate(zip(states, plan.gates, strict=True)):
-        if runs is False and gate in known:
-            forward.skipped.update(known[gate])
+    for number, (runs, one) in enumerate(zip(states, plan.gates, strict=True)):
+        if runs is False and one in known:
+            forward.skipped.update(known[one])
         elif not runs:
             found[number] = None
     return found
@@ -278,6 +275,25 @@ def refuse_talk(plan: Plan, gate: Counted) -> None:
             "that train on the same data talk there, Draw(process_group=...), the group of "
             "those that do not; or leave the block out with blocks=",
         )
+
+
+def _forward_of(wrapper: DistributedDataParallel, gate: Counted) -> Forward:
+    """The forward of a DistributedDataParallel that runs just now.
+
+    Raises:
+        SetupError: Its graph may not change.
+    """
+    forward = _taken_by(wrapper)
+    if isinstance(forward, Forward):
+        return forward
+    if wrapper.static_graph:
+        raise SetupError(
+            f'block "{gate.name}" is trained under DistributedDataParallel('
+            "static_graph=True), which takes the first step's graph for that of every step",
+            expected="a graph that may change: the gradients would silently be wrong",
+            instead="leave static_graph=True out; find_unused_parameters is not needed",
+        )
+    return Forward(wrapper)
 
 
 def _taken_by(wrapper: nn.Module) -> object:

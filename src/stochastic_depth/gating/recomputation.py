@@ -40,7 +40,7 @@ def next_noted(gate: Any, recomputed: tuple[Log, Cursor]) -> Any:
     """What the recomputed forward noted at this call of a gate.
 
     Raises:
-        RecomputationError: It noted less calls.
+        RecomputationError: It noted fewer calls.
     """
     log, cursor = recomputed
     position, decided = cursor.get(gate, 0), log.get(gate, ())

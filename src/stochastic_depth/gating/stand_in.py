@@ -27,7 +27,7 @@ _KEPT = 1024  # shapes; beyond that the oldest are forgotten
 
 
 def stand_in_again(gate: Gate, module: nn.Module, args: Any, kwargs: Any, seen: list[Any]) -> Any:
-    """The same as `stand_in` at a module that has one role: what it came to before.
+    """The same as `stand_in`, and quicker, for a module that has one role.
 
     Args:
         gate: The module's.
@@ -48,12 +48,11 @@ def stand_in_again(gate: Gate, module: nn.Module, args: Any, kwargs: Any, seen: 
         return x if made is None else made.new(unread=not role.ends)
     output = stand_in(gate, module, args, kwargs, role)
     template = gate.templates[seen[1]]
+    leaf = template.leaves[0] if template.is_leaf else None
     if output is x:
         gate.last = seen[1], None
-    elif (
-        isinstance(template.leaves[0], Made) and template.is_leaf and role.unread | role.ends.keys()
-    ):
-        gate.last = seen[1], template.leaves[0]
+    elif isinstance(leaf, Made) and (role.ends or role.unread):
+        gate.last = seen[1], leaf
     return output
 
 
