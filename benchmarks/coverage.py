@@ -19,7 +19,9 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from multiprocessing import Lock
 from typing import Any
 
 import torch
@@ -37,6 +39,14 @@ from stochastic_depth.discovery import watch
 
 FILE = RESULTS / "coverage.json"
 PAGE = RESULTS.parents[1] / "docs" / "coverage.md"
+LARGE = 120_000_000  # parameters: the checks of a model this large take 8 GB of memory and more
+_one_at_a_time: AbstractContextManager[object] = nullcontext()
+
+
+def _use(lock: AbstractContextManager[object]) -> None:
+    """Share a lock between the processes, so that large models are checked one at a time."""
+    global _one_at_a_time
+    _one_at_a_time = lock
 
 
 def measure(subject: Subject) -> dict[str, Any]:
@@ -48,14 +58,22 @@ def measure(subject: Subject) -> dict[str, Any]:
     row: dict[str, Any] = {"model": subject.name, "note": PLACES.get(key, "")}
     try:
         model = subject.model()
-        example = subject.example(model, 2)
-        found, _ = watch(model, example, None)
-        row |= asdict(places(subject, model, example, found))
-        if row["found"]:
-            row |= _checked(subject, model, example, found, key)
+        large = sum(parameter.numel() for parameter in model.parameters()) > LARGE
+        with _one_at_a_time if large else nullcontext():
+            row |= _compared(subject, model, key)
+            del model
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {error}"[:300]
     row["seconds"] = round(time.perf_counter() - start)
+    return row
+
+
+def _compared(subject: Subject, model: Any, key: str) -> dict[str, Any]:
+    example = subject.example(model, 2)
+    found, _ = watch(model, example, None)
+    row = asdict(places(subject, model, example, found))
+    if row["found"]:
+        row |= _checked(subject, model, example, found, key)
     return row
 
 
@@ -84,7 +102,7 @@ def main(arguments: Sequence[str]) -> None:
             if (whole or f"{library}:{subject.family}" in names)
             and not ("--missing" in arguments and subject.family in known)
         ]
-        with ProcessPoolExecutor(2) as pool:
+        with ProcessPoolExecutor(2, initializer=_use, initargs=(Lock(),)) as pool:
             waiting = {pool.submit(measure, subject): subject for subject in wanted}
             for done in as_completed(waiting):
                 family = waiting[done].family
