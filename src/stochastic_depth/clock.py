@@ -24,21 +24,22 @@ class Clock:
         self.step: int = step if leader is None else leader.step
         self.owner: Callable[[], object | None] = lambda: None  # whose clock it is, held weakly
         self._leader = leader
-        self._followers: weakref.WeakSet[Clock] = weakref.WeakSet()
+        self._followers: list[weakref.ref[Clock]] = []  # a WeakSet takes longer to go through
         if leader is not None:
-            leader._followers.add(self)
+            leader._followers = [clock for clock in leader._followers if clock() is not None]
+            leader._followers.append(weakref.ref(self))
         self._seen: tuple[str, int] | None = None  # a gate, and its parameters' version
         self._changes, self._warned = 0, False
 
     def set(self, step: int) -> None:
         """Go on from this step, following nobody."""
         if self._leader is not None:
-            self._leader._followers.discard(self)
+            self._leader._followers.remove(weakref.ref(self))
             self._leader = None
         clocks = [self]
         for clock in clocks:  # which grows
             clock.step, clock._changes, clock._seen = step, 0, None
-            clocks += clock._followers
+            clocks += [found for follower in clock._followers if (found := follower())]
 
     def expect_steps(self, gate: str, module: nn.Module) -> bool:
         """Warn, once, where parameters change time and again and nobody sets the step.

@@ -22,7 +22,6 @@ from stochastic_depth.gating.compiled import compile_blocks
 from stochastic_depth.gating.gate import KEY, Gate
 from stochastic_depth.plan import Plan
 
-_AT_A_STEP = 3  # blocks that are looked at
 _WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod")  # what lies in a wrapper put around later
 
 
@@ -221,10 +220,10 @@ class StochasticDepth:
             self._plan.following.remove()
         return self.model
 
-    def _check_gates(self, some: slice = slice(None)) -> None:
-        """Raises where the gates were taken out, or one of these gated blocks was replaced."""
+    def _check_gates(self) -> None:
+        """Raises where the gates were taken out, or a gated block was replaced."""
         blocks = self._plan.blocks
-        missing = [block.name for block in blocks[some] if not self._is_gated(block)]
+        missing = [block.name for block in blocks if not self._is_gated(block)]
         if not missing:
             return
         what = "the gates are out of the model already"
@@ -272,11 +271,10 @@ class Following:
 
 
 def _advance(plan: Plan, handle: StochasticDepth | None) -> None:
-    """One optimizer step, and a look at some of the blocks, in turn: all would take too long."""
+    """One optimizer step, and a look at one of the blocks, in turn: all would take too long."""
     step = plan.clock.step
-    if handle is not None:
-        first = step * _AT_A_STEP % len(plan.blocks)
-        handle._check_gates(slice(first, first + _AT_A_STEP))
+    if handle is not None and not handle._is_gated(plan.blocks[step % len(plan.blocks)]):
+        handle._check_gates()
     plan.clock.set(step + 1)
 
 
