@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 import stochastic_depth as sd
 
@@ -209,3 +210,92 @@ def test_a_drawn_block_is_called_without_the_flag_that_it_was_watched_with() -> 
 def test_a_drawn_block_hands_on_a_tensor_out_of_its_argument() -> None:
     model, x = drawn_without_blocks(double=False, paired=True)
     assert torch.equal(model(x, double=False, paired=True), x)
+
+
+class Handing(nn.Module):
+    """Hands on what it is given beside its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+
+    def forward(
+        self, x: Tensor, memory: Tensor | None = None, *, other: Any = None
+    ) -> tuple[Tensor, Tensor | None, Any]:
+        return x + self.branch(x), memory, other
+
+
+class HandingOn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Handing() for _ in range(6))
+
+    def forward(self, x: Tensor, *besides: Tensor, **named: Any) -> tuple[Any, ...]:
+        result, (besides, named) = (2 * x, None, None), tree_map(_doubled, (besides, named))
+        for layer in self.layers:
+            result = layer(result[0], *besides, **named)
+        made: tuple[Any, ...] = tree_map(_doubled, result)
+        return made
+
+
+def _doubled(leaf: Any) -> Any:
+    return 2 * leaf if isinstance(leaf, Tensor) else leaf
+
+
+def _handing_on(example: tuple[Tensor, ...], **named: Any) -> HandingOn:
+    model = HandingOn().train()
+    options: dict[str, Any] = {"example_inputs": example, "example_kwargs": named}
+    depth = sd.apply_stochastic_depth(model, 0.2, **options)
+    assert str(depth).count("whole") == 6
+    for block in depth.blocks:
+        gate: Any = model.get_submodule(block.name)._stochastic_depth
+        assert gate.is_fast
+    return model
+
+
+def _is_handed_on(model: HandingOn, *args: Tensor, **named: Any) -> None:
+    """By dropped blocks as by those that run, drawn and forced."""
+    depth, plain = sd.get_stochastic_depth(model), copy.deepcopy(model)
+    expected = sd.get_stochastic_depth(plain).remove()(*args, **named)
+    with depth.fixed(closed(depth)):
+        results = [model(*args, **named)]
+    assert torch.equal(results[0][0], 4 * args[0])
+    results += [model(*args, **named) for _ in range(8)]
+    for result in results:
+        for found, wanted in zip(result[1:], expected[1:], strict=True):
+            assert (found is wanted is None) or torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("same", ["none", "two", "all"])
+def test_one_tensor_in_several_places_of_the_example_is_told_apart(same: str) -> None:
+    """What is handed on is known by its identity."""
+    x, memory, other = (torch.randn(2, 8) for _ in range(3))
+    memory, other = {"none": (memory, other), "two": (memory, memory), "all": (x, x)}[same]
+    model = _handing_on((x, memory), other=other)
+    _is_handed_on(model, torch.randn(2, 8), torch.randn(2, 8), other=torch.randn(2, 8))
+
+
+def test_a_block_that_has_nothing_to_hand_on_hands_on_its_default() -> None:
+    model = _handing_on((torch.randn(2, 8), torch.randn(2, 8)), other=torch.randn(2, 8))
+    x = torch.randn(2, 8)
+    _is_handed_on(model, x, x + 1, other=x + 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", sd.StochasticDepthWarning)
+        _is_handed_on(model, x)
+        _is_handed_on(model, x, x + 1)
+        _is_handed_on(model, x, other=x + 2)
+
+
+def test_what_lies_inside_of_an_argument_is_handed_on() -> None:
+    x = torch.randn(2, 8)
+    model = _handing_on((x, x), other={"a": x, "b": [x, (x, 3)], "c": None})
+    others: Any = {"a": x + 1, "b": [x + 2, (x + 3, 3)], "c": None}
+    depth = sd.get_stochastic_depth(model)
+    with depth.fixed(closed(depth)):
+        forced = model(x, x + 4, other=others)[2]
+    for found in (forced, *(model(x, x + 4, other=others)[2] for _ in range(8))):
+        assert torch.equal(found["a"], 4 * others["a"])
+        assert torch.equal(found["b"][0], 4 * others["b"][0])
+        assert torch.equal(found["b"][1][0], 4 * others["b"][1][0])
+        assert found["b"][1][1] == 3
+        assert found["c"] is None

@@ -7,6 +7,7 @@ half starts from new objects.
 
 from __future__ import annotations
 
+import gc
 import io
 import warnings
 from collections.abc import Callable, Iterator
@@ -351,7 +352,8 @@ def test_a_schedule_may_change_where_a_run_is_resumed() -> None:
 @oldest
 def test_step_while_following_raises_and_counts_nothing() -> None:
     depth = handle()
-    following = depth.follow(sgd(depth.model))
+    optimizer = sgd(depth.model)
+    following = depth.follow(optimizer)
     with pytest.raises(sd.OptionError, match=r"step\(\) while an optimizer is followed"):
         depth.step()
     assert depth.state_dict()["step"] == 0
@@ -361,21 +363,35 @@ def test_step_while_following_raises_and_counts_nothing() -> None:
 
 
 @oldest
-def test_following_twice_raises() -> None:
+def test_following_another_optimizer_replaces_the_first() -> None:
+    """Trainers make an optimizer anew for every fit."""
     depth = handle()
-    optimizer = sgd(depth.model)
-    following = depth.follow(optimizer)
-    for again in (optimizer, sgd(depth.model)):
-        with pytest.raises(sd.OptionError, match=r"follow\(\) while an optimizer is followed"):
-            depth.follow(again)
+    optimizer, other = sgd(depth.model), sgd(depth.model)
+    first = depth.follow(optimizer)
+    depth.follow(optimizer)  # twice counts once
     optimizer.step()
     assert depth.state_dict()["step"] == 1
-    following.remove()
+    second = depth.follow(other)
     optimizer.step()
     assert depth.state_dict()["step"] == 1
+    first.remove()  # which is no longer in force
+    other.step()
+    assert depth.state_dict()["step"] == 2
+    second.remove()
+    other.step()
+    assert depth.state_dict()["step"] == 2
     depth.follow(optimizer)
     optimizer.step()
-    assert depth.state_dict()["step"] == 2
+    assert depth.state_dict()["step"] == 3
+
+
+@oldest
+def test_an_optimizer_that_is_gone_is_followed_no_longer() -> None:
+    depth = handle()
+    depth.follow(sgd(depth.model))
+    gc.collect()
+    depth.step()
+    assert depth.state_dict()["step"] == 1
 
 
 @oldest

@@ -150,9 +150,8 @@ def as_number(value: object) -> float | None:
         value = item()
     if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         return None
-    if not math.isfinite(value):
-        return None
-    return value if isinstance(value, int) else float(value)
+    number = value if isinstance(value, int) else float(value)
+    return number if math.isfinite(number) else None
 
 
 @dataclass(frozen=True)

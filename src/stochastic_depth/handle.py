@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +20,7 @@ from stochastic_depth.gating.attach import detach, gated_modules
 from stochastic_depth.gating.compiled import compile_blocks
 from stochastic_depth.gating.gate import KEY, Gate
 from stochastic_depth.plan import Plan
-
-_WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod")  # what lies in a wrapper put around later
+from stochastic_depth.torch_private.tracing import WRAPPED
 
 
 class StochasticDepth:
@@ -53,8 +51,8 @@ class StochasticDepth:
         """
         return self._plan.last_gates()
 
-    def follow(self, optimizer: Optimizer) -> Following:
-        """Advance at every `optimizer.step()`.
+    def follow(self, optimizer: Optimizer) -> RemovableHandle:
+        """Advance at every `optimizer.step()`; where another optimizer is followed, instead of it.
 
         Args:
             optimizer: Any optimizer; a wrapper that holds one as `.optimizer` is unwrapped. A
@@ -64,14 +62,8 @@ class StochasticDepth:
             A handle whose `.remove()` ends it.
 
         Raises:
-            OptionError: It follows an optimizer already, or this is none.
+            OptionError: This is no optimizer.
         """
-        if self._plan.following is not None:
-            raise OptionError(
-                "follow() while an optimizer is followed already",
-                expected="one optimizer whose steps are counted",
-                instead="call .remove() on what the first follow() returned",
-            )
         while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
             optimizer = inner
         if not isinstance(optimizer, Optimizer):
@@ -90,7 +82,9 @@ class StochasticDepth:
             if not getattr(optimizer, "found_inf", False):
                 _advance(plan, handle())
 
-        plan.following = Following(plan, optimizer.register_step_post_hook(advance))
+        if plan.following is not None:
+            plan.following.remove()
+        plan.following = optimizer.register_step_post_hook(advance)
         return plan.following
 
     def step(self) -> None:
@@ -99,7 +93,8 @@ class StochasticDepth:
         Raises:
             OptionError: An optimizer is followed, which would count every step twice.
         """
-        if self._plan.following is not None:
+        hook = self._plan.following
+        if hook is not None and hook.id in (hook.hooks_dict_ref() or ()):
             raise OptionError(
                 "step() while an optimizer is followed",
                 expected="either follow(optimizer) or step(), not both",
@@ -235,17 +230,9 @@ class StochasticDepth:
 
     def _is_gated(self, block: ResidualBlock) -> bool:
         part: Any = self.model
-        path = block.container.split(".") if block.container else ()
-        try:
-            content = part.__dict__
-            for name in path:
-                content = content["_modules"][name].__dict__
-            gate = content[KEY]
-        except (KeyError, AttributeError):  # replaced; or wrapped, which hands attributes on
-            part = self.model
-            for name in path:
-                part = getattr(part, name, None)
-            gate = getattr(part, KEY, None)
+        for name in block.container.split(".") if block.container else ():
+            part = getattr(part, name, None)  # also through a wrapper put around later
+        gate = getattr(part, KEY, None)
         return gate is not None and gate.plan is self._plan
 
     def __str__(self) -> str:
@@ -255,19 +242,6 @@ class StochasticDepth:
     def __repr__(self) -> str:
         what = f"{type(self.model).__name__}: {len(self._plan.blocks)} blocks"
         return f"<StochasticDepth of {what}, step {self._plan.clock.step}>"
-
-
-@dataclass(frozen=True)
-class Following:
-    """An optimizer that is followed."""
-
-    _plan: Plan
-    _hook: RemovableHandle
-
-    def remove(self) -> None:
-        """Follow it no longer."""
-        self._hook.remove()
-        self._plan.following = None
 
 
 def _advance(plan: Plan, handle: StochasticDepth | None) -> None:
@@ -319,7 +293,7 @@ def get_stochastic_depth(model: nn.Module, *, blocks: str | None = None) -> Stoc
 
 def _root(name: str, gate: Gate) -> str | None:
     """Where the model that was watched lies; None where only a part of it is at hand."""
-    name = ".".join(part for part in name.split(".") if part not in _WRAPPED)
+    name = ".".join(part for part in name.split(".") if part not in WRAPPED)
     if gate.name and not f".{name}".endswith(f".{gate.name}"):
         return None
     return name.removesuffix(gate.name).removesuffix(".")

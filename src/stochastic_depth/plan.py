@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
+from torch.utils.hooks import RemovableHandle
+
 from stochastic_depth.clock import Clock
 from stochastic_depth.discovery.blocks import ResidualBlock
 from stochastic_depth.distributed import place
@@ -122,7 +124,7 @@ class Plan:
         self.needs_steps = bool(by_name) or self.draw.redraw == "step"
         self._thread = threading.local()
         self.forcing = 0  # how many `fixed` and `disabled` are in force, in any thread
-        self.following: Any = None  # the handle of the hook on the optimizer
+        self.following: RemovableHandle | None = None  # the hook on the optimizer
         self.handle: weakref.ref[Any] | None = None
         self.setups: dict[str, Any] = {}  # by gate: how several processes train its block
         self.ranks_differed = False  # whether ranks may have skipped other blocks than each other

@@ -23,6 +23,7 @@ from stochastic_depth.discovery.undisturbed import (
 )
 from stochastic_depth.discovery.watch import Watcher
 from stochastic_depth.errors import ExampleInputsError, NoResidualBlocksError, OptionError
+from stochastic_depth.torch_private.trees import tree_map
 
 
 def find_residual_blocks(
@@ -159,16 +160,31 @@ def example_for(model: nn.Module, inputs: Any, kwargs: Mapping[str, Any] | None)
     if inputs is None and not keywords:
         inputs = _own_example(model)
     if inputs is None or isinstance(inputs, Mapping):
-        return (), {**(inputs or {}), **keywords}
-    if isinstance(inputs, Tensor):
-        return (inputs,), keywords
-    if isinstance(inputs, tuple | list):
-        return tuple(inputs), keywords
+        return _told_apart((), {**(inputs or {}), **keywords})
+    if isinstance(inputs, Tensor | tuple | list):
+        inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+        return _told_apart(inputs, keywords)
     raise ExampleInputsError(
         f"example_inputs is a {type(inputs).__name__}",
         expected="a tensor, a tuple of positional or a dict of keyword arguments",
         instead="pass what you would pass to the model: a batch of two is enough",
     )
+
+
+def _told_apart(*example: Any) -> Arguments:
+    """The same, but a tensor that stands in several places is another object in each.
+
+    What a block hands on is known by its identity, and in a training the places may differ.
+    """
+    seen: set[int] = set()
+
+    def another(leaf: Any) -> Any:
+        is_again = isinstance(leaf, Tensor) and id(leaf) in seen
+        seen.add(id(leaf))
+        return leaf.detach() if is_again else leaf
+
+    told: Arguments = tree_map(another, example)
+    return told
 
 
 def _own_example(model: nn.Module) -> Tensor | dict[str, Any]:

@@ -106,11 +106,9 @@ class Template:
             positional: The names of the parameters of the module's forward.
         """
         leaves: list[Any] = []
-        is_given = Given in map(type, self.leaves)
-        given = dict(placed_leaves(args, kwargs, positional)) if is_given else {}
         for number, leaf in enumerate(self.leaves):
             if isinstance(leaf, Given):
-                value = given[Given(named(leaf.place, positional), leaf.leaf)]
+                value = _found(leaf, args, kwargs, positional)
                 leaves.append(torch.zeros_like(value) if number in zeros else value)
             elif isinstance(leaf, Made):
                 leaves.append(leaf.new(unread=number in unread - zeros))
@@ -124,6 +122,16 @@ class Template:
                     instead="leave the block out with blocks=",
                 )
         return leaves[0] if self.is_leaf else trees.tree_unflatten(leaves, self.spec)
+
+
+def _found(
+    leaf: Given, args: tuple[Any, ...], kwargs: dict[str, Any], positional: Sequence[str]
+) -> Any:
+    """What a call has there, by position or by name."""
+    place = named(leaf.place, positional)
+    position: Any = positional.index(place) if place in positional else place
+    argument = kwargs[place] if place in kwargs else args[position]
+    return argument if isinstance(argument, Tensor) else tree_leaves(argument)[leaf.leaf]
 
 
 def describe(output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Template:

@@ -38,8 +38,8 @@ def attach(model: nn.Module, found: Discovery, plan: Plan, batches: Batches | No
     for gate in watched:
         blocks = [plan.blocks[number] for number in gate.blocks]
         calls = found.recording.calls_of[gate.name]
-        gate.known = KnownCalls(gate.name, model.get_submodule(gate.name), calls)
         gate.whole = blocks[0].whole
+        gate.known = KnownCalls(gate, model.get_submodule(gate.name), calls)
         gate.returns_copy = any(block.copies_input for block in blocks)
         if batches is not None:
             gate.batch = of_block(batches, gate.name, gate.known.positional, calls, gate.whole)

@@ -91,14 +91,13 @@ def with_more_rows(example: Arguments) -> tuple[Arguments, int]:
     """
     leaves, spec = tree_flatten(example)
     few = next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), 0)
-    made: dict[int, Tensor] = {}  # what is given twice (as tokens and as labels) stays one value
 
     def longer(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.ndim or len(leaf) != few:
             return leaf
         # Rows unlike the first, so that a mix-up of rows shows.
         new = [leaf[:1].roll(step, -1) if leaf.ndim > 1 else leaf[:1] for step in range(MORE)]
-        return made.setdefault(id(leaf), torch.cat([leaf, *new]))
+        return torch.cat([leaf, *new])
 
     return tree_unflatten([longer(leaf) for leaf in leaves], spec), few
 

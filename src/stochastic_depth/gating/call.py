@@ -28,8 +28,8 @@ from stochastic_depth.rows import change_leaves
 from stochastic_depth.torch_private.backward import backward_task, of_hooks, top_hooks
 from stochastic_depth.torch_private.tracing import begins_no_graph, ends_a_graph, set_compiler
 
-_impl: Original = nn.Module._call_impl
 _plain_call = nn.Module.__call__  # torch.fx puts another one in its place while it traces
+_impl: Original = nn.Module._call_impl
 _grad_is_enabled = torch.is_grad_enabled
 
 
@@ -109,10 +109,12 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
             is_one = known.with_one and len(args) == 1 and not kwargs
             is_usual = is_one or known.include(args, kwargs)
             if runs is False and is_usual:
-                # The first argument may be a tuple that holds the tensor.
-                hands_on = gate.returns_first and args and isinstance(args[0], Tensor)
-                if hands_on and not own["_forward_hooks"]:
-                    return args[0]
+                if gate.whole is not None and not own["_forward_hooks"]:
+                    # The first argument may be a tuple that holds the tensor.
+                    if gate.returns_first and args and isinstance(args[0], Tensor):
+                        return args[0]
+                    if not gate.returns_copy:
+                        return gate.whole.build(args, kwargs, positional=known.positional)
                 passage = gate.closed
             if (not runs and passage is None) or "_compiled_call_impl" in own:
                 return run_drawn(ModuleCall(gate, self, original, args, kwargs), row)

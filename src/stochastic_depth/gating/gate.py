@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 
 from stochastic_depth.discovery.recording import Call
-from stochastic_depth.discovery.templates import Template, named
+from stochastic_depth.discovery.templates import Given, Template, named
 from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.gating.batch import BatchDims
 from stochastic_depth.plan import Counted, Plan
@@ -80,17 +80,20 @@ class KnownCalls:
     """The arguments that a block was watched with.
 
     Args:
-        name: The block's.
+        gate: The block's, which knows what it returns when it is skipped whole.
         module: The block.
         calls: Its calls in the watch.
     """
 
-    def __init__(self, name: str, module: nn.Module, calls: Sequence[Call]) -> None:
+    def __init__(self, gate: Gate, module: nn.Module, calls: Sequence[Call]) -> None:
         parameters = inspect.signature(module.forward).parameters
-        self.name, self.positional = name, tuple(parameters)
+        self.name, self.positional = gate.name, tuple(parameters)
         forms: list[dict[Any, Any]] = [
             {named(p, self.positional): v for p, v in call.form} for call in calls
         ]
+        leaves = gate.whole.leaves if gate.whole else ()
+        handed_on = (leaf.place for leaf in leaves if isinstance(leaf, Given))
+        self._handed_on = {named(place, self.positional) for place in handed_on}
         # A tuple stands for a plain value, whose second part it is.
         self.tensors = {p for form in forms for p, v in form.items() if not isinstance(v, tuple)}
         self._defaults = {
@@ -102,27 +105,34 @@ class KnownCalls:
             self._defaults | {p: v[1] for p, v in form.items() if self._is_flag(p)}
             for form in forms
         ]
-        self.with_one = self._defaults in self._flags  # whether one tensor alone is such a call
+        # Whether one tensor alone is such a call.
+        self.with_one = self._defaults in self._flags and self._handed_on <= {*self.positional[:1]}
         self._known: dict[object, bool] = {}
 
     def include(self, args: Any, kwargs: Any) -> bool:
         """Whether the plain values among the arguments are those of a watched call.
 
-        With others the forward may do more than hand its input on.
+        With others the forward may do more than hand its input on; or it has nothing to hand on.
 
         Raises:
             ChangedModelError: There is a tensor, or an object, where the example had none: the
                 forward may then run a branch that nobody has seen. Fewer are fine: a branch that
                 does not run needs nothing.
         """
-        form: list[object] = [v if isinstance(v, PLAIN_VALUES) else type(v) for v in args]
-        for place, value in kwargs.items():
-            form += place, value if isinstance(value, PLAIN_VALUES) else type(value)
-        key = len(args), *form
+        kinds: tuple[object, ...] = *map(type, args), *kwargs, *map(type, kwargs.values())
+        known = self._known.get(kinds)
+        if known is not None:  # no value among them: the quick way, for most
+            return known
+        values = (value for value in (*args, *kwargs.values()) if value is not None)
+        plain = [value for value in values if isinstance(value, PLAIN_VALUES)]
+        key = (kinds, *plain) if plain else kinds
         known = self._known.get(key)
         if known is None:
             self._refuse_unseen(args, kwargs)
             known = self._defaults | self.flags(args, kwargs) in self._flags
+            places = [*enumerate(args), *kwargs.items()]
+            there = {named(place, self.positional) for place, v in places if v is not None}
+            known = known and self._handed_on <= there
             if len(self._known) < _MANY_FORMS:
                 self._known[key] = known
         return known

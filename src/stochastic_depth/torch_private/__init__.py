@@ -32,8 +32,7 @@ _is_any_autocast_enabled        "which dtype has the next output?",   import fai
                                 in one call
 _get_is_fx_tracing              "does torch.fx trace this thread?"    inference raises while
                                                                       another thread compiles
-maybe_mark_dynamic              one graph for all numbers of rows     the first two have a graph
-                                                                      each, the second for others
+maybe_mark_dynamic              one graph for all numbers of rows     graphs in mode "sample" raise
 activation_relu_or_gelu         calling the parts of torch's own      inference under no_grad
                                 encoder layer in inference, too       raises
 ProcessGroup.unbox,             among which ranks a collective is,    a collective in a branch is

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._C._dynamo import eval_frame
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -18,7 +18,11 @@ without_modes: Callable[[], Any] = _disable_current_modes
 autocasts: Callable[[], bool] = torch._C._is_any_autocast_enabled
 """Whether autocast is on for any kind of device."""
 
+WRAPPED = frozenset({"_checkpoint_wrapped_module", "_orig_mod"})
+"""What `checkpoint_wrapper` and `torch.compile` call the module that they are made around."""
+
 _plain_call = nn.Module.__call__
+
 Call = TypeVar("Call", bound=Callable[..., Any])
 
 
@@ -35,22 +39,12 @@ def is_traced_by_fx() -> bool:
 
 def is_wrapper(module: nn.Module) -> bool:
     """Whether it is what `torch.compile` or `checkpoint_wrapper` made around another module."""
-    return "_orig_mod" in module._modules or "_checkpoint_wrapped_module" in module._modules
+    return not WRAPPED.isdisjoint(module._modules)
 
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether a call of the module runs a graph."""
     return module._compiled_call_impl is not None or "_orig_mod" in module._modules
-
-
-def let_vary(tensor: Tensor, dim: int) -> None:
-    """Have torch.compile make a graph that holds for other lengths of this dimension, too.
-
-    Where the length is 1, or code asks for it, a graph still holds for this one alone.
-    """
-    mark: Callable[[Tensor, int], None] | None = getattr(torch._dynamo, "maybe_mark_dynamic", None)
-    if mark is not None:
-        mark(tensor, dim)
 
 
 # No function of our own, which would be compiled itself. In torch 2.6 the one that only asks loses
