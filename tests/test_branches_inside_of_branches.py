@@ -31,7 +31,7 @@ def test_one_module_that_ends_two_branches(joint: type[nn.Module]) -> None:
     for block in found.blocks:
         assert block.branches_leak  # so that both are drawn together
         assert block.refusal is None
-        ends = [(b.modules[place], own) for b in block.branches for place, own in b.scaled]
+        ends = [(b.modules[place], own) for b in block.branches for place, own in b.branch_outputs]
         attn = f"{block.name}.joint"
         assert ends == [(attn, 0), (attn, 1)]
         assert [branch.unscalable for branch in block.branches] == [None, None]

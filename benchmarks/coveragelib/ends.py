@@ -16,9 +16,9 @@ from stochastic_depth.discovery.blocks import Discovery
 
 @dataclass(frozen=True)
 class End:
-    """Where a branch ends: which call of a module in its container, which leaves of its output."""
+    """Where a branch ends: which call of a module in its block, which leaves of its output."""
 
-    container: str
+    block_module: str
     module: str
     position: int
     leaves: frozenset[int]
@@ -33,21 +33,21 @@ def ends_of(found: Discovery, block: sd.ResidualBlock) -> Iterator[End]:
         if site.call.start <= call.start and call.end <= site.call.end
     ]
     for addition, branch in zip(site.additions, block.branches, strict=True):
-        calls = addition.members
-        for place, leaf in branch.scaled:
+        calls = addition.branch_calls
+        for place, leaf in branch.branch_outputs:
             alike = [call for call in inside if call.module == calls[place].module]
             position = alike.index(calls[place])
-            yield End(block.container, calls[place].module, position, frozenset([leaf]))
+            yield End(block.block_module, calls[place].module, position, frozenset([leaf]))
 
 
 @contextmanager
 def changed_at(model: nn.Module, ends: Collection[End], change: Any) -> Iterator[None]:
     """While hooks change what comes out at these ends: `change(end, value)` takes its place."""
-    counts = {(end.container, end.module): 0 for end in ends}
+    counts = {(end.block_module, end.module): 0 for end in ends}
 
-    def entered(container: str) -> Any:
+    def entered(block_module: str) -> Any:
         def hook(*_: object) -> None:
-            counts.update({key: 0 for key in counts if key[0] == container})
+            counts.update({key: 0 for key in counts if key[0] == block_module})
 
         return hook
 
@@ -65,7 +65,7 @@ def changed_at(model: nn.Module, ends: Collection[End], change: Any) -> Iterator
         return hook
 
     with ExitStack() as stack:
-        for name in {end.container for end in ends}:
+        for name in {end.block_module for end in ends}:
             hook = model.get_submodule(name).register_forward_pre_hook(entered(name))
             stack.callback(hook.remove)
         for key in counts:

@@ -58,7 +58,7 @@ def _beside_drop_paths(model: nn.Module, example: Tensor, found: Discovery) -> P
         inside = [
             number
             for number, call in enumerate(recorded)
-            if any(m.start <= call.start and call.end <= m.end for m in addition.members)
+            if any(m.start <= call.start and call.end <= m.end for m in addition.branch_calls)
         ]
         return inside[-1] if inside else None
 
@@ -88,7 +88,7 @@ def _is_affine_up_to(found: Discovery, call: Call) -> bool:
     """Whether the block around a call is affine up to there (parallel convolutions)."""
     recording = found.recording
     around = recording.calls[call.parent or 0]
-    firsts = [next((n for n in c.given if n is not None), None) for c in (around, call)]
+    firsts = [next((n for n in c.inputs if n is not None), None) for c in (around, call)]
     if firsts[0] is None or firsts[1] is None:
         return False
     given, value = firsts[0], firsts[1]

@@ -22,7 +22,7 @@ class Clock:
 
     def __init__(self, leader: Clock | None = None, step: int = 0) -> None:
         self.step: int = step if leader is None else leader.step
-        self.owner: Callable[[], object | None] = lambda: None  # whose clock it is, held weakly
+        self.owner: Callable[[], object | None] = lambda: None  # its plan, by a weak reference
         self._leader = leader
         self._followers: list[weakref.ref[Clock]] = []  # a WeakSet takes longer to go through
         if leader is not None:

@@ -133,7 +133,7 @@ def apply(
             expected='mode="batch": the number of rows that are kept hardly varies anyway',
             instead='leave sampling out, or pass mode="batch"',
         )
-    given, model = model, plain_model(model)
+    passed, model = model, plain_model(model)
     refuse(model)
     refuse_parts(model)
     with without_collecting(), own_drops.switched_off(model) as drops:
@@ -141,13 +141,13 @@ def apply(
         found, shown = watch(model, *example)
         chosen = select(model, found, blocks)
         _refuse_gated(model, chosen)
-        _refuse_compiled(given, chosen)
+        _refuse_compiled(passed, chosen)
         if rates is None:
-            own = own_drops.rates_taken_over(drops, found, chosen, named=blocks is not None)
+            resolved = own_drops.rates_taken_over(drops, found, chosen, named=blocks is not None)
         else:
-            own = resolve_rates(*rates, [block.name for block in chosen])
+            resolved = resolve_rates(*rates, [block.name for block in chosen])
         scale = _SCALES[mode] if scale == "auto" else scale
-        plan = Plan(chosen, own, unit, mode, scale, resolve_schedule(None, []), draw)
+        plan = Plan(chosen, resolved, unit, mode, scale, resolve_schedule(None, []), draw)
         plan.schedule = resolve_schedule(schedule, plan.units)
         plan.talks = _talks(model, found, plan)
         plan.counts = tuple(allowed_counts(model, found, block) for block in chosen)
@@ -172,8 +172,8 @@ def _refuse_gated(model: nn.Module, chosen: Sequence[ResidualBlock]) -> None:
     """Raises where one of the blocks, or something in it, is gated already."""
     gated = {name for name, _, _ in gated_modules(model)}
     for block in chosen:
-        own = {block.container, *(m for branch in block.branches for m in branch.modules)}
-        if own & gated:
+        inside = {block.block_module, *(m for branch in block.branches for m in branch.modules)}
+        if inside & gated:
             raise OptionError(
                 f'block "{block.name}" has stochastic depth already',
                 expected="blocks that are not gated",
@@ -182,12 +182,12 @@ def _refuse_gated(model: nn.Module, chosen: Sequence[ResidualBlock]) -> None:
             )
 
 
-def _refuse_compiled(given: nn.Module, chosen: Sequence[ResidualBlock]) -> None:
+def _refuse_compiled(passed: nn.Module, chosen: Sequence[ResidualBlock]) -> None:
     """Raises where torch.compile calls the gated module itself, as it was when that was made."""
-    if is_wrapper(given) and any(not block.container for block in chosen):
+    if is_wrapper(passed) and any(not block.block_module for block in chosen):
         raise OptionError(
-            f"model is what torch.compile made of a {type(plain_model(given)).__name__}, whose own "
-            f'forward holds residual connections ("{chosen[0].name}")',
+            f"model is what torch.compile made of a {type(plain_model(passed)).__name__}, whose "
+            f'own forward holds residual connections ("{chosen[0].name}")',
             expected="the model before it is compiled",
             instead="apply stochastic depth to the model first, then call depth.compile() or "
             "torch.compile(model)",
@@ -223,7 +223,7 @@ def _warn(model: nn.Module, plan: Plan) -> None:
             f"dropout is active beside stochastic depth ({', '.join(dropouts[:2])}{more}): "
             "several regularisers at once can give diminishing returns; set one to 0 or lower it"
         )
-    dropped = [block for block, own in zip(plan.blocks, plan.rates, strict=True) if own]
+    dropped = [block for block, rate in zip(plan.blocks, plan.rates, strict=True) if rate]
     stuck = [b for block in dropped for b in block.branches if b.fold.obstacle]
     if stuck and plan.scale == "eval":
         warn(
@@ -240,7 +240,7 @@ def _talks(model: nn.Module, found: Discovery, plan: Plan) -> dict[str, str]:
     dropped = [block for block, rate in zip(plan.blocks, plan.rates, strict=True) if rate]
     names = [(b, n) for b in dropped for branch in b.branches for n in branch.modules]
     for block, name in dict.fromkeys(names):  # a module may be called a thousand times
-        owner = name if block.explicit else block.container
+        owner = name if block.explicit else block.block_module
         for inside, module in model.get_submodule(name).named_modules(prefix=name):
             if isinstance(module, nn.SyncBatchNorm):
                 talks[owner] = f'SyncBatchNorm "{inside}"'

@@ -85,9 +85,9 @@ class Forward:
             values = [tensor for tensor in found if tensor.requires_grad]
             values = [tensor for tensor in values if tensor.grad_fn is not None] or values
             trained = [parameter for parameter in self.skipped if parameter.requires_grad]
-            wholes = {id(whole) for whole in values} & {id(part._base) for part in values}
+            bases = {id(value) for value in values} & {id(part._base) for part in values}
             for tensor in values:  # each on its own: what the loss leaves out stays as it is
-                overlaps = not wholes.isdisjoint((id(tensor), id(tensor._base)))
+                overlaps = not bases.isdisjoint((id(tensor), id(tensor._base)))
                 found[tensor] = _Anchor.apply(self, tensor, overlaps, *trained)
             output = _change(output, found.__getitem__, set())
         return known(self.wrapper, TAKES_THE_OUTPUT)(output)

@@ -192,10 +192,10 @@ def balanced(
         ['a']
     """
     number, offset = balancing_numbers(seed, step, call)
-    whole, total = rates_of_a_forward(rates, number), (offset + share) % 1.0
+    rates, total = rates_of_a_forward(rates, number), (offset + share) % 1.0
     kept = {}
     for name in balancing_order(seed, step, call, list(rates)):
-        before, total = math.floor(total), total + whole[name]
+        before, total = math.floor(total), total + rates[name]
         kept[name] = math.floor(total) == before
     return kept
 

@@ -72,8 +72,8 @@ class StochasticDepth:
                 expected="a torch.optim.Optimizer",
                 instead="pass the optimizer, or call depth.step() after each of its steps",
             )
-        own = set(self.model.parameters())
-        if own.isdisjoint(p for group in optimizer.param_groups for p in group["params"]):
+        parameters = set(self.model.parameters())
+        if parameters.isdisjoint(p for group in optimizer.param_groups for p in group["params"]):
             warn("the optimizer that is followed holds no parameter of the model")
         plan, handle = self._plan, weakref.ref(self)
 
@@ -174,8 +174,8 @@ class StochasticDepth:
             OptionError: None of the blocks can be compiled.
         """
         self._check_gates()
-        given = {"backend": backend, "mode": mode, "options": options}
-        compile_blocks(self.model, self._plan, given)
+        arguments = {"backend": backend, "mode": mode, "options": options}
+        compile_blocks(self.model, self._plan, arguments)
 
     def fold(self) -> nn.Module:
         """Put the inference scale into the weights and take the gates out.
@@ -230,7 +230,7 @@ class StochasticDepth:
 
     def _is_gated(self, block: ResidualBlock) -> bool:
         part: Any = self.model
-        for name in block.container.split(".") if block.container else ():
+        for name in block.block_module.split(".") if block.block_module else ():
             part = getattr(part, name, None)  # also through a wrapper put around later
         gate = getattr(part, KEY, None)
         return gate is not None and gate.plan is self._plan

@@ -36,7 +36,7 @@ Factors = Sequence[tuple[float, ...] | None]
 
 @dataclass(eq=False)
 class Counted:
-    """A gate that decides about a block, as far as the plan knows it: how often it was called."""
+    """What the plan knows of a gate: what it draws for, and how often it was called."""
 
     name: str
     units: tuple[int, ...] = ()  # of each of its branches, what it is drawn with
@@ -133,8 +133,8 @@ class Plan:
 
     def units_of(self, block: int) -> list[int]:
         """What each branch of a block is drawn with."""
-        own = [unit for unit, number in enumerate(self.block_of) if number == block]
-        return own if self.unit == "branch" else own * len(self.blocks[block].branches)
+        units = [unit for unit, number in enumerate(self.block_of) if number == block]
+        return units if self.unit == "branch" else units * len(self.blocks[block].branches)
 
     # The rates and factors of a step.
 
@@ -156,7 +156,7 @@ class Plan:
             return [None] * len(self.gates)
         of_unit = [1.0 / (1.0 - rate) if training else 1.0 - rate for rate in rates]
         each = (tuple([of_unit[unit] for unit in gate.units]) for gate in self.gates)
-        return [None if set(own) <= {1.0} else own for own in each]
+        return [None if set(of_gate) <= {1.0} else of_gate for of_gate in each]
 
     def inference_factors(self, units: tuple[int, ...]) -> tuple[float, ...] | None:
         """What one gate multiplies by in inference, in a way that torch.compile can follow."""

@@ -232,7 +232,7 @@ def _times(factor: Schedule, schedule: Any) -> Any:
         return factor * schedule if callable(schedule) else schedule
     # What no key matches has the preset's schedule; a "*" of the user's says so of everything.
     rest = {} if "*" in schedule else {"*": factor}
-    return rest | {key: factor * own if callable(own) else own for key, own in schedule.items()}
+    return rest | {key: factor * each if callable(each) else each for key, each in schedule.items()}
 
 
 def _rates(drop_rate: object, distribution: str) -> Rates:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from stochastic_depth.discovery.blocks import Discovery
 from stochastic_depth.discovery.undisturbed import (
-    Alone,
     Arguments,
     Mode,
+    SingleBlock,
     is_unmaterialised,
     undisturbed,
     without_values,
@@ -26,7 +26,7 @@ from stochastic_depth.discovery.undisturbed import (
 from stochastic_depth.gating.batch import MORE, with_more_rows
 from stochastic_depth.gating.block import carry_out, decision_of, run_in_part
 from stochastic_depth.gating.gate import ModuleCall, running
-from stochastic_depth.gating.ranks import ALONE
+from stochastic_depth.gating.ranks import LOCAL
 from stochastic_depth.plan import Plan
 from stochastic_depth.rows import Rows
 from stochastic_depth.selection import refuse
@@ -63,14 +63,14 @@ def prove(model: nn.Module, found: Discovery, plan: Plan, example: Arguments) ->
                 return None if is_nested else closed
             except Exception as error:
                 together = {name_of[units[0]]: f"with it dropped the forward fails: {error}"}
-        alone = {name_of[unit]: why for unit in units if (why := _differs(call, unit))}
-        reasons.update({**(alone or together), **reasons})
+        by_unit = {name_of[unit]: why for unit in units if (why := _differs(call, unit))}
+        reasons.update({**(by_unit or together), **reasons})
         return None
 
-    whole: list[tuple[nn.Module, Arguments]] = [(model, example)]
+    is_meta = is_unmaterialised(model)
     try:
-        for tried, given in _alone(model, plan, example) if is_unmaterialised(model) else whole:
-            _at_each_call(tried, plan, given, mode, look)
+        for tried, inputs in _blocks(model, plan, example) if is_meta else [(model, example)]:
+            _at_each_call(tried, plan, inputs, mode, look)
     except Exception as error:
         if plan.mode == "sample":
             raise
@@ -96,7 +96,7 @@ def _telling(example: Arguments) -> Arguments:
     return tree_unflatten([made if leaf is main else leaf for leaf in leaves], spec)
 
 
-def _alone(
+def _blocks(
     model: nn.Module, plan: Plan, example: Arguments
 ) -> Iterator[tuple[nn.Module, Arguments]]:
     """Each block of a model without weights on its own, and what to call it with.
@@ -112,7 +112,7 @@ def _alone(
     with without_values(model, example) as fake:
         _at_each_call(model, plan, fake, "eval", note)
     for name in sorted(calls):
-        yield Alone(model.get_submodule(name), calls[name], plan), ((), {})
+        yield SingleBlock(model.get_submodule(name), calls[name], plan), ((), {})
 
 
 def _at_each_call(
@@ -141,7 +141,7 @@ def _under(call: ModuleCall, units: Sequence[int], *, runs: Rows | bool) -> Any:
     chosen = [runs if unit in units else True for unit in gate.units]
     # Where some of its units may be dropped, its branches are left out one by one.
     in_part = runs is not True and len(set(gate.units)) > 1
-    return (run_in_part if in_part else carry_out)(call, decision_of(gate, chosen, None, ALONE))
+    return (run_in_part if in_part else carry_out)(call, decision_of(gate, chosen, None, LOCAL))
 
 
 def _differs(call: ModuleCall, unit: int) -> str | None:
@@ -193,16 +193,16 @@ def _unlike(
     leaves = [tree_leaves(output) for output in (opened, closed, found)]
     if len(set(map(len, leaves))) > 1:
         return "it runs otherwise on some rows of the batch alone"
-    for number, (whole, skipped, mine) in enumerate(zip(*leaves, strict=True)):
-        if not isinstance(whole, Tensor):
+    for number, (runs, skipped, ours) in enumerate(zip(*leaves, strict=True)):
+        if not isinstance(runs, Tensor):
             continue
-        expected = whole
+        expected = runs
         if number in outputs:
             dim = outputs[number]
-            expected = rows.join(rows.cut(whole, dim)[0], dim, rows.cut(skipped, dim)[1])
+            expected = rows.join(rows.cut(runs, dim)[0], dim, rows.cut(skipped, dim)[1])
         if not bool(expected.isfinite().all()):
             return "with these weights it computes inf or NaN, which tells nothing about its rows"
-        if not _close(mine, expected):
+        if not _close(ours, expected):
             return (
                 "it computes something else on some rows of the batch alone: its rows depend on "
                 "each other, or something that holds the batch reaches it unseen"

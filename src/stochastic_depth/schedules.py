@@ -212,15 +212,15 @@ def resolve_schedule(
     """
     if schedule is None:
         return ResolvedSchedule({})
-    given = schedule if isinstance(schedule, Mapping) else {"*": schedule}
+    by_key = schedule if isinstance(schedule, Mapping) else {"*": schedule}
     blocks = list(dict.fromkeys(name.partition(":")[0] for name in names))
     branches = [name for name in names if ":" in name]
     by_name: dict[str, ScheduleFunction] = {}
     # Keys of branches come last: they override those of blocks.
-    for key, function in sorted(given.items(), key=lambda item: ":" in str(item[0])):
+    for key, function in sorted(by_key.items(), key=lambda item: ":" in str(item[0])):
         if not callable(function):
             raise wrong_value(
-                "schedule" if given is not schedule else f"schedule[{key!r}]",
+                "schedule" if by_key is not schedule else f"schedule[{key!r}]",
                 function,
                 expected="a function of the optimizer step that returns a factor in [0, 1]",
                 instead="pass linear_warmup(steps), say, or constant(0.5) for a fixed factor",

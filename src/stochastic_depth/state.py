@@ -60,24 +60,24 @@ def gated_blocks(plan: Plan) -> tuple[GatedBlock, ...]:
     return tuple(found)
 
 
-def table(model: nn.Module, plan: Plan, whole: set[str]) -> str:
+def table(model: nn.Module, plan: Plan, skipped: set[str]) -> str:
     """A line for each block: name, class, rate, parameters, how it is skipped and why.
 
     Args:
         model: The gated model.
         plan: What its gates share.
-        whole: The names of the modules that are skipped as a whole.
+        skipped: The names of the modules that are skipped whole.
     """
     rows = [("block", "class", "drop rate", "parameters", "when dropped")]
     total, running = 0, 0.0
     for number, (block, now) in enumerate(zip(plan.blocks, gated_blocks(plan), strict=True)):
         running += now.survival_probability
-        members = [name for branch in block.branches for name in branch.modules]
-        modules = map(model.get_submodule, [block.name] if block.explicit else members)
+        names = [name for branch in block.branches for name in branch.modules]
+        modules = map(model.get_submodule, [block.name] if block.explicit else names)
         size = sum(p.numel() for p in {p for module in modules for p in module.parameters()})
         total += size
         shown = ", ".join(dict.fromkeys(f"{branch.drop_rate:.4g}" for branch in now.branches))
-        how = _how(plan, number, now, is_whole=block.explicit or block.container in whole)
+        how = _how(plan, number, now, is_whole=block.explicit or block.block_module in skipped)
         rows.append((block.name, block.kind, shown, f"{size:,}", how))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
@@ -167,12 +167,12 @@ def _identity(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
-    if missing := [key for key in (*own, "step", "calls") if key not in saved]:
+def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    if missing := [key for key in (*current, "step", "calls") if key not in saved]:
         return [f"it has no {key}" for key in missing]
-    there, here = dict(saved["drop_rates"]), dict(own["drop_rates"])
-    options = [key for key in own if key != "drop_rates" and saved[key] != own[key]]
-    differences = [f"{key} {saved[key]!r} there, {own[key]!r} here" for key in options]
+    there, here = dict(saved["drop_rates"]), dict(current["drop_rates"])
+    options = [key for key in current if key != "drop_rates" and saved[key] != current[key]]
+    differences = [f"{key} {saved[key]!r} there, {current[key]!r} here" for key in options]
     only = sorted(there.keys() ^ here.keys())
     differences += [f'block "{n}" is gated {"here" if n in here else "there"} only' for n in only]
     rates = [n for n in here if there.get(n, here[n]) != here[n]]
@@ -184,12 +184,13 @@ def _fold_factors(plan: Plan) -> dict[str, float]:
     """For each parameter (by name in the model that was watched), what it is multiplied by."""
     factors: dict[str, float] = {}
     for block, now in zip(plan.blocks, gated_blocks(plan), strict=True):
-        own: dict[str, float] = {}  # a layer that ends several branches takes their factor once
+        # A layer that ends several branches takes their factor once.
+        of_block: dict[str, float] = {}
         for branch, rates in zip(block.branches, now.branches, strict=True):
             factor = rates.survival_probability if plan.scale == "eval" else 1.0
             obstacle = branch.fold.obstacle if factor != 1.0 else None
             for name in branch.fold.parameters:
-                if own.setdefault(name, factor) != factor:
+                if of_block.setdefault(name, factor) != factor:
                     obstacle = f"{name} is shared with a branch of another rate"
             if obstacle is not None:
                 raise RefusedBlockError(
@@ -198,7 +199,7 @@ def _fold_factors(plan: Plan) -> dict[str, float]:
                     instead='train with scale="train", which needs no scale in inference; or keep '
                     "the gated model for inference",
                 )
-        for name, factor in own.items():
+        for name, factor in of_block.items():
             factors[name] = factors.get(name, 1.0) * factor
     return factors
 

@@ -100,13 +100,13 @@ def watch(
         return discover(Recording(), model), ((), {})
     _refuse_lazy(model)
     example = example_for(model, example_inputs, example_kwargs)
-    own = " (the example that it carries)" if example_inputs is None else ""
+    whose = " (the example that it carries)" if example_inputs is None else ""
     try:
         with switched_off(model):  # it would act as the model trains
             recording = watch_once(model, example)
     except Exception as error:
         raise ExampleInputsError(
-            f"the forward of {type(model).__name__} failed on its example inputs{own}: "
+            f"the forward of {type(model).__name__} failed on its example inputs{whose}: "
             f"{type(error).__name__}: {error}",
             expected="an example that the model takes",
             instead="pass example_inputs=... (a tensor, a tuple or a dict) as for training, on the "
@@ -121,11 +121,11 @@ def watch_once(model: nn.Module, example: Arguments) -> Recording:
     As the model trains, where it can run so: BatchNorm, which needs several values, and then
     everything else, are put into inference where it fails.
     """
-    with without_values(model, example) as given:
+    with without_values(model, example) as arguments:
         for mode in ("train", "train but BatchNorm"):
             with suppress(Exception):  # what fails in inference, too, is raised there
-                return record(model, given, mode)
-        return record(model, given, "eval")
+                return record(model, arguments, mode)
+        return record(model, arguments, "eval")
 
 
 def record(model: nn.Module, example: Arguments, mode: Mode) -> Recording:

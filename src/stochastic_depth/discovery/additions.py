@@ -29,10 +29,10 @@ class Addition:
     skip: int  # the operand that is not the branch
     root: int  # x, the value that skip and branch start from
     path: list[int]  # the values of the branch, in order, root left out
-    container: Call  # the call that decides about it; first the innermost that holds all of it
+    block_call: Call  # the call that decides about it; first the innermost that holds all of it
     affine: bool = False  # the branch as a whole is affine in x
-    members: list[Call] = field(default_factory=list)
-    """The outermost calls inside of the container that belong to the branch, in order."""
+    branch_calls: list[Call] = field(default_factory=list)
+    """The outermost calls inside of the block's that belong to the branch, in order."""
     left_out: list[str] = field(default_factory=list)
     """The modules of branches inside of this one, which are no branches of their own."""
 
@@ -46,24 +46,24 @@ class Addition:
         position = bisect_left(self.path, other.node)
         return position < len(self.path) and self.path[position] == other.node
 
-    def put_in(self, container: Call, recording: Recording) -> None:
+    def put_in(self, block_call: Call, recording: Recording) -> None:
         """Make it an addition of this call.
 
         A call inside of it that holds the sum, or that also made the root, is looked into: its
-        parts are members, not it.
+        parts are calls of the branch, not it.
         """
         path = set(self.path)
 
-        def members(call: Call) -> Iterator[Call]:
+        def parts(call: Call) -> Iterator[Call]:
             for child in call.children_within(self.path[0], self.node):
                 if not child.holds_any(self.path) and path.isdisjoint(child.outputs):
                     continue
                 if child.holds(self.node) or child.holds(self.root):
-                    yield from members(child)
+                    yield from parts(child)
                 else:
                     yield child
 
-        self.container, self.members = container, list(members(container))
+        self.block_call, self.branch_calls = block_call, list(parts(block_call))
 
 
 class Ways:
@@ -112,7 +112,7 @@ class Search:
             data = self._data(node) if node.kind in _SKIPS else []
             if found is not None:
                 for addition in filter(None, (self._coupled(found), found)):
-                    addition.put_in(addition.container, recording)
+                    addition.put_in(addition.block_call, recording)
                     self.additions.append(addition)
                 self._through[node.index] = found.skip
                 data = [found.skip]
@@ -176,19 +176,19 @@ class Search:
 
         if not {root, *reached([skip], onwards)}.isdisjoint(path):
             return None  # skip and branch part only behind the root: a piece of an attention
-        container = recording.innermost(path[0], node.index)
+        block_call = recording.innermost(path[0], node.index)
         affine = self.is_affine(root, path)
         if projection:
-            if affine or not self._is_own(node, container):
+            if affine or not self._is_own(node, block_call):
                 return None
-            if container.parent is None and not any(
+            if block_call.parent is None and not any(
                 recording.nodes[user].meets_parameter
                 for user in reached(
                     recording.consumers[node.index], recording.consumers.__getitem__
                 )
             ):
                 return None  # two heads of the model, whose results are added
-        return Addition(node.index, skip, root, path, container, affine)
+        return Addition(node.index, skip, root, path, block_call, affine)
 
     def _coupled(self, found: Addition) -> Addition | None:
         """The other sum of a coupling, which then is what the branch of this one starts from."""
@@ -205,7 +205,7 @@ class Search:
             before = recording.between(found.root, index)[:-1]
             behind = recording.between(index, found.branch)
             if path == {*before, index, *behind}:
-                coupled = Addition(index, others[0], found.root, before, found.container)
+                coupled = Addition(index, others[0], found.root, before, found.block_call)
                 found.root, found.path = index, behind
                 return coupled
         return None
@@ -217,11 +217,11 @@ class Search:
             node = self.recording.nodes[node.inputs[0]]
         return node.index < call.start and not node.fixed
 
-    def _is_own(self, node: Node, container: Call) -> bool:
-        """Whether the sum is taken in the container's own forward, or by a module made for it."""
+    def _is_own(self, node: Node, block_call: Call) -> bool:
+        """Whether the block's own forward takes the sum, or a module made for that."""
         call = self.recording.calls[node.call]
-        if call is container:
+        if call is block_call:
             return True
-        return call.parent == container.index and not any(
+        return call.parent == block_call.index and not any(
             inside.meets_parameter for inside in self.recording.nodes[call.start : call.end]
         )

@@ -29,7 +29,7 @@ class ResidualBranch:
 
     name: str
     modules: tuple[str, ...]
-    scaled: tuple[tuple[int, int], ...] = field(default=(), repr=False)
+    branch_outputs: tuple[tuple[int, int], ...] = field(default=(), repr=False)
     """What makes up the branch's value: positions of modules, and leaves of their outputs."""
     unscalable: str | None = field(default=None, repr=False)
     vanishes: bool = field(default=True, repr=False)  # is zero where its modules are
@@ -49,7 +49,7 @@ class ResidualBlock:
     name: str
     branches: tuple[ResidualBranch, ...]
     kind: str = field(repr=False)  # the name of its module's class
-    container: str = field(repr=False)  # the module whose call decides about it
+    block_module: str = field(repr=False)  # the module whose call decides about it
     nesting: int = field(default=0, repr=False, compare=False)  # how many blocks it lies inside of
     refusal: str | None = field(default=None, repr=False, compare=False)
     """Why it cannot be skipped exactly, with any options."""
@@ -60,7 +60,7 @@ class ResidualBlock:
     whole: Template | None = field(default=None, repr=False, compare=False)
     """What it returns where all of it is dropped and its forward need not run then."""
     copies_input: bool = field(default=False, repr=False, compare=False)
-    """Then it has to be a copy: its input is held by others, or changed later."""
+    """Whether it then returns a copy: others refer to its input, or change it later."""
     left_out: tuple[str, ...] = field(default=(), repr=False, compare=False)
     """The modules of branches inside of its own branches: those are not gated."""
     keeps: str | None = field(default=None, repr=False, compare=False)
@@ -69,7 +69,7 @@ class ResidualBlock:
     @property
     def scope(self) -> str:
         """The module whose parts its branches are made of."""
-        return self.container.rpartition(".")[0] if self.explicit else self.container
+        return self.block_module.rpartition(".")[0] if self.explicit else self.block_module
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,9 +109,9 @@ def discover(recording: Recording, model: nn.Module) -> Discovery:
     for affine in (False, True):
         kept = [addition for addition in additions if addition.affine is affine]
         for site in Grouping(recording, model, kept).sites:
-            own = sites.setdefault(site.name, [])
-            if not own or own[0].additions[0].affine is affine:
-                own.append(site)
+            calls = sites.setdefault(site.name, [])
+            if not calls or calls[0].additions[0].affine is affine:
+                calls.append(site)
     folding = Folding(recording, model)
     found: list[tuple[int, ResidualBlock]] = []  # with the place in the forward
     for name, calls in sites.items():
@@ -139,15 +139,15 @@ def _block(model: nn.Module, calls: list[Site], nesting: int, folding: Folding) 
     shown = [_branches(site, folds) for site in calls]
     refusal = next(_refusals(calls, shown), None)
     several = [(site, a) for site in calls for a in site.additions if len(site.additions) > 1]
-    alone = (Site(site.recording, site.name, site.call, [a]) for site, a in several)
+    single_sums = (Site(site.recording, site.name, site.call, [a]) for site, a in several)
     return ResidualBlock(
         name=first.name,
         branches=shown[0],
         kind=type(model.get_submodule(first.name)).__name__,
-        container=first.call.module,
+        block_module=first.call.module,
         nesting=nesting,
         refusal=refusal,
-        branches_leak=refusal is None and any(map(skips.side_effects, alone)),
+        branches_leak=refusal is None and any(map(skips.side_effects, single_sums)),
         affine=first.additions[0].affine,
         whole=whole,
         copies_input=whole is not None and any(one.copies for one in dropped),
@@ -180,9 +180,9 @@ def _branches(site: Site, folds: Sequence[Fold]) -> tuple[ResidualBranch, ...]:
     return tuple(
         ResidualBranch(
             f"{site.name}:{number}",
-            tuple(call.module for call in addition.members),
+            tuple(call.module for call in addition.branch_calls),
             *ends_of(site, addition),
-            parameters_at(recording, recording.not_held(addition.path, addition.members)),
+            parameters_at(recording, recording.outside(addition.path, addition.branch_calls)),
             fold,
         )
         for number, (addition, fold) in enumerate(zip(site.additions, folds, strict=False))
@@ -204,27 +204,27 @@ def _explicit_blocks(
         is_list = issubclass(holder, nn.Sequential | nn.ModuleList | nn.ModuleDict)
         is_layer = uses[holder] > 1 and not is_list and around not in names
         layers.setdefault(around if is_layer else name, []).append(name)
-    for layer, own in layers.items():
-        calls = [recording.calls_of.get(name, []) for name in own]
+    for layer, residuals in layers.items():
+        calls = [recording.calls_of.get(name, []) for name in residuals]
         sums = [[a for call in each if (a := _sum(recording, call))] for each in calls]
         branches = tuple(
             ResidualBranch(f"{layer}:{number}", (name,), fold=fold)
-            for number, (name, fold) in enumerate(zip(own, folding.folds(sums), strict=True))
+            for number, (name, fold) in enumerate(zip(residuals, folding.folds(sums), strict=True))
         )
         kind = type(model.get_submodule(layer)).__name__
         place = next((call.start for call in calls[0]), len(recording.nodes))
-        yield place, ResidualBlock(layer, branches, kind, container=own[0], explicit=True)
+        yield place, ResidualBlock(layer, branches, kind, block_module=residuals[0], explicit=True)
 
 
 def _sum(recording: Recording, call: Call) -> Addition | None:
     """The addition of a residual connection's own forward: the branch is its second operand."""
-    own = [
+    sums = [
         node
         for node in recording.nodes[call.start : call.end]
         if node.kind is Kind.SUM and node.call == call.index
     ]
-    given = [node for node in call.given if node is not None]
-    if not own or not given:
+    inputs = [node for node in call.inputs if node is not None]
+    if not sums or not inputs:
         return None
-    (skip, branch), root = own[-1].inputs, given[0]
-    return Addition(own[-1].index, skip, root, recording.between(root, branch), call)
+    (skip, branch), root = sums[-1].inputs, inputs[0]
+    return Addition(sums[-1].index, skip, root, recording.between(root, branch), call)

@@ -22,7 +22,7 @@ _SIZED = (list, dict, set)
 
 
 class Before:
-    """What a module held and who referred to its arguments when it was called.
+    """The state of a module, and of its arguments, when it was called.
 
     Args:
         call: The call.
@@ -30,11 +30,11 @@ class Before:
         given: Its positional and keyword arguments.
     """
 
-    def __init__(self, call: Call, module: nn.Module, given: Sequence[Any]) -> None:
-        self.call, self.module, self.given = call, module, given
+    def __init__(self, call: Call, module: nn.Module, arguments: Sequence[Any]) -> None:
+        self.call, self.module, self.arguments = call, module, arguments
         self.made: list[weakref.ref[Tensor]] = []  # the values that are made in its own forward
-        self._held, self._sizes = _held(module)
-        self._references = _references(given)
+        self._kept, self._sizes = _kept(module)
+        self._references = _references(arguments)
 
     def effects(
         self, results: Sequence[Tensor], is_constant: Callable[[Tensor], bool]
@@ -45,10 +45,10 @@ class Before:
             results: The tensors in its output.
             is_constant: Whether a tensor was made of weights and constants alone.
         """
-        now, sizes = _held(self.module)
-        same = len(now) == len(self._held) and all(map(is_, now.values(), self._held.values()))
-        for key in {**self._held, **now} if not same or sizes != self._sizes else ():
-            old, new = self._held.get(key), now.get(key)
+        now, sizes = _kept(self.module)
+        same = len(now) == len(self._kept) and all(map(is_, now.values(), self._kept.values()))
+        for key in {**self._kept, **now} if not same or sizes != self._sizes else ():
+            old, new = self._kept.get(key), now.get(key)
             if old is None and isinstance(new, Tensor) and is_constant(new):
                 continue
             changed = old is not new and not _is_equal(old, new)
@@ -62,21 +62,21 @@ class Before:
                 continue
             yield "a value that somebody keeps", tensor
             return
-        counts = zip(self.given, _references(self.given), self._references, strict=True)
+        counts = zip(self.arguments, _references(self.arguments), self._references, strict=True)
         for value, after, before in counts:
             if after > before and memory_of(value) not in memories:
                 yield "its input, which somebody keeps", value
 
 
-def _held(module: nn.Module) -> tuple[dict[str, Any], dict[str, int]]:
+def _kept(module: nn.Module) -> tuple[dict[str, Any], dict[str, int]]:
     """Attributes and buffers, and how many values are in those that hold some."""
-    held = {**vars(module), **module._buffers}
-    return held, {key: len(value) for key, value in held.items() if isinstance(value, _SIZED)}
+    kept = {**vars(module), **module._buffers}
+    return kept, {key: len(value) for key, value in kept.items() if isinstance(value, _SIZED)}
 
 
-def _references(given: Sequence[Any]) -> list[int]:
+def _references(arguments: Sequence[Any]) -> list[int]:
     """How often each tensor among the arguments is referred to."""
-    return [sys.getrefcount(value) if isinstance(value, Tensor) else 0 for value in given]
+    return [sys.getrefcount(value) if isinstance(value, Tensor) else 0 for value in arguments]
 
 
 def _is_equal(old: Any, new: Any) -> bool:
@@ -91,12 +91,12 @@ def memory_of(tensor: Tensor) -> int:
         return -id(tensor)  # sparse tensors and their like share no storage
 
 
-def effects_of(recording: Recording, call: Call, members: Sequence[Call]) -> list[tuple[str, int]]:
+def effects_of(recording: Recording, call: Call, parts: Sequence[Call]) -> list[tuple[str, int]]:
     """What a call does besides its output, outside of these modules inside of it, and the value.
 
     The value is -1 where it is none.
     """
-    left = within(members)
+    left = within(parts)
     outside = [recording.calls[number] for number in call.inside if number not in left]
     found = [effect for inner in outside for effect in inner.effects]
     for node in recording.nodes[call.start : call.end]:
@@ -109,6 +109,6 @@ def effects_of(recording: Recording, call: Call, members: Sequence[Call]) -> lis
     return found
 
 
-def within(members: Sequence[Call]) -> set[int]:
+def within(branch_calls: Sequence[Call]) -> set[int]:
     """The numbers of these calls and of all calls inside of them."""
-    return {number for member in members for number in member.inside}
+    return {number for call in branch_calls for number in call.inside}

@@ -27,7 +27,7 @@ class Site:
         additions: The additions in it that make the block.
 
     Attributes:
-        members: The calls of its branches' modules, in order.
+        branch_calls: The calls of its branches' modules, in order.
         sums: The sums of its additions.
         path: The values of its branches.
         effects: What the call does besides its output, outside of these modules, and the value.
@@ -38,10 +38,10 @@ class Site:
     ) -> None:
         self.recording, self.name, self.call = recording, name, call
         self.additions = sorted(additions, key=lambda addition: addition.node)
-        self.members = [call for addition in self.additions for call in addition.members]
+        self.branch_calls = [call for addition in self.additions for call in addition.branch_calls]
         self.sums = {addition.node for addition in additions}
         self.path = {value for addition in additions for value in addition.path}
-        self.effects = effects_of(recording, call, self.members)
+        self.effects = effects_of(recording, call, self.branch_calls)
 
 
 class Grouping:
@@ -61,33 +61,33 @@ class Grouping:
         self.modules = dict(model.named_modules())
         kinds = {call.module: call.kind for call in recording.calls}
         self.uses = Counter(kinds.values())
-        additions = [a for a in additions if any(map(self._has_parameters, a.members))]
+        additions = [a for a in additions if any(map(self._has_parameters, a.branch_calls))]
         additions = self._without_global_skips(additions)
         for addition in additions:
             addition.put_in(self._block_module(addition), recording)
         gathered: dict[tuple[int, str], list[Addition]] = {}
         for addition in _without_inner(additions):
-            key = addition.container.index, self._name(addition)
+            key = addition.block_call.index, self._name(addition)
             gathered.setdefault(key, []).append(addition)
         self._merge_into_layers(gathered)
-        found = [Site(recording, n, recording.calls[c], own) for (c, n), own in gathered.items()]
+        found = [Site(recording, n, recording.calls[c], sums) for (c, n), sums in gathered.items()]
         self.sites = sorted(found, key=lambda site: site.additions[0].node)
 
     def _has_parameters(self, call: Call) -> bool:
         return next(self.modules[call.module].parameters(), None) is not None
 
     def _block_module(self, addition: Addition) -> Call:
-        """The call that is gated: the container, or one around it that stands for it.
+        """The call that is gated: the innermost one, or one around it that stands for it.
 
         A module without parameters that is called with another module (`self.skip(x, self.f)`)
         stands for nothing: what calls it is the block. The outermost wrapper around nothing but
-        the container (torch.compile's, a checkpoint's) is the block, too: what is skipped with it
+        that call (torch.compile's, a checkpoint's) is the block, too: what is skipped with it
         is not even recomputed; and a compiled one calls what was bound when it was made, so that a
         gate beneath it would never be asked.
         """
-        calls, found = self.recording.calls, addition.container
+        calls, found = self.recording.calls, addition.block_call
         while found.parent is not None and not self._has_parameters(found):
-            if all(_is_below(call.module, found.module) for call in addition.members):
+            if all(_is_below(call.module, found.module) for call in addition.branch_calls):
                 break
             found = calls[found.parent]
         call = found
@@ -103,8 +103,8 @@ class Grouping:
 
         def place(addition: Addition) -> tuple[object, str]:
             """What may repeat, and at which of its repetitions the addition stands."""
-            if addition.container.parent is not None:
-                return addition.container.kind, addition.container.module
+            if addition.block_call.parent is not None:
+                return addition.block_call.kind, addition.block_call.module
             # In the model's own forward: a loop over a list of modules.
             around, _, number = self._name(addition).rpartition(".")
             return around if number.isdigit() else addition, number
@@ -119,23 +119,23 @@ class Grouping:
         return [a for a in additions if a not in places or repeats(a)]
 
     def _name(self, addition: Addition) -> str:
-        """The container's name, or what the names of the branch's modules begin with."""
-        container = addition.container
-        modules = [call.module for call in addition.members]
+        """The name of the block's module, or what the names of the branch's modules begin with."""
+        block_call = addition.block_call
+        modules = [call.module for call in addition.branch_calls]
         common: list[str] = []
-        if all(_is_below(module, container.module) for module in modules):
+        if all(_is_below(module, block_call.module) for module in modules):
             # Others are shared, and have their names elsewhere.
-            inside = [m.removeprefix(container.module).lstrip(".").split(".") for m in modules]
+            inside = [m.removeprefix(block_call.module).lstrip(".").split(".") for m in modules]
             alike = [len(set(parts)) == 1 for parts in zip(*inside, strict=False)]
             common = inside[0][: [*alike, False].index(False)]
-        prefix = [container.module] if container.module else []
+        prefix = [block_call.module] if block_call.module else []
         numbers = [place for place, part in enumerate(common, start=1) if part.isdigit()]
         if numbers:  # a loop over a list of modules
             return ".".join(prefix + common[: numbers[0]])
-        in_a_list = container.module.rpartition(".")[2].isdigit()
-        repeated = len(self.recording.calls_of[container.module]) > 1  # a shared layer
-        if self.uses[container.kind] > 1 or in_a_list or repeated:
-            return container.module
+        in_a_list = block_call.module.rpartition(".")[2].isdigit()
+        repeated = len(self.recording.calls_of[block_call.module]) > 1  # a shared layer
+        if self.uses[block_call.kind] > 1 or in_a_list or repeated:
+            return block_call.module
         if common:
             return ".".join(prefix + common)
         # Modules of several lists, or with names of their own: the largest stands for them all.
@@ -151,10 +151,10 @@ class Grouping:
                 parents.setdefault(parent, []).append((call, name))
         for parent, keys in parents.items():
             layer = calls[parent]
-            own = (parent, layer.module)
+            of_layer = (parent, layer.module)
             repeated = self.uses[layer.kind] > 1 or len(calls_of[layer.module]) > 1
             is_layer = repeated and not issubclass(layer.kind, nn.Sequential)
-            keys += [own] if own in gathered else []
+            keys += [of_layer] if of_layer in gathered else []
             kinds = Counter(calls[child].kind for child, _ in keys if child != parent)
             if not is_layer or len(keys) < 2 or max(kinds.values()) > 1:
                 continue
@@ -165,7 +165,7 @@ class Grouping:
                 del gathered[key]
             for addition in found:
                 addition.put_in(layer, self.recording)
-            gathered[own] = found
+            gathered[of_layer] = found
 
 
 def _without_inner(additions: list[Addition]) -> list[Addition]:
@@ -174,9 +174,9 @@ def _without_inner(additions: list[Addition]) -> list[Addition]:
     inner: set[Addition] = set()
     for outer in additions:
         for one in filter(None, map(sums.get, outer.path)):
-            if one.container is outer.container:
+            if one.block_call is outer.block_call:
                 inner.add(one)
-                outer.left_out += [call.module for call in one.members]
+                outer.left_out += [call.module for call in one.branch_calls]
     return [a for a in additions if a not in inner]
 
 

@@ -73,33 +73,33 @@ POSITIVE = frozenset({Kind.POSITIVE, Kind.RELU, Kind.MAX_POOL})
 AFFINE = HOMOGENEOUS | PRODUCTS | SUMS | {Kind.SHIFT, Kind.BATCH_NORM}
 """Affine in their data where only one operand depends on it (for sums: any number)."""
 
-# What multiplying some values by s multiplies another one by: a degree n >= 0 stands for s ** n.
-# What is not multiplied so may still be zero where they are, or finite at least.
+# The degree of a value. Where the ends of a branch are multiplied by s, a value of degree n >= 0 is
+# multiplied by s ** n. Any other value may be zero where the ends are (VANISHES), or else FINITE.
 VANISHES, FINITE, UNKNOWN = -1, -2, -3
 
 
-def degree(kind: Kind, name: str, given: Sequence[int]) -> int:
+def degree(kind: Kind, name: str, degrees: Sequence[int]) -> int:
     """The degree of what an operation makes, from those of its inputs."""
-    if not any(given):
+    if not any(degrees):
         return 0
     found: int | None = None
-    zeros = [is_zero(own) for own in given]
+    zeros = [is_zero(each) for each in degrees]
     if kind in SUMS:
-        found, vanishes = given[0] if len(set(given)) == 1 else None, all(zeros)
-    elif kind in PRODUCTS and len(given) > 2:
-        bias = given[0] if name in ("addmm", "baddbmm") else given[2]
-        found, vanishes = bias if 2 * bias == sum(given) else None, all(zeros)
+        found, vanishes = degrees[0] if len(set(degrees)) == 1 else None, all(zeros)
+    elif kind in PRODUCTS and len(degrees) > 2:
+        bias = degrees[0] if name in ("addmm", "baddbmm") else degrees[2]
+        found, vanishes = bias if 2 * bias == sum(degrees) else None, all(zeros)
     elif kind in PRODUCTS:
-        found, vanishes = sum(given), any(zeros)
+        found, vanishes = sum(degrees), any(zeros)
     else:
-        is_homogeneous = kind in HOMOGENEOUS | POSITIVE and not (name == "div" and any(given[1:]))
+        is_homogeneous = kind in HOMOGENEOUS | POSITIVE and not (name == "div" and any(degrees[1:]))
         if not is_homogeneous and name != "_to_copy":  # which may round
             return UNKNOWN
-        found = given[0] if is_homogeneous and not any(given[1:]) else None
+        found = degrees[0] if is_homogeneous and not any(degrees[1:]) else None
         vanishes = zeros[0]
-    if found is not None and min(given) >= 0:
+    if found is not None and min(degrees) >= 0:
         return found
-    return UNKNOWN if UNKNOWN in given else VANISHES if vanishes else FINITE
+    return UNKNOWN if UNKNOWN in degrees else VANISHES if vanishes else FINITE
 
 
 def is_zero(degree: int) -> bool:
@@ -111,8 +111,7 @@ FILLED = frozenset(
     "new_empty new_empty_strided new_full new_ones new_zeros empty_like full_like ones_like "
     "rand_like randint_like randn_like zeros_like".split()
 )
-"""Ask their input for its shape, and for none of its values: what they make does not depend on it.
-"""
+"""Operations that ask their input for its shape alone: the result does not depend on its values."""
 _WITH_A_PRODUCT = {"addcmul": "mul", "addcdiv": "div", "addmm": "mm", "baddbmm": "bmm"}
 SPELLINGS = frozenset(("add", "sub", "rsub", "lerp", *_WITH_A_PRODUCT))
 """Operations that may be a sum of two terms."""
@@ -120,7 +119,7 @@ MERGES = frozenset(
     "where maximum minimum logaddexp index_add scatter_add index_put scatter scatter_reduce "
     "masked_scatter slice_scatter select_scatter copy".split()
 )
-"""May put a branch beside what it was computed from, as a sum does: nobody can tell."""
+"""Operations that may join a branch to its skip connection, as a sum does: nobody can tell."""
 _STAYS = frozenset("alias clone contiguous _to_copy lift_fresh add sum".split())
 _DEPENDING = SPELLINGS | FILLED | {"div", "constant_pad_nd", "masked_fill", "stack", "sum", "mean"}
 
@@ -190,8 +189,8 @@ def replay_of(func: Any, args: Any, kwargs: Mapping[str, Any], count: int) -> An
     places = [place for place, value in enumerate(args) if isinstance(value, Tensor)]
 
     def replay(*tensors: Tensor) -> Any:
-        given = dict(zip(places, tensors, strict=True))
-        return func(*[given.get(place, value) for place, value in enumerate(rest)], **kwargs)
+        by_place = dict(zip(places, tensors, strict=True))
+        return func(*[by_place.get(place, value) for place, value in enumerate(rest)], **kwargs)
 
     return replay if len(places) == count else None
 

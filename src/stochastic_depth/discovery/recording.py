@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from stochastic_depth.discovery.operations import Kind
-from stochastic_depth.discovery.templates import Given, Place, Template
+from stochastic_depth.discovery.templates import Argument, Place, Template
 from stochastic_depth.discovery.undisturbed import Mode
 
 RECURRENT = (nn.RNNBase, nn.modules.rnn.RNNCellBase)
@@ -58,8 +58,8 @@ class Call:
     end: int = -1
     children: list[Call] = field(default_factory=list)  # the calls made directly in it
     inside: range = range(0)  # the numbers of it and of all calls in it
-    given: tuple[int | None, ...] = ()  # nodes of its arguments' leaves; None: no tensor
-    places: tuple[Given, ...] = ()  # where these leaves stand
+    inputs: tuple[int | None, ...] = ()  # nodes of its arguments' leaves; None: no tensor
+    places: tuple[Argument, ...] = ()  # where these leaves stand
     shapes: tuple[torch.Size | None, ...] = ()  # and their own, where they are views of a value
     outputs: tuple[int | None, ...] = ()  # nodes of its output's leaves; None: no tensor
     template: Template | None = None
@@ -67,9 +67,9 @@ class Call:
     form: tuple[tuple[Place, object], ...] = ()  # the kinds of its arguments
     effects: tuple[tuple[str, int], ...] = ()  # what it changed besides, and to which value
 
-    def place_of(self, node: int) -> Given:
+    def place_of(self, node: int) -> Argument:
         """Where a value stands among the arguments, of which it is one."""
-        return self.places[self.given.index(node)]
+        return self.places[self.inputs.index(node)]
 
     def children_within(self, first: int, last: int) -> list[Call]:
         """The calls made directly in it that ran between two nodes."""
@@ -124,8 +124,8 @@ class Recording:
                 inside.add(index)
         return sorted(inside - {root} | {end})
 
-    def not_held(self, nodes: Sequence[int], calls: Sequence[Call]) -> list[int]:
-        """Those of these nodes that none of these calls made, which ran one after the other."""
+    def outside(self, nodes: Sequence[int], calls: Sequence[Call]) -> list[int]:
+        """The nodes that none of these calls made. The calls ran one after the other."""
         starts = [call.start for call in calls]
         places = [(index, bisect_right(starts, index) - 1) for index in nodes]
         return [index for index, place in places if place < 0 or index >= calls[place].end]

@@ -33,7 +33,7 @@ def ends_of(site: Site, addition: Addition) -> tuple[tuple[tuple[int, int], ...]
     nodes, path = site.recording.nodes, set(addition.path)
     place_of = {
         index: (position, number)
-        for position, call in enumerate(addition.members)
+        for position, call in enumerate(addition.branch_calls)
         for number, index in enumerate(call.outputs)
         if index in path
     }
@@ -84,16 +84,16 @@ def _degree_of(
         degrees: Those of its inputs; 0 for all others.
         tried: What such operations have come to so far.
     """
-    given = [degrees.get(source, 0) for source in node.inputs]
-    found = degree(node.kind, node.op, given)
-    if found != operations.UNKNOWN or operations.UNKNOWN in given or node.replay is None:
+    of_inputs = [degrees.get(source, 0) for source in node.inputs]
+    found = degree(node.kind, node.op, of_inputs)
+    if found != operations.UNKNOWN or operations.UNKNOWN in of_inputs or node.replay is None:
         return found
     inputs = []
-    for index, own in zip(node.inputs, given, strict=True):
+    for index, power in zip(node.inputs, of_inputs, strict=True):
         like = recording.nodes[index]
         is_bool = like.dtype is torch.bool
         # Nobody knows what the others are; an index may be 0.
-        is_other = not is_zero(own) and (like.dtype.is_floating_point or is_bool)
+        is_other = not is_zero(power) and (like.dtype.is_floating_point or is_bool)
         some = torch.arange(1, like.shape.numel() + 1).sin().mul(is_other).view(like.shape)
         some = tried.get(index, some > 0 if is_bool else some)
         inputs.append(some.to(like.device, like.dtype, copy=True))
@@ -147,15 +147,15 @@ class Folding:
         """
         sums = {addition.node for calls in branches for addition in calls}
         taken = [self._taken(calls, sums) for calls in branches]
-        inside = {use for own in taken if isinstance(own, dict) for use in own}
+        inside = {use for uses in taken if isinstance(uses, dict) for use in uses}
         return [
-            Fold(obstacle=own) if isinstance(own, str) else self._exclusive(own, inside)
-            for own in taken
+            Fold(obstacle=uses) if isinstance(uses, str) else self._exclusive(uses, inside)
+            for uses in taken
         ]
 
     def _exclusive(self, taken: dict[int, list[str]], inside: set[int]) -> Fold:
         """The fold, or the obstacle that a parameter is used outside of the block's folds."""
-        names = dict.fromkeys(name for own in taken.values() for name in own)
+        names = dict.fromkeys(name for of_use in taken.values() for name in of_use)
         for name in names:
             holders = self._holders[self._parameters[name]]
             idle = [holder for holder in holders if holder not in self.recording.calls_of]
@@ -196,18 +196,18 @@ class Folding:
         """
         recording, where = self.recording, self.recording.module_at(node.index)
         data = [index for index in node.inputs if index in path]
-        own = [index for index in node.inputs if recording.nodes[index].of_parameters]
-        names = [name for index in own if (name := self._name(index)) is not None]
-        if len(names) < len(own):
+        weights = [index for index in node.inputs if recording.nodes[index].of_parameters]
+        names = [name for index in weights if (name := self._name(index)) is not None]
+        if len(names) < len(weights):
             raise _ObstacleError(f"a weight of {where} is itself computed (weight norm?)")
         if node.kind in NORMS:
             if len(names) < (2 if node.kind is Kind.BATCH_NORM else 1):
                 raise _ObstacleError(f"the norm {where} has no weight")
             return names, []
-        if node.kind in PRODUCTS and own and len(own) + 1 == len(node.inputs):
+        if node.kind in PRODUCTS and weights and len(weights) + 1 == len(node.inputs):
             return names, []
         # What is added to data is scaled with it.
-        scaled = {*data, *own} if node.kind in SUMS else set(data)
+        scaled = {*data, *weights} if node.kind in SUMS else set(data)
         if degree(node.kind, node.op, [int(index in scaled) for index in node.inputs]) == 1:
             return names if node.kind in SUMS else [], data
         raise _ObstacleError(

@@ -20,7 +20,7 @@ from stochastic_depth.discovery.effects import within
 from stochastic_depth.discovery.grouping import Site
 from stochastic_depth.discovery.operations import HOMOGENEOUS, MERGES, PRODUCTS, SUMS, Kind
 from stochastic_depth.discovery.recording import RECURRENT, Node, Recording, reached
-from stochastic_depth.discovery.templates import Constant, Given, Made, Template
+from stochastic_depth.discovery.templates import Argument, Constant, Made, Template
 
 
 class Skip:
@@ -50,15 +50,15 @@ class Skip:
             leaf if node is None else self._argument(node)
             for node, leaf in zip(self.call.outputs, watched.leaves, strict=True)
         )
-        leaves = tuple(leaf for leaf in found if isinstance(leaf, Given | Constant))
-        if len(leaves) < len(watched.leaves) or not any(isinstance(n, Given) for n in leaves):
+        leaves = tuple(leaf for leaf in found if isinstance(leaf, Argument | Constant))
+        if len(leaves) < len(watched.leaves) or not any(isinstance(n, Argument) for n in leaves):
             return None
         return Template(leaves, watched.spec)
 
-    def _argument(self, output: int) -> Given | None:
+    def _argument(self, output: int) -> Argument | None:
         """The argument that an output is when the branches are dropped."""
         nodes, way = self.recording.nodes, [output]
-        while way[-1] not in self.call.given:
+        while way[-1] not in self.call.inputs:
             node = nodes[way[-1]]
             passes = node.kind in (Kind.MOVE, Kind.RELU) and node.inputs
             if not passes and node.index not in self.skips:
@@ -90,7 +90,7 @@ class Skip:
 
     def _acts(self) -> bool:
         """Whether the call does something besides its output that is no part of a branch."""
-        left = within(self.site.members)
+        left = within(self.site.branch_calls)
         return bool(self.site.effects) or any(
             target < self.call.start and node.index not in self.walked
             for node in self.recording.nodes[self.call.start : self.call.end]
@@ -100,11 +100,11 @@ class Skip:
 
     def _must_copy(self) -> bool:
         """Whether an output is written to later, or the input is the model's own or its output."""
-        recording, own = self.recording, self.walked.intersection(self.call.given)
-        if any(not own.isdisjoint(recording.nodes[index].overwrites) for index in self.walked):
+        recording, inputs = self.recording, self.walked.intersection(self.call.inputs)
+        if any(not inputs.isdisjoint(recording.nodes[index].overwrites) for index in self.walked):
             return False  # the block itself hands out its very input
         root, writes = recording.calls[0], recording.writes
-        if self._memories(own) & self._memories((*root.given, *root.outputs)):
+        if self._memories(inputs) & self._memories((*root.inputs, *root.outputs)):
             return True
         later = [i for node in writes if node.index >= self.call.end for i in node.overwrites]
         return bool(self._memories(self.call.outputs) & self._memories(later))
@@ -142,16 +142,16 @@ def side_effects(site: Site) -> str | None:
         weights, caches) count for nothing: nobody computes with them. What the model makes of
         them and hands out does.
     """
-    recording, nodes, container = site.recording, site.recording.nodes, site.call
+    recording, nodes, block_call = site.recording, site.recording.nodes, site.call
     made = {
         index
-        for call in site.members
+        for call in site.branch_calls
         for index in range(call.start, call.end)
         if nodes[index].op  # not the parameters, buffers and inputs met on the way
     }
-    outputs = {index for call in site.members for index in call.outputs if index is not None}
+    outputs = {index for call in site.branch_calls for index in call.outputs if index is not None}
     terms = {index for index in outputs if _is_loss_term(recording, index)}
-    own = made.union(recording.behind([a.branch for a in site.additions], container.start))
+    inside = made.union(recording.behind([a.branch for a in site.additions], block_call.start))
     for index in sorted(site.path):
         if not made.isdisjoint(nodes[index].inputs):  # what is computed in line from that
             made.add(index)
@@ -160,11 +160,11 @@ def side_effects(site: Site) -> str | None:
         for index in made
         if index not in terms and not recording.is_state(index)
         for user in recording.consumers[index]
-        if user not in own and user not in site.sums
+        if user not in inside and user not in site.sums
     }
     ends = site.sums | set(recording.calls[0].outputs)
     for index in reached(sorted(users), recording.consumers.__getitem__):
-        if index >= container.end or index in ends or nodes[index].op == "":
+        if index >= block_call.end or index in ends or nodes[index].op == "":
             return recording.module_at(index)
     return None
 
@@ -192,27 +192,27 @@ def keep_states(site: Site) -> str | None:
     recording, nodes = site.recording, site.recording.nodes
     stream = site.path | {addition.root for addition in site.additions}
     handed_out = {node for node in site.call.outputs if node is not None} - stream
-    for member in site.members:
-        if member.template is None or handed_out.isdisjoint(member.outputs):
+    for call in site.branch_calls:
+        if call.template is None or handed_out.isdisjoint(call.outputs):
             continue
-        leaves, taken = list(member.template.leaves), set(stream)
-        for number, node in enumerate(member.outputs):
+        leaves, taken = list(call.template.leaves), set(stream)
+        for number, node in enumerate(call.outputs):
             if node is None or node not in handed_out or not isinstance(leaves[number], Made):
                 continue
             form = nodes[node].shape, nodes[node].dtype, nodes[node].device
-            for before in member.given:
-                given = None if before is None or before in taken else nodes[before]
-                if given is None or (given.shape, given.dtype, given.device) != form:
+            for before in call.inputs:
+                state = None if before is None or before in taken else nodes[before]
+                if state is None or (state.shape, state.dtype, state.device) != form:
                     continue
-                if not given.of_parameters and recording.reaches(given.index, node):
-                    taken.add(given.index)  # of several of one form each has its own
-                    leaves[number] = member.place_of(given.index)
+                if not state.of_parameters and recording.reaches(state.index, node):
+                    taken.add(state.index)  # of several of one form each has its own
+                    leaves[number] = call.place_of(state.index)
                     break
             else:
-                inside = [recording.calls[index] for index in member.inside]
+                inside = [recording.calls[index] for index in call.inside]
                 if any(issubclass(c.kind, RECURRENT) and node in c.outputs for c in inside):
-                    return member.module
-        member.template = replace(member.template, leaves=tuple(leaves))
+                    return call.module
+        call.template = replace(call.template, leaves=tuple(leaves))
     return None
 
 
@@ -236,10 +236,10 @@ def unknown_sum(site: Site) -> str | None:
     """
     recording, nodes = site.recording, site.recording.nodes
     merges = [i for i in range(site.call.start, site.call.end) if nodes[i].op in MERGES]
-    for index in recording.not_held(merges, site.members):
+    for index in recording.outside(merges, site.branch_calls):
         data = recording.data_of(nodes[index])
         for one, other in permutations(data, 2) if index not in site.sums else ():
             between = recording.between(one, other) if recording.reaches(one, other) else []
-            if any(nodes[i].meets_parameter for i in recording.not_held(between, site.members)):
+            if any(nodes[i].meets_parameter for i in recording.outside(between, site.branch_calls)):
                 return f"{nodes[index].op} in {recording.module_at(index)}"
     return None

@@ -20,7 +20,7 @@ from stochastic_depth.torch_private.trees import PLAIN_VALUES, tree_flatten, tre
 Place = int | str  # where an argument stands in a call: its position or its keyword
 
 
-class Given(NamedTuple):
+class Argument(NamedTuple):
     """A leaf of an argument; in an output: handed through."""
 
     place: Place
@@ -35,10 +35,10 @@ class Made(NamedTuple):
     dtype: torch.dtype
     device: torch.device
 
-    def new(self, *, unread: bool) -> Tensor:
+    def new(self, *, scratch: bool) -> Tensor:
         out = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
         # Who reads memory that nobody wrote to may find NaN, and 0 times NaN is NaN.
-        return out if unread else out.zero_()
+        return out if scratch else out.zero_()
 
 
 class Constant(NamedTuple):
@@ -57,7 +57,7 @@ class Opaque(NamedTuple):
 class Template:
     """The leaves of an output and the structure around them."""
 
-    leaves: tuple[Given | Made | Constant | Opaque, ...]
+    leaves: tuple[Argument | Made | Constant | Opaque, ...]
     spec: trees.TreeSpec
 
     @property
@@ -75,15 +75,15 @@ class Template:
         leaf, x = self.leaves[0], args[0]
         if isinstance(leaf, Made):
             return (leaf.shape, leaf.dtype, leaf.device) == (x.shape, x.dtype, x.device)
-        return leaf == Given(0)
+        return leaf == Argument(0)
 
     def handing_on(self, other: Template) -> Template:
         """The same, with states handed on as they are in the template for other shapes."""
         if len(other.leaves) != len(self.leaves):
             return self
         leaves = (
-            known if isinstance(own, Made) and isinstance(known, Given) else own
-            for own, known in zip(self.leaves, other.leaves, strict=True)
+            known if isinstance(leaf, Made) and isinstance(known, Argument) else leaf
+            for leaf, known in zip(self.leaves, other.leaves, strict=True)
         )
         return Template(tuple(leaves), self.spec)
 
@@ -93,7 +93,7 @@ class Template:
         kwargs: dict[str, Any],
         *,
         zeros: frozenset[int] = frozenset(),
-        unread: frozenset[int] = frozenset(),
+        scratch: frozenset[int] = frozenset(),
         positional: tuple[str, ...] = (),
     ) -> Any:
         """An output of that form; what the call made and the leaves in `zeros` are fresh zeros.
@@ -102,16 +102,16 @@ class Template:
             args: The positional arguments of the call that is stood in for.
             kwargs: Its keyword arguments.
             zeros: Numbers of leaves that are zeros also where they were handed through.
-            unread: Numbers of leaves that may hold anything.
+            scratch: Numbers of leaves that may hold anything.
             positional: The names of the parameters of the module's forward.
         """
         leaves: list[Any] = []
         for number, leaf in enumerate(self.leaves):
-            if isinstance(leaf, Given):
+            if isinstance(leaf, Argument):
                 value = _found(leaf, args, kwargs, positional)
                 leaves.append(torch.zeros_like(value) if number in zeros else value)
             elif isinstance(leaf, Made):
-                leaves.append(leaf.new(unread=number in unread - zeros))
+                leaves.append(leaf.new(scratch=number in scratch - zeros))
             elif isinstance(leaf, Constant):
                 leaves.append(leaf.value)
             else:
@@ -125,7 +125,7 @@ class Template:
 
 
 def _found(
-    leaf: Given, args: tuple[Any, ...], kwargs: dict[str, Any], positional: Sequence[str]
+    leaf: Argument, args: tuple[Any, ...], kwargs: dict[str, Any], positional: Sequence[str]
 ) -> Any:
     """What a call has there, by position or by name."""
     place = named(leaf.place, positional)
@@ -139,7 +139,7 @@ def describe(output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Temp
     places = {id(value): place for place, value in reversed(placed_leaves(args, kwargs))}
     leaves, spec = tree_flatten(output)
 
-    def leaf(value: Any) -> Given | Made | Constant | Opaque:
+    def leaf(value: Any) -> Argument | Made | Constant | Opaque:
         if isinstance(value, PLAIN_VALUES):
             return Constant(value)
         if id(value) in places:
@@ -153,12 +153,12 @@ def describe(output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Temp
 
 def placed_leaves(
     args: tuple[Any, ...], kwargs: dict[str, Any], positional: Sequence[str] = ()
-) -> list[tuple[Given, Any]]:
+) -> list[tuple[Argument, Any]]:
     """The leaves of a call's arguments, with where they stand; by name, where names are given."""
-    given: list[tuple[Place, Any]] = [*enumerate(args), *kwargs.items()]
+    arguments: list[tuple[Place, Any]] = [*enumerate(args), *kwargs.items()]
     return [
-        (Given(named(place, positional), number), leaf)
-        for place, argument in given
+        (Argument(named(place, positional), number), leaf)
+        for place, argument in arguments
         for number, leaf in enumerate(tree_leaves(argument))
     ]
 

@@ -51,7 +51,7 @@ def undisturbed(model: nn.Module, mode: Mode = "eval") -> Iterator[None]:
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     mha, numpy = torch.backends.mha, sys.modules.get("numpy")
     with ExitStack() as stack:
-        stack.enter_context(held(model))
+        stack.enter_context(put_back(model))
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         stack.callback(random.setstate, random.getstate())
         if numpy:
@@ -68,8 +68,8 @@ def undisturbed(model: nn.Module, mode: Mode = "eval") -> Iterator[None]:
             may_draw = any(hasattr(type(module), name) for name in _MARKS)
             module.training = trains and not may_draw
             if module not in scripted:
-                own = {k: b for k, b in module._buffers.items() if b is not None}
-                module._buffers.update({k: copies[id(b)] for k, b in own.items()})
+                buffers = {k: b for k, b in module._buffers.items() if b is not None}
+                module._buffers.update({k: copies[id(b)] for k, b in buffers.items()})
         try:
             yield
         finally:
@@ -80,7 +80,7 @@ def undisturbed(model: nn.Module, mode: Mode = "eval") -> Iterator[None]:
 
 
 @contextmanager
-def held(model: nn.Module) -> Iterator[None]:
+def put_back(model: nn.Module) -> Iterator[None]:
     """Attributes, parameters and buffers are afterwards the same objects, and no others are there.
 
     A scripted module keeps them where Python does not reach.
@@ -157,14 +157,14 @@ def without_values(model: nn.Module, example: Arguments) -> Iterator[Arguments]:
             known[id(value)] = nn.Parameter(made, value.requires_grad) if is_weight else made
         return known[id(value)]
 
-    with held(model), fake_mode():  # a module may keep what it has computed: no fake must stay
+    with put_back(model), fake_mode():  # a module may keep what it has computed: no fake must stay
         for module in model.modules():
             for table in _tables(module):
                 table.update({key: fake(value) for key, value in table.items()})
         yield tree_map(fake, example)
 
 
-class Alone(nn.Module):
+class SingleBlock(nn.Module):
     """One block of a model and nothing around it, with random weights.
 
     Args:

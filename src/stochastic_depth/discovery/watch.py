@@ -21,7 +21,8 @@ from stochastic_depth.torch_private.processes import ranks_that_talk
 from stochastic_depth.torch_private.tracing import TorchDispatchMode
 from stochastic_depth.torch_private.trees import tree_leaves
 
-# No other operation is ever done again; these move values, or are not in the table.
+# The kinds of operations that are repeated with other values: to see where elements move to, and
+# whether zeros stay zeros.
 _REPLAYED = frozenset({Kind.MOVE, Kind.OTHER, Kind.SHIFT, Kind.NORM})
 
 
@@ -200,7 +201,7 @@ class Watcher(TorchDispatchMode):
         ]
         kind = getattr(type(module), "gated_from", type(module))
         call = Call(len(calls), name, kind, parent, len(self.recording.nodes))
-        call.places, call.given, call.shapes = zip(*placed, strict=True) if placed else ((),) * 3
+        call.places, call.inputs, call.shapes = zip(*placed, strict=True) if placed else ((),) * 3
         call.signature = signature(args, kwargs)
         call.form = tuple([(p, kind_of_value(v)) for p, v in [*enumerate(args), *kwargs.items()]])
         calls.append(call)
@@ -219,11 +220,11 @@ class Watcher(TorchDispatchMode):
             self._recurrent = None
             self.__enter__()  # type: ignore[no-untyped-call]
             weights = map(self.value, module.parameters())
-            inputs = (*(node for node in call.given if node is not None), *weights)
+            inputs = (*(node for node in call.inputs if node is not None), *weights)
             for tensor in results:
                 self._add(tensor, "recurrence", Kind.OTHER, inputs)
-        is_alone = isinstance(output, Tensor) and not module._modules
-        if is_alone and self.value(output) in call.given:
+        is_single = isinstance(output, Tensor) and not module._modules
+        if is_single and self.value(output) in call.inputs:
             # Dropout of rate 0, Identity and their like return their very input. A value of its
             # own shows on which side of the addition such a module stands.
             output = torch.ops.aten.alias.default(output)

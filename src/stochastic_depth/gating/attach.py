@@ -9,12 +9,12 @@ from torch import nn
 from stochastic_depth.discovery.blocks import Discovery
 from stochastic_depth.discovery.operations import Kind
 from stochastic_depth.discovery.recording import Call, Recording, reached
-from stochastic_depth.discovery.templates import Given
-from stochastic_depth.gating.batch import BatchDims, Batches, of_block, of_members
+from stochastic_depth.discovery.templates import Argument
+from stochastic_depth.gating.batch import BatchDims, Batches, of_block, of_branch_calls
 from stochastic_depth.gating.block import Decision
 from stochastic_depth.gating.branch import Passage, weights_of
 from stochastic_depth.gating.gate import Gate, KnownCalls, Role, gate_of
-from stochastic_depth.gating.ranks import ALONE
+from stochastic_depth.gating.ranks import LOCAL
 from stochastic_depth.gating.swap import swap_in, swap_out
 from stochastic_depth.plan import Plan
 from stochastic_depth.torch_private.backward import HOOKS_CAN_BE_READ
@@ -44,15 +44,15 @@ def attach(model: nn.Module, found: Discovery, plan: Plan, batches: Batches | No
         if batches is not None:
             gate.batch = of_block(batches, gate.name, gate.known.positional, calls, gate.whole)
         for name, roles in _roles(model, found, gate, batches).items():
-            member = gates.setdefault(name, Gate(name, plan=plan))
-            member.roles[gate.name] = roles
-            member.owners += (gate,)
+            part = gates.setdefault(name, Gate(name, plan=plan))
+            part.roles[gate.name] = roles
+            part.owners += (gate,)
     for name, gate in gates.items():
         if gate.roles:
             _describe_calls(found.recording, gate)
         swap_in(model.get_submodule(name), gate)
     for gate in watched:
-        _settle(model, gate, [member for member in gates.values() if gate in member.owners])
+        _settle(model, gate, [part for part in gates.values() if gate in part.owners])
 
 
 def detach(model: nn.Module, plan: Plan) -> None:
@@ -75,7 +75,7 @@ def _gates_of_blocks(plan: Plan) -> dict[str, Gate]:
     gates: dict[str, Gate] = {}
     for number, block in enumerate(plan.blocks):
         for unit, branch in zip(plan.units_of(number), block.branches, strict=True):
-            name = branch.modules[0] if block.explicit else block.container
+            name = branch.modules[0] if block.explicit else block.block_module
             new = Gate(name, plan=plan, is_residual=block.explicit, index=len(gates))
             gate = gates.setdefault(name, new)
             gate.units += (unit,)
@@ -83,19 +83,19 @@ def _gates_of_blocks(plan: Plan) -> dict[str, Gate]:
     return gates
 
 
-def _settle(model: nn.Module, gate: Gate, members: Sequence[Gate]) -> None:
+def _settle(model: nn.Module, gate: Gate, parts: Sequence[Gate]) -> None:
     """Decide which calls of a block and its branch modules may go the fast way."""
     plan = gate.plan
     prefix = f"{gate.name}." if gate.name else ""
-    inside = [member.name for member in members if member.name.startswith(prefix)]
+    inside = [part.name for part in parts if part.name.startswith(prefix)]
     gate.parts = tuple(tuple(name.removeprefix(prefix).split(".")) for name in inside)
-    roles = [(member, role) for member in members for role in member.roles[gate.name]]
+    roles = [(part, role) for part in parts for role in part.roles[gate.name]]
     gate.simple_ends = all(m.role is not None for m, role in roles if role and role.ends)
-    is_simple = all(m.owner is gate and r and r.unread == m.role.unread for m, r in roles)
+    is_simple = all(m.owner is gate and r and r.scratch == m.role.scratch for m, r in roles)
     if is_simple and gate.stands_in and gate.simple_ends and gate.whole is None:
-        everything = Decision(gate, (False,) * len(gate.units), None, None, ALONE)
+        everything = Decision(gate, (False,) * len(gate.units), None, None, LOCAL)
         gate.closed = Passage(gate, everything, counts=None)
-    hands_on = gate.whole is not None and gate.whole.is_leaf and gate.whole.leaves == (Given(0),)
+    hands_on = gate.whole is not None and gate.whole.is_leaf and gate.whole.leaves == (Argument(0),)
     gate.returns_first = hands_on and not gate.returns_copy
     gate.is_fast = (
         HOOKS_CAN_BE_READ
@@ -123,18 +123,18 @@ def _roles(
     gate.stands_in = not as_one or any(branch.unscalable for branch in branches)
     wanted: dict[int, Role] = {}
     for number, (addition, branch) in enumerate(zip(additions, branches, strict=True)):
-        calls = addition.members
+        calls = addition.branch_calls
         rows = [BatchDims()] * len(calls)
         if batches is not None and not as_one:
-            rows = of_members(batches, addition, branch.scaled)
+            rows = of_branch_calls(batches, addition, branch.branch_outputs)
         for place, call in enumerate(calls):
-            ends = [leaf for position, leaf in branch.scaled if position == place]
+            ends = [leaf for position, leaf in branch.branch_outputs if position == place]
             if not gate.stands_in and not ends:
                 continue
             module = model.get_submodule(call.module)
             weights = weights_of(module, call.module, branch.fold.parameters if ends else ())
-            unread = _unread_outputs(recording, call, calls)
-            role = Role(number, dict.fromkeys(ends, number), unread, rows[place], weights)
+            scratch = _scratch_outputs(recording, call, calls)
+            role = Role(number, dict.fromkeys(ends, number), scratch, rows[place], weights)
             wanted[call.index] = _both(wanted.get(call.index), role)
     names = {recording.calls[index].module for index in wanted}
     roles: dict[str, list[Role | None]] = {}
@@ -150,14 +150,14 @@ def _roles(
     return {name: tuple(of_calls) for name, of_calls in roles.items()}
 
 
-def _unread_outputs(recording: Recording, call: Call, members: list[Call]) -> frozenset[int]:
-    """The outputs of a member whose values only other members compute with."""
+def _scratch_outputs(recording: Recording, call: Call, branch_calls: list[Call]) -> frozenset[int]:
+    """The outputs of a branch module that only other modules of the branch compute with."""
     handed_out = {node for outer in recording.enclosing(call.parent) for node in outer.outputs}
 
     def in_line(value: int) -> list[int]:
-        return recording.not_held(recording.consumers[value], members)
+        return recording.outside(recording.consumers[value], branch_calls)
 
-    def is_unread(output: int) -> bool:
+    def is_scratch(output: int) -> bool:
         return all(
             recording.consumers[node.index]
             and node.index not in handed_out
@@ -166,7 +166,7 @@ def _unread_outputs(recording: Recording, call: Call, members: list[Call]) -> fr
         )
 
     return frozenset(
-        n for n, node in enumerate(call.outputs) if node is not None and is_unread(node)
+        n for n, node in enumerate(call.outputs) if node is not None and is_scratch(node)
     )
 
 
@@ -178,7 +178,7 @@ def _both(first: Role | None, second: Role) -> Role:
     return Role(
         first.branch if first.ends else second.branch,
         ends,
-        (first.unread & second.unread) - ends.keys(),
+        (first.scratch & second.scratch) - ends.keys(),
         first.batch | second.batch,
     )
 

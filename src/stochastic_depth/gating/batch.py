@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from stochastic_depth.discovery import watch_once
 from stochastic_depth.discovery.additions import Addition
 from stochastic_depth.discovery.recording import Call, Recording
-from stochastic_depth.discovery.templates import Given, Template, named, placed_leaves
+from stochastic_depth.discovery.templates import Argument, Template, named, placed_leaves
 from stochastic_depth.discovery.undisturbed import Arguments
 from stochastic_depth.errors import ChangedModelError, ExampleInputsError
 from stochastic_depth.rows import Rows, change_leaves
@@ -43,7 +43,7 @@ class Batches:
 
     def inputs(
         self, call: Call, positional: Sequence[str], without: Collection[int] = ()
-    ) -> dict[Given, tuple[int, int]]:
+    ) -> dict[Argument, tuple[int, int]]:
         """The leaves of a call's arguments that hold it: the dimension, the rows of each example.
 
         Args:
@@ -51,12 +51,12 @@ class Batches:
             positional: The names of the parameters of its module's forward.
             without: Values that are left out.
         """
-        found: dict[Given, tuple[int, int]] = {}
+        found: dict[Argument, tuple[int, int]] = {}
         shapes = zip(call.shapes, self.many.calls[call.index].shapes, strict=True)
-        for (place, leaf), node, (few, many) in zip(call.places, call.given, shapes, strict=True):
+        for (place, leaf), node, (few, many) in zip(call.places, call.inputs, shapes, strict=True):
             dim = None if few is None or many is None else self._dim(few, many)
             if few is not None and dim is not None and node not in without:
-                found[Given(named(place, positional), leaf)] = dim, few[dim] // self.rows
+                found[Argument(named(place, positional), leaf)] = dim, few[dim] // self.rows
         return found
 
     def _dim(self, few: torch.Size, many: torch.Size) -> int | None:
@@ -123,9 +123,9 @@ class BatchDims:
         writes: Whether it changes an argument in place, which a part of a split must not be.
     """
 
-    inputs: Mapping[Given, tuple[int, int]] = field(default_factory=dict)
+    inputs: Mapping[Argument, tuple[int, int]] = field(default_factory=dict)
     outputs: Mapping[int, int] = field(default_factory=dict)
-    handed_on: Mapping[int, Given] = field(default_factory=dict)
+    handed_on: Mapping[int, Argument] = field(default_factory=dict)
     name: str = ""
     positional: tuple[str, ...] = ()
     writes: bool = False
@@ -137,9 +137,9 @@ class BatchDims:
 
     def leaves(self, args: Any, kwargs: Any) -> Iterator[tuple[Tensor, int, int]]:
         """The leaves of a call that hold the batch: the dimension, the rows of each example."""
-        for given, leaf in placed_leaves(args, kwargs, self.positional):
-            if given in self.inputs and isinstance(leaf, Tensor):
-                yield leaf, *self.inputs[given]
+        for place, leaf in placed_leaves(args, kwargs, self.positional):
+            if place in self.inputs and isinstance(leaf, Tensor):
+                yield leaf, *self.inputs[place]
 
     def size(self, args: Any, kwargs: Any) -> int:
         """The number of examples in the batch of a call."""
@@ -164,21 +164,21 @@ class BatchDims:
             )
         return int(sizes.pop())
 
-    def take(self, rows: Rows, args: Any, kwargs: Any) -> tuple[Any, Any, dict[Given, Any]]:
+    def take(self, rows: Rows, args: Any, kwargs: Any) -> tuple[Any, Any, dict[Argument, Any]]:
         """The arguments for the kept rows, and for each leaf what puts the others back.
 
         A leaf of a single row holds for all rows.
         """
-        rests: dict[Given, Any] = {}
+        rests: dict[Argument, Any] = {}
         leaves, spec = tree_flatten((args, kwargs))
-        for number, (given, leaf) in enumerate(placed_leaves(args, kwargs, self.positional)):
-            dim, _ = self.inputs.get(given, (-1, 1))
+        for number, (place, leaf) in enumerate(placed_leaves(args, kwargs, self.positional)):
+            dim, _ = self.inputs.get(place, (-1, 1))
             if dim >= 0 and isinstance(leaf, Tensor) and leaf.shape[dim] != 1:
-                kept, rests[given] = rows.cut(leaf, dim)
+                kept, rests[place] = rows.cut(leaf, dim)
                 leaves[number] = kept.clone() if self.writes else kept
         return *tree_unflatten(leaves, spec), rests
 
-    def put_back(self, rows: Rows, output: Any, rests: Mapping[Given, Any]) -> Any:
+    def put_back(self, rows: Rows, output: Any, rests: Mapping[Argument, Any]) -> Any:
         """The output for the kept rows, with the arguments that dropped ones come to between."""
         places = {number: rests[leaf] for number, leaf in self.handed_on.items() if leaf in rests}
         return change_leaves(
@@ -200,21 +200,21 @@ def of_block(
     whole: Template | None,
 ) -> BatchDims:
     """Of a block, from its watched calls and what it returns when dropped."""
-    inputs: dict[Given, tuple[int, int]] = {}
+    inputs: dict[Argument, tuple[int, int]] = {}
     outputs: dict[int, int] = {}
     for call in calls:
         inputs |= batches.inputs(call, positional)
         outputs |= batches.dims(call.outputs)
     handed_on = {
-        number: Given(named(leaf.place, positional), leaf.leaf)
+        number: Argument(named(leaf.place, positional), leaf.leaf)
         for number, leaf in enumerate(whole.leaves if whole is not None else ())
-        if isinstance(leaf, Given) and number in outputs
+        if isinstance(leaf, Argument) and number in outputs
     }
     writes = any(_writes(batches.few, call) for call in calls)
     return BatchDims(inputs, outputs, handed_on, name, positional, writes)
 
 
-def of_members(
+def of_branch_calls(
     batches: Batches, addition: Addition, ends: Collection[tuple[int, int]]
 ) -> list[BatchDims]:
     """Of each module of a branch: where it takes the kept rows and where it puts them back.
@@ -222,12 +222,12 @@ def of_members(
     Args:
         batches: The two watches.
         addition: The branch's sum.
-        ends: What makes up the branch's value: positions of members, leaves of their outputs.
+        ends: What makes up the branch's value: positions of its calls, leaves of their outputs.
     """
     recording, found = batches.few, []
     kept_rows: set[int] = set()  # values that hold the kept rows alone
     position = addition.root
-    for place, call in enumerate(addition.members):
+    for place, call in enumerate(addition.branch_calls):
         for index in range(position, call.start):  # computed in line from them
             if not kept_rows.isdisjoint(recording.nodes[index].inputs):
                 kept_rows.add(index)
@@ -253,8 +253,8 @@ def _writes(recording: Recording, call: Call) -> bool:
     """Whether a call changes one of its arguments in place, or a view of it."""
     nodes = recording.nodes
     for value in (value for node in nodes[call.start : call.end] for value in node.overwrites):
-        while nodes[value].is_view and value not in call.given:
+        while nodes[value].is_view and value not in call.inputs:
             value = nodes[value].inputs[0]
-        if value in call.given:
+        if value in call.inputs:
             return True
     return False

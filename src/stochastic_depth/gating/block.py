@@ -19,7 +19,7 @@ from stochastic_depth.errors import SetupError, warn
 from stochastic_depth.gating.branch import Passage
 from stochastic_depth.gating.compiled import Compiled, let_rows_vary, run_compiled
 from stochastic_depth.gating.gate import KEY, Gate, ModuleCall, changed, running
-from stochastic_depth.gating.ranks import ALONE, Setup, known_states, refuse, refuse_talk, setup_of
+from stochastic_depth.gating.ranks import LOCAL, Setup, known_states, refuse, refuse_talk, setup_of
 from stochastic_depth.gating.recomputation import remembered
 from stochastic_depth.gating.stand_in import around, library_hooks, show
 from stochastic_depth.plan import Row
@@ -71,7 +71,7 @@ def call_block(call: ModuleCall) -> Any:
 def run_drawn(call: ModuleCall, row: Row) -> Any:
     """Call a block's module as this row of mode "batch" says."""
     gate = call.gate
-    setup = ALONE
+    setup = LOCAL
     if is_running():
         setup = setup_of(gate.plan, gate, call.module)
         setup.agree(gate.plan, gate, training=True)
@@ -119,7 +119,7 @@ def decide(gate: Gate, module: nn.Module, batch: Callable[[], int], holder: nn.M
     """
     plan, training = gate.plan, module.training
     fixed, disabled = plan.forced
-    setup = setup_of(plan, gate, holder) if is_running() else ALONE
+    setup = setup_of(plan, gate, holder) if is_running() else LOCAL
     setup.agree(plan, gate, training=training)
     step = plan.clock.step
     if training and fixed is None and not disabled:

@@ -21,7 +21,7 @@ from stochastic_depth.rows import change_leaves
 from stochastic_depth.torch_private.trees import tree_leaves
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_MANY_VALUES = 2**17  # of which it is cheaper to multiply some weights twice
+_MANY_VALUES = 2**17  # an output as large is not multiplied, where weights can be instead
 
 
 @dataclass(slots=True, eq=False)
@@ -158,9 +158,9 @@ def weights_of(module: nn.Module, name: str, parameters: tuple[str, ...]) -> tup
         parameters: All that take the branch's factor over, by name in the model. They have to be
             this module's, and it one of torch's, which are known to read them at every call.
     """
-    own = tuple(parameter.removeprefix(f"{name}.") for parameter in parameters)
-    inside = all(f"{name}.{mine}" in parameters and mine in module._parameters for mine in own)
-    return own if inside and type(module).__module__.startswith("torch.nn.modules.") else ()
+    names = tuple(parameter.removeprefix(f"{name}.") for parameter in parameters)
+    inside = all(f"{name}.{mine}" in parameters and mine in module._parameters for mine in names)
+    return names if inside and type(module).__module__.startswith("torch.nn.modules.") else ()
 
 
 def _with_weights(module: nn.Module, weights: tuple[str, ...], factor: float) -> Any:

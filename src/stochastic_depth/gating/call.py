@@ -41,10 +41,10 @@ def part_call(original: Original) -> Original:
     def call_part(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
             return traced_call(self, original, args, kwargs)
-        own = self.__dict__  # each look-up at a module itself takes as long as ten in here
-        gate: Gate = own[KEY]
+        attributes = self.__dict__  # each look-up at a module itself takes as long as ten in here
+        gate: Gate = attributes[KEY]
         blocks = running.blocks
-        if blocks and "_compiled_call_impl" not in own:
+        if blocks and "_compiled_call_impl" not in attributes:
             owner, factors, passage, has_grad, seen = blocks[-1]
             if owner is gate.owner:
                 if passage is None and (factors is None or not gate.role.ends):
@@ -75,8 +75,8 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
         if "torch._dynamo" in modules and (compiler := set_compiler(None)) is not None:
             set_compiler(compiler)
             return call_between_graphs(self, original, args, kwargs)
-        own = self.__dict__
-        gate: Gate = own[KEY]
+        attributes = self.__dict__
+        gate: Gate = attributes[KEY]
         plan = gate.plan
         hooks = top_hooks(False)  # noqa: FBT003
         if not gate.is_fast or plan.forcing or plan.graphs or (hooks is not None and is_running()):
@@ -87,7 +87,7 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
         if hooks is not None:
             logs, recomputed = of_hooks(hooks)
         has_grad = _grad_is_enabled()
-        if own["training"] and has_grad and (recomputed or backward_task() == -1):
+        if attributes["training"] and has_grad and (recomputed or backward_task() == -1):
             if recomputed:
                 row = next_noted(gate, recomputed)
             else:
@@ -109,20 +109,20 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
             is_one = known.with_one and len(args) == 1 and not kwargs
             is_usual = is_one or known.include(args, kwargs)
             if runs is False and is_usual:
-                if gate.whole is not None and not own["_forward_hooks"]:
+                if gate.whole is not None and not attributes["_forward_hooks"]:
                     # The first argument may be a tuple that holds the tensor.
                     if gate.returns_first and args and isinstance(args[0], Tensor):
                         return args[0]
                     if not gate.returns_copy:
                         return gate.whole.build(args, kwargs, positional=known.positional)
                 passage = gate.closed
-            if (not runs and passage is None) or "_compiled_call_impl" in own:
+            if (not runs and passage is None) or "_compiled_call_impl" in attributes:
                 return run_drawn(ModuleCall(gate, self, original, args, kwargs), row)
             factors = row.factors[gate.index]
         elif (
-            own["training"]
+            attributes["training"]
             or nn.Module.__call__ is not _plain_call
-            or "_compiled_call_impl" in own
+            or "_compiled_call_impl" in attributes
             or is_running()
             or hooks is not None
             or backward_task() != -1  # a checkpoint, whose forward may have been forced
@@ -132,7 +132,7 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
             factors = plan.at(plan.clock.step).factors[False][gate.index]
         try:
             for path in gate.parts:
-                part = own
+                part = attributes
                 for name in path:
                     part = part["_modules"][name].__dict__
                 part[KEY]

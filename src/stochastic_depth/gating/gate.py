@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 
 from stochastic_depth.discovery.recording import Call
-from stochastic_depth.discovery.templates import Given, Template, named
+from stochastic_depth.discovery.templates import Argument, Template, named
 from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.gating.batch import BatchDims
 from stochastic_depth.plan import Counted, Plan
@@ -29,7 +29,7 @@ class Role:
 
     branch: int  # its number in the gate
     ends: Mapping[int, int]  # leaves of its output: of which branch each is the value
-    unread: frozenset[int] = frozenset()  # those that only other modules of the branch read
+    scratch: frozenset[int] = frozenset()  # those that only other modules of the branch read
     batch: BatchDims = field(default_factory=BatchDims)  # of what to take rows, and put back
     weights: tuple[str, ...] = ()  # its own parameters that take the branch's factor in
 
@@ -92,7 +92,7 @@ class KnownCalls:
             {named(p, self.positional): v for p, v in call.form} for call in calls
         ]
         leaves = gate.whole.leaves if gate.whole else ()
-        handed_on = (leaf.place for leaf in leaves if isinstance(leaf, Given))
+        handed_on = (leaf.place for leaf in leaves if isinstance(leaf, Argument))
         self._handed_on = {named(place, self.positional) for place in handed_on}
         # A tuple stands for a plain value, whose second part it is.
         self.tensors = {p for form in forms for p, v in form.items() if not isinstance(v, tuple)}
@@ -139,8 +139,8 @@ class KnownCalls:
 
     def flags(self, args: Any, kwargs: Any) -> dict[int | str, Any]:
         """The plain values among the arguments."""
-        given = {named(n, self.positional): value for n, value in enumerate(args)} | kwargs
-        return {p: v for p, v in given.items() if self._is_flag(p) and isinstance(v, PLAIN_VALUES)}
+        values = {named(n, self.positional): value for n, value in enumerate(args)} | kwargs
+        return {p: v for p, v in values.items() if self._is_flag(p) and isinstance(v, PLAIN_VALUES)}
 
     def _is_flag(self, place: int | str) -> bool:
         # What the forward takes as **kwargs is handed on to its modules.

@@ -26,7 +26,8 @@ from stochastic_depth.plan import Counted, Plan
 from stochastic_depth.torch_private import processes
 from stochastic_depth.torch_private.trees import tree_map
 
-# Of a wrapper, which has to be made anew where parameters are replaced: those of gates and modules.
+# For each DistributedDataParallel the parameters of a gate's block, or of a branch's module. They
+# do not change: who replaces a parameter has to make the wrapper anew.
 _parameters: WeakKeyDictionary[nn.Module, dict[object, dict[Tensor, None]]] = WeakKeyDictionary()
 
 
@@ -71,14 +72,14 @@ class Setup:
         ranks = self.ranks or tuple(range(dist.get_world_size()))
         if len(ranks) == 1:
             return
-        own = {"training": training, **plan.drawn_from()}
-        digest = hashlib.blake2b(repr(own).encode(), digest_size=7).digest()
+        drawn_from = {"training": training, **plan.drawn_from()}
+        digest = hashlib.blake2b(repr(drawn_from).encode(), digest_size=7).digest()
         number = int.from_bytes(digest, "big")
         most = torch.tensor([number, -number], dtype=torch.int64, device="cpu")
         dist.all_reduce(most, dist.ReduceOp.MAX, group=on_cpu(ranks))
         if most.tolist() != [number, -number]:
             everybodys: list[Any] = [None] * len(ranks)
-            dist.all_gather_object(everybodys, own, group=on_cpu(ranks))
+            dist.all_gather_object(everybodys, drawn_from, group=on_cpu(ranks))
             first, other = everybodys[0], next(o for o in everybodys if o != everybodys[0])
             key = next(key for key in first if first[key] != other[key])
             raise SetupError(
@@ -105,7 +106,7 @@ class Setup:
 
         Where they are all that a gate skips they are noted for it.
         """
-        wrapper = processes.inside_ddp() if self is not ALONE else None
+        wrapper = processes.inside_ddp() if self is not LOCAL else None
         if wrapper is not None and isinstance(forward := _taken_by(wrapper), Forward):
             known, key = _parameters.setdefault(wrapper, {}), gate or module
             if key not in known:
@@ -134,7 +135,7 @@ class Setup:
         return tree_map(as_unit_would, value)
 
 
-ALONE = Setup()
+LOCAL = Setup()
 
 
 def setup_of(plan: Plan, gate: Counted, module: nn.Module) -> Setup:
@@ -297,5 +298,5 @@ def _forward_of(wrapper: DistributedDataParallel, gate: Counted) -> Forward:
 
 
 def _taken_by(wrapper: nn.Module) -> object:
-    """Who takes the output of a forward, in the place of the wrapper itself."""
+    """What takes the output of the wrapper: its own method, or the `Forward` that runs just now."""
     return wrapper.__dict__.get(processes.TAKES_THE_OUTPUT)

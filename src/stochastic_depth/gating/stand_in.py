@@ -45,13 +45,13 @@ def stand_in_again(gate: Gate, module: nn.Module, args: Any, kwargs: Any, seen: 
         seen[:] = x, signature(args, kwargs)
     known, made = gate.last
     if known == seen[1]:
-        return x if made is None else made.new(unread=not role.ends)
+        return x if made is None else made.new(scratch=not role.ends)
     output = stand_in(gate, module, args, kwargs, role)
     template = gate.templates[seen[1]]
     leaf = template.leaves[0] if template.is_leaf else None
     if output is x:
         gate.last = seen[1], None
-    elif isinstance(leaf, Made) and (role.ends or role.unread):
+    elif isinstance(leaf, Made) and (role.ends or role.scratch):
         gate.last = seen[1], leaf
     return output
 
@@ -65,9 +65,9 @@ def stand_in(gate: Gate, module: nn.Module, args: Any, kwargs: Any, role: Role) 
         if len(gate.templates) >= _KEPT:
             del gate.templates[next(iter(gate.templates))]
         gate.templates[key] = template
-    if role.unread and template.is_like(args, kwargs):
+    if role.scratch and template.is_like(args, kwargs):
         return args[0]  # nobody looks at it, so that no memory need be taken
-    return template.build(args, kwargs, zeros=frozenset(role.ends), unread=role.unread)
+    return template.build(args, kwargs, zeros=frozenset(role.ends), scratch=role.scratch)
 
 
 def _without_values(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> Template:
@@ -107,15 +107,15 @@ def _full_parameters(module: nn.Module) -> Iterator[None]:
     """For a while parameters in parts have their full shapes; under fake tensors, so no values."""
     before = [(part, dict(part._parameters)) for part in module.modules()]
     try:
-        for part, own in before:
-            for name, tensor in own.items():
+        for part, parameters in before:
+            for name, tensor in parameters.items():
                 if tensor is not None and is_part(tensor):
                     full = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
                     part._parameters[name] = nn.Parameter(full, requires_grad=False)
         yield
     finally:
-        for part, own in before:
-            part._parameters.update(own)
+        for part, parameters in before:
+            part._parameters.update(parameters)
 
 
 def library_hooks(module: nn.Module) -> dict[int, Any]:
@@ -137,8 +137,8 @@ def library_hooks(module: nn.Module) -> dict[int, Any]:
 def show(hooks: dict[int, Any], module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     """Let them see an output."""
     for number, hook in hooks.items():
-        given = (args, kwargs) if number in module._forward_hooks_with_kwargs else (args,)
-        hook(module, *given, output)
+        arguments = (args, kwargs) if number in module._forward_hooks_with_kwargs else (args,)
+        hook(module, *arguments, output)
 
 
 def around(hooks: dict[int, Any], module: nn.Module, original: Original) -> Original:

@@ -24,8 +24,8 @@ def swap_in(module: nn.Module, gate: Gate) -> None:
     """Gate a module."""
     module.__dict__[KEY] = gate
     if not gate.is_residual:  # whose class looks for its gate itself
-        own: Any = type(module)
-        module.__class__ = _gated(own, is_part=not gate.units)
+        kind: Any = type(module)
+        module.__class__ = _gated(kind, is_part=not gate.units)
 
 
 def swap_out(module: nn.Module) -> None:
@@ -35,20 +35,20 @@ def swap_out(module: nn.Module) -> None:
         module.__dict__[KEY] = None
         return
     release(module)
-    own: Any = type(module)
-    module.__class__ = _ungated(own)
+    kind: Any = type(module)
+    module.__class__ = _ungated(kind)
 
 
 @cache  # blocks of one class go on sharing one
-def _ungated(own: Any) -> type[nn.Module]:
+def _ungated(gated: Any) -> type[nn.Module]:
     """The class that a gated one was made from."""
-    if "gated_from" in vars(own):
-        original: type[nn.Module] = own.gated_from
+    if "gated_from" in vars(gated):
+        original: type[nn.Module] = gated.gated_from
         return original
     # A class that fully_shard or a parametrization made from the gated one since.
-    bases = tuple(vars(base).get("gated_from", base) for base in own.__bases__)
-    content = {k: v for k, v in vars(own).items() if k not in ("__dict__", "__weakref__")}
-    remade: type[nn.Module] = type(own)(own.__name__, bases, content)
+    bases = tuple(vars(base).get("gated_from", base) for base in gated.__bases__)
+    content = {k: v for k, v in vars(gated).items() if k not in ("__dict__", "__weakref__")}
+    remade: type[nn.Module] = type(gated)(gated.__name__, bases, content)
     return remade
 
 
@@ -60,12 +60,12 @@ def _gated(original: Any, *, is_part: bool) -> type[nn.Module]:
     def reduce_gated(self: nn.Module, protocol: Any) -> Any:
         # No module holds the gated class under its name, so a copy is built from the original.
         reduced: Any = original.__reduce_ex__(self, protocol)
-        make, given, *rest = reduced
-        if make is copyreg.__newobj__ and given[0] is gated:  # type: ignore[attr-defined]
-            make, given = _new, (original, is_part, *given[1:])
+        make, arguments, *rest = reduced
+        if make is copyreg.__newobj__ and arguments[0] is gated:  # type: ignore[attr-defined]
+            make, arguments = _new, (original, is_part, *arguments[1:])
         elif make is gated:  # as what torch.compile makes around a module
-            make, given = _made, (original, self.__dict__[KEY], *given)
-        return (make, given, *rest)
+            make, arguments = _made, (original, self.__dict__[KEY], *arguments)
+        return (make, arguments, *rest)
 
     metaclass: Any = type(original)
     gated: type[nn.Module] = metaclass(
@@ -95,7 +95,7 @@ def _refuse_to_script(module: nn.Module) -> nn.Module:
 
 
 def _made(original: type[nn.Module], gate: Gate, *args: Any) -> nn.Module:
-    """The same for a class whose modules are copied by making them anew."""
+    """What `copy` and `pickle` call for a class whose modules are made anew to be copied."""
     module = original(*args)
     swap_in(module, gate)
     return module

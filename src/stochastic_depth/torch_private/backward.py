@@ -57,9 +57,13 @@ def checkpoints() -> Checkpoints:
 
 
 def of_hooks(top: Any) -> Checkpoints:
-    """The non-reentrant ones among them, by the hooks on saved tensors that are in force.
+    """The non-reentrant checkpoints around this call.
 
-    Forward and recomputation share a frame, which their pack hooks hold.
+    Each has put its hooks on saved tensors in force. Those of a forward and of its recomputation
+    refer to the same frame.
+
+    Args:
+        top: The hooks that were put in force last.
     """
     if top is None:
         return NO_CHECKPOINTS
@@ -67,13 +71,13 @@ def of_hooks(top: Any) -> Checkpoints:
     found: Checkpoints | None = getattr(pack, _FOUND, None)
     if found is not None:  # what lies below a checkpoint's own hooks stays there
         return found
-    own: Log | None = None
+    log: Log | None = None
     for cell in getattr(pack, "__closure__", None) or ():
         is_recomputed = isinstance(cell.cell_contents, weakref.ref)
         frame = cell.cell_contents() if is_recomputed else cell.cell_contents
         if isinstance(frame, _CheckpointFrame):
-            own = _kept(frame, _LOG)
-            found = ((), (own, {})) if is_recomputed else None
+            log = _kept(frame, _LOG)
+            found = ((), (log, {})) if is_recomputed else None
             break
     if found is None:  # only the top of the stack can be read: what is below, by lifting it off
         _autograd._pop_saved_tensors_default_hooks()
@@ -81,17 +85,18 @@ def of_hooks(top: Any) -> Checkpoints:
             found = of_hooks(top_hooks(False))  # noqa: FBT003
         finally:
             _autograd._push_saved_tensors_default_hooks(*top)
-        if own is None:
+        if log is None:
             return found
-        found = (own, *found[0]), found[1]
+        found = (log, *found[0]), found[1]
     setattr(pack, _FOUND, found)
     return found
 
 
 def _of_callers() -> Checkpoints:
-    """Reentrant ones: forward and recomputation are those of one `autograd.Function`.
+    """The reentrant checkpoints around this call, found among its callers.
 
-    They share its context. In torch 2.6, whose hooks cannot be read, also the others.
+    Forward and recomputation are those of one `autograd.Function`, and share its context. In torch
+    2.6, whose hooks cannot be read, the non-reentrant checkpoints are found in the same way.
     """
     logs: tuple[Log, ...] = ()
     caller: FrameType | None = sys._getframe(1)
@@ -104,11 +109,11 @@ def _of_callers() -> Checkpoints:
                     return logs, (_kept(context, _LOG), _kept(context, f"_{backward_task()}"))
                 logs += (_kept(context, _LOG),)
         elif not HOOKS_CAN_BE_READ and code.co_filename == torch.utils.checkpoint.__file__:
-            held = caller.f_locals
-            if code.co_name == "checkpoint" and "gen" in held:
-                logs += (_kept(held["gen"].gi_frame.f_locals["new_frame"], _LOG),)
-            elif code.co_name == "unpack_hook" and "frame" in held:
-                return logs, (_kept(held["frame"], _LOG), _kept(held["frame"], f"_{held['gid']}"))
+            data = caller.f_locals
+            if code.co_name == "checkpoint" and "gen" in data:
+                logs += (_kept(data["gen"].gi_frame.f_locals["new_frame"], _LOG),)
+            elif code.co_name == "unpack_hook" and "frame" in data:
+                return logs, (_kept(data["frame"], _LOG), _kept(data["frame"], f"_{data['gid']}"))
         caller = caller.f_back
     return logs, None
 

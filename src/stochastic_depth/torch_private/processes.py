@@ -28,14 +28,14 @@ def ranks_that_talk(operation: Any, args: tuple[Any, ...]) -> tuple[int, ...] | 
     if operation.namespace not in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
         return None
     processes: Any = torch.distributed.distributed_c10d
-    for argument, given in zip(operation._schema.arguments, args, strict=False):
+    for argument, group in zip(operation._schema.arguments, args, strict=False):
         if argument.name == "group_name":
-            given = processes._resolve_process_group(given)
+            group = processes._resolve_process_group(group)
         elif argument.name != "process_group":
             continue
-        elif not isinstance(given, processes.ProcessGroup):
-            given = processes.ProcessGroup.unbox(given)
-        return tuple(processes.get_process_group_ranks(given))
+        elif not isinstance(group, processes.ProcessGroup):
+            group = processes.ProcessGroup.unbox(group)
+        return tuple(processes.get_process_group_ranks(group))
     return None
 
 

@@ -270,9 +270,9 @@ class StochasticDepth(Algorithm):
 
     def _set_clock(self, state: State) -> None:
         """The draws of this batch, from their beginning."""
-        own, batch = self.depth.state_dict(), state.timestamp.batch.value
-        if own["step"] != batch or own["calls"]:
-            self.depth.load_state_dict({**own, "step": batch, "calls": {}})
+        saved, batch = self.depth.state_dict(), state.timestamp.batch.value
+        if saved["step"] != batch or saved["calls"]:
+            self.depth.load_state_dict({**saved, "step": batch, "calls": {}})
 
     def _judge_waiting(self) -> None:
         if self._waiting is None:

@@ -86,29 +86,29 @@ class _Called(Exception):  # noqa: N818  (it reports, it is no error)
         self.call = call
 
 
-def example_for(network: nn.Module, given: Any) -> Any:
+def example_for(network: nn.Module, example: Any) -> Any:
     """What to pass as `example_inputs`; None where the network carries an example itself."""
-    if given is None:
-        given = _sentences(network)
-    if given is None:
+    if example is None:
+        example = _sentences(network)
+    if example is None:
         if any(getattr(network, name, None) for name in _EXAMPLES):
             return None
-        given = _images(network)
-        if given is not None and isinstance(network, ComposerModel):
-            given = (given, torch.zeros(len(given), dtype=torch.long, device=given.device))
+        example = _images(network)
+        if example is not None and isinstance(network, ComposerModel):
+            example = (example, torch.zeros(len(example), dtype=torch.long, device=example.device))
     # A ComposerModel takes one argument, the batch, also where that is a tuple or a dict.
-    return (given,) if given is not None and isinstance(network, ComposerModel) else given
+    return (example,) if example is not None and isinstance(network, ComposerModel) else example
 
 
 def _sentences(network: nn.Module) -> dict[str, Any] | None:
     """The example of a transformers model that reads tokens, with padding, as batches have it."""
-    own = getattr(network, "dummy_inputs", None)
-    if not isinstance(own, Mapping) or "input_ids" not in own or "attention_mask" in own:
+    inputs = getattr(network, "dummy_inputs", None)
+    if not isinstance(inputs, Mapping) or "input_ids" not in inputs or "attention_mask" in inputs:
         return None
     if "attention_mask" not in inspect.signature(network.forward).parameters:
         return None
     device = next(network.parameters()).device
-    example = {name: value.to(device) for name, value in own.items()}
+    example = {name: value.to(device) for name, value in inputs.items()}
     mask = torch.ones_like(example["input_ids"])
     mask[-1, -1] = 0
     return {**example, "attention_mask": mask}

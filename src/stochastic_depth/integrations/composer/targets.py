@@ -43,7 +43,7 @@ class Target:
         return meant
 
     def _module(self, block: ResidualBlock) -> nn.Module:
-        return self._modules.get(block.name) or self._modules[block.container]
+        return self._modules.get(block.name) or self._modules[block.block_module]
 
     def nothing(self) -> SelectionError:
         """The error where no block is meant."""
