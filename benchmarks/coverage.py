@@ -14,14 +14,13 @@ force branches to zero. The result file keeps what was measured before for what 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from multiprocessing import Lock
 from typing import Any
 
 import torch
@@ -39,18 +38,12 @@ from stochastic_depth.discovery import watch
 
 FILE = RESULTS / "coverage.json"
 PAGE = RESULTS.parents[1] / "docs" / "coverage.md"
-LARGE = 120_000_000  # parameters: the checks of a model this large take 8 GB of memory and more
-_one_at_a_time: AbstractContextManager[object] = nullcontext()
+LARGE = 120_000_000  # parameters: the checks of a larger model take 6 to 14 GB of memory
+AT_ONCE = 30  # models: what a process keeps of those before piles up
 
 
-def _use(lock: AbstractContextManager[object]) -> None:
-    """Share a lock between the processes, so that large models are checked one at a time."""
-    global _one_at_a_time
-    _one_at_a_time = lock
-
-
-def measure(subject: Subject) -> dict[str, Any]:
-    """One row of the table."""
+def measure(subject: Subject, *, at_most: float = math.inf) -> dict[str, Any] | None:
+    """One row of the table; None where the model has more parameters than these."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     start = time.perf_counter()
@@ -58,10 +51,9 @@ def measure(subject: Subject) -> dict[str, Any]:
     row: dict[str, Any] = {"model": subject.name, "note": PLACES.get(key, "")}
     try:
         model = subject.model()
-        large = sum(parameter.numel() for parameter in model.parameters()) > LARGE
-        with _one_at_a_time if large else nullcontext():
-            row |= _compared(subject, model, key)
-            del model
+        if sum(parameter.numel() for parameter in model.parameters()) > at_most:
+            return None
+        row |= _compared(subject, model, key)
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {error}"[:300]
     row["seconds"] = round(time.perf_counter() - start)
@@ -102,14 +94,34 @@ def main(arguments: Sequence[str]) -> None:
             if (whole or f"{library}:{subject.family}" in names)
             and not ("--missing" in arguments and subject.family in known)
         ]
-        with ProcessPoolExecutor(2, initializer=_use, initargs=(Lock(),)) as pool:
-            waiting = {pool.submit(measure, subject): subject for subject in wanted}
+        for family, row in _rows(wanted):
+            known[family] = row
+            print(library, family, row, flush=True)
+            results[library] = {name: known[name] for name in found if name in known}
+            _write(results)
+
+
+def _rows(wanted: Sequence[Subject]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of these models: two at a time, and then the large ones, each in a new process.
+
+    Two large ones, or what a process keeps of one before, fill the memory.
+    """
+    large: list[Subject] = []
+    for first in range(0, len(wanted), AT_ONCE):
+        some = wanted[first : first + AT_ONCE]
+        with ProcessPoolExecutor(2) as pool:
+            waiting = {pool.submit(measure, each, at_most=LARGE): each for each in some}
             for done in as_completed(waiting):
-                family = waiting[done].family
-                known[family] = done.result()
-                print(library, family, known[family], flush=True)
-                results[library] = {name: known[name] for name in found if name in known}
-                _write(results)
+                row = done.result()
+                if row is None:
+                    large.append(waiting[done])
+                else:
+                    yield waiting[done].family, row
+    for subject in large:
+        with ProcessPoolExecutor(1) as pool:
+            row = pool.submit(measure, subject).result()
+        assert row is not None
+        yield subject.family, row
 
 
 def _write(results: dict[str, Any]) -> None:
