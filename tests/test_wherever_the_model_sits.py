@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 from typing import Any
 
@@ -70,6 +71,57 @@ def test_a_part_may_be_called_alone() -> None:
     model.train()
     model.backbone(x)
     assert set(depth.last_gates) == {f"backbone.{n}" for n in range(6)}
+
+
+class Sliced(nn.Module):
+    """Computes with a slice of its branch, which is a module made on the spot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU())
+        self.branch.append(nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor, kept: float = 1.0) -> Tensor:
+        return x + kept * (self.branch(x) + self.branch[3:](self.branch[:3](2 * x)))
+
+
+class Normed(Sliced):
+    """The same with a norm behind the sum: it cannot be skipped whole."""
+
+    def forward(self, x: Tensor, kept: float = 1.0) -> Tensor:
+        return nn.functional.layer_norm(super().forward(x, kept), (WIDTH,))
+
+
+@pytest.mark.parametrize("scale", ["eval", "train", "none"])
+@pytest.mark.parametrize("kind", [Sliced, Normed])
+def test_a_slice_of_a_gated_sequential_is_a_plain_one(kind: type[nn.Module], scale: Any) -> None:
+    model, x = settled(lambda: nn.Sequential(*(kind() for _ in range(6)))), vectors(3, WIDTH)
+    plain = copy.deepcopy(model)
+    depth = sd.apply_stochastic_depth(model, 0.5, "uniform", example_inputs=x, scale=scale)
+    pattern = {"1": False, "4": False}
+    for training in (True, False):
+        factor = 2.0 if (scale, training) == ("train", True) else 1.0
+        factor = 0.5 if (scale, training) == ("eval", False) else factor
+        expected = x
+        for name, block in plain.train(training).named_children():
+            expected = block(expected, factor * pattern.get(name, True))
+        with depth.fixed(pattern):
+            torch.testing.assert_close(model.train(training)(x), expected)
+    part: Any = model[0].branch
+    cuts = [part[:2], part[:], pickle.loads(pickle.dumps(part[:2])), copy.deepcopy(part[:2])]
+    depth.remove()
+    for cut in cuts[:2]:
+        assert type(cut) is nn.Sequential
+        assert torch.equal(cut(x), part[: len(cut)](x))
+    assert [type(cut) for cut in cuts] == [nn.Sequential] * 4
+
+
+def test_a_gated_module_that_is_made_anew_is_noticed() -> None:
+    model, x = settled(lambda: nn.Sequential(*(Sliced() for _ in range(6)))), vectors(3, WIDTH)
+    depth = sd.apply_stochastic_depth(model, 0.1, example_inputs=x)
+    type(model[0]).__init__(model[0])
+    with pytest.raises(sd.ChangedModelError, match='block "0" was replaced'):
+        depth.step()
 
 
 def test_inside_of_a_lightning_module() -> None:

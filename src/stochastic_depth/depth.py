@@ -11,7 +11,7 @@ from stochastic_depth.discovery import own_drops, plain_model, watch
 from stochastic_depth.discovery.blocks import Discovery, ResidualBlock
 from stochastic_depth.discovery.undisturbed import without_collecting
 from stochastic_depth.distributed import ranks_in
-from stochastic_depth.distributions import Distribution, DropRate, resolve_rates
+from stochastic_depth.distributions import Distribution, DropRate, Spread, resolve_rates
 from stochastic_depth.draw import Draw, check_choice
 from stochastic_depth.errors import OptionError, warn, wrong_value
 from stochastic_depth.gating.attach import attach, detach, gated_modules
@@ -24,7 +24,7 @@ from stochastic_depth.schedules import ScheduleFunction, resolve_schedule
 from stochastic_depth.selection import Selector, allowed_counts, refuse_inexact, select
 from stochastic_depth.torch_private.tracing import is_wrapper
 
-Rates = tuple[DropRate, str | Distribution | None] | None
+Rates = tuple[DropRate, Spread] | None
 """A drop rate and how it spreads over depth; None: what the model drops by itself."""
 
 _FEW_BLOCKS, _HIGH_RATE = 6, 0.2

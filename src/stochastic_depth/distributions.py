@@ -16,6 +16,7 @@ from stochastic_depth.errors import (
 
 DropRate = float | Iterable[float] | Mapping[str, float]
 Distribution = Callable[[int, float], Iterable[float]]
+Spread = str | Distribution | None
 
 
 _RATE = Number(
@@ -62,7 +63,7 @@ _BY_NAME: dict[str, Distribution] = {f.__name__: f for f in (linear, linear_from
 
 
 def resolve_rates(
-    drop_rate: DropRate, drop_distribution: str | Distribution | None, names: Sequence[str]
+    drop_rate: DropRate, drop_distribution: Spread, names: Sequence[str]
 ) -> tuple[float, ...]:
     """Returns one drop rate for each named block.
 
@@ -87,7 +88,7 @@ def resolve_rates(
     """
     is_scalar = isinstance(drop_rate, str | AbstractSet) or getattr(drop_rate, "ndim", 1) == 0
     if is_scalar or not isinstance(drop_rate, Iterable):
-        return _spread_over_depth(_rate(drop_rate, "drop_rate"), drop_distribution, names)
+        return _spread(_rate(drop_rate, "drop_rate"), drop_distribution, names)
     if drop_distribution is not None:
         raise OptionError(
             f"drop_distribution is {drop_distribution!r} although drop_rate says each block's rate",
@@ -109,9 +110,7 @@ def resolve_rates(
     return tuple(by_name.values())
 
 
-def _spread_over_depth(
-    rate: float, distribution: str | Distribution | None, names: Sequence[str]
-) -> tuple[float, ...]:
+def _spread(rate: float, distribution: Spread, names: Sequence[str]) -> tuple[float, ...]:
     known = f"one of {', '.join(_BY_NAME)}, or a function (num_blocks, drop_rate)"
     name = "linear" if distribution is None else distribution
     if isinstance(name, str) and name not in _BY_NAME:

@@ -32,6 +32,8 @@ from stochastic_depth.rows import Rows
 from stochastic_depth.selection import refuse
 from stochastic_depth.torch_private.trees import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+Called = tuple[nn.Module, Arguments]
+
 
 def prove(model: nn.Module, found: Discovery, plan: Plan, example: Arguments) -> None:
     """Try the blocks of a gated model.
@@ -96,9 +98,7 @@ def _telling(example: Arguments) -> Arguments:
     return tree_unflatten([made if leaf is main else leaf for leaf in leaves], spec)
 
 
-def _blocks(
-    model: nn.Module, plan: Plan, example: Arguments
-) -> Iterator[tuple[nn.Module, Arguments]]:
+def _blocks(model: nn.Module, plan: Plan, example: Arguments) -> Iterator[Called]:
     """Each block of a model without weights on its own, and what to call it with.
 
     A block that is a part of another one's branch is tried in that.

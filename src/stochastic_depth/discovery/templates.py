@@ -27,6 +27,10 @@ class Argument(NamedTuple):
     leaf: int = 0  # which of the argument's leaves; that of a tensor is the tensor itself
 
 
+Placed = tuple[Argument, Any]
+"""Where a leaf stands, and the leaf."""
+
+
 class Made(NamedTuple):
     """A tensor that the call makes."""
 
@@ -124,9 +128,7 @@ class Template:
         return leaves[0] if self.is_leaf else trees.tree_unflatten(leaves, self.spec)
 
 
-def _found(
-    leaf: Argument, args: tuple[Any, ...], kwargs: dict[str, Any], positional: Sequence[str]
-) -> Any:
+def _found(leaf: Argument, args: Any, kwargs: Any, positional: Sequence[str]) -> Any:
     """What a call has there, by position or by name."""
     place = named(leaf.place, positional)
     position: Any = positional.index(place) if place in positional else place
@@ -151,9 +153,7 @@ def describe(output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Temp
     return Template(tuple(leaf(value) for value in leaves), spec)
 
 
-def placed_leaves(
-    args: tuple[Any, ...], kwargs: dict[str, Any], positional: Sequence[str] = ()
-) -> list[tuple[Argument, Any]]:
+def placed_leaves(args: Any, kwargs: Any, positional: Sequence[str] = ()) -> list[Placed]:
     """The leaves of a call's arguments, with where they stand; by name, where names are given."""
     arguments: list[tuple[Place, Any]] = [*enumerate(args), *kwargs.items()]
     return [

@@ -67,6 +67,12 @@ def _gated(original: Any, *, is_part: bool) -> type[nn.Module]:
             make, arguments = _made, (original, self.__dict__[KEY], *arguments)
         return (make, arguments, *rest)
 
+    def begin_plain(self: Any, *args: Any, **kwargs: Any) -> None:
+        # Not the gated module, but another of its class: a slice of a Sequential, say.
+        self.__dict__.pop(KEY, None)
+        self.__class__ = original
+        self.__init__(*args, **kwargs)
+
     metaclass: Any = type(original)
     gated: type[nn.Module] = metaclass(
         original.__name__,
@@ -74,6 +80,7 @@ def _gated(original: Any, *, is_part: bool) -> type[nn.Module]:
         {
             "gated_from": original,
             **without_fused_path(original),
+            "__init__": begin_plain,
             "__call__": gated_call(original.__call__),
             "__reduce_ex__": reduce_gated,
             "__prepare_scriptable__": _refuse_to_script,
