@@ -131,7 +131,8 @@ def _is_same(nodes: Sequence[Node], way: Sequence[int]) -> bool:
     if not replays:
         return True
     numbers = torch.arange(first.shape.numel(), device="cpu").view(first.shape)
-    return torch.equal(reduce(lambda value, replay: replay(value), replays, numbers), numbers)
+    # A copy in between, which is no move of elements, may have laid them out for a view.
+    return torch.equal(reduce(lambda x, move: move(x.contiguous()), replays, numbers), numbers)
 
 
 def side_effects(site: Site) -> str | None:
