@@ -300,3 +300,63 @@ def test_outputs_keep_their_structure(name: str, mode: Any) -> None:
         rows = set(kept) if mode == "sample" else set(range(4)) if kept else set()
         assert {row for row in range(4) if own[row].any()} == rows
     assert value.shape == x.shape
+
+
+class Weighted(nn.Module):
+    """Attention that returns its weights, too, with dropout on them, as BERT's did."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.qk, self.v = nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = self.qk(x).chunk(2, -1)
+        weights = self.dropout((q @ k.mT).softmax(-1))
+        return weights @ self.v(x), weights
+
+
+class Weighing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention, self.out = nn.LayerNorm(8), Weighted(), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        attended, weights = self.attention(self.norm(x))
+        return x + self.out(attended), weights
+
+
+class AllWeights(nn.Module):
+    """Returns the weights of every layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Weighing() for _ in range(6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        found = []
+        for layer in self.layers:
+            x, weights = layer(x)
+            found.append(weights)
+        return (x, *found)
+
+
+def test_weights_that_a_module_has_used_itself_are_put_back_in_mode_sample() -> None:
+    torch.manual_seed(0)
+    model, x = AllWeights(), torch.randn(6, 5, 8)
+    plain = copy.deepcopy(model).eval()
+    depth = sd.apply_stochastic_depth(
+        model, 0.5, "uniform", example_inputs=x, mode="sample", scale="none"
+    )
+    for layer in model.layers:
+        layer.get_submodule("attention.dropout").p = 0.0  # type: ignore[assignment]
+    output, *weights = model.train()(x)
+    expected = x
+    for layer, found, kept in zip(plain.layers, weights, depth.last_gates.values(), strict=True):
+        assert not isinstance(kept, bool)
+        ran, its_weights = layer(expected)
+        mask = torch.zeros(6, 1, 1)
+        mask[list(kept)] = 1.0
+        torch.testing.assert_close(found, mask * its_weights)
+        expected = torch.where(mask > 0, ran, expected)
+    torch.testing.assert_close(output, expected)

@@ -225,15 +225,20 @@ def _folds(model: nn.Module, example: Any, keep: list[str] | None) -> str:
 
 
 def _in_double(model: nn.Module, example: Any) -> tuple[nn.Module, Any]:
-    """A copy in double precision where it can: random networks make much of rounding."""
+    """A copy in double precision where it can: random networks make much of rounding.
+
+    Longformer's own gradients are NaN then.
+    """
     doubled = copy.deepcopy(model).double()
     given = tree_map(lambda x: x.double() if _is_floating(x) else x, example)
     try:
-        with torch.no_grad():
-            run_forward(doubled, given)
+        _, gradients = run(_without_batch_norm(doubled), given, dropout=False)
     except RuntimeError:
         return copy.deepcopy(model), example
-    return doubled, given
+    if not all(bool(each.isfinite().all()) for each in gradients if each is not None):
+        return copy.deepcopy(model), example
+    doubled.zero_grad()
+    return doubled.train(model.training), given
 
 
 def _is_floating(value: Any) -> bool:

@@ -238,8 +238,8 @@ def of_branch_calls(
             for number, dim in batches.dims(call.outputs).items()
             for node in [call.outputs[number]]
             if (place, number) in ends
-            # It leaves the block as an output, and nobody computes with it.
-            or (node in handed_out and node is not None and not recording.consumers[node])
+            # It leaves the block as an output, and nobody computes with it behind this call.
+            or (node in handed_out and max(recording.consumers[node or 0], default=0) < call.end)
         }
         writes = _writes(recording, call)
         found.append(BatchDims(batches.inputs(call, (), kept_rows), outputs, writes=writes))
