@@ -42,8 +42,8 @@ LARGE = 120_000_000  # parameters: the checks of a larger model take 6 to 14 GB 
 AT_ONCE = 30  # models: what a process keeps of those before piles up
 
 
-def measure(subject: Subject, *, at_most: float = math.inf) -> dict[str, Any] | None:
-    """One row of the table; None where the model has more parameters than these."""
+def measure(subject: Subject, *, at_most: float = math.inf) -> dict[str, Any]:
+    """One row of the table; empty where the model has more parameters than these."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     start = time.perf_counter()
@@ -52,7 +52,7 @@ def measure(subject: Subject, *, at_most: float = math.inf) -> dict[str, Any] | 
     try:
         model = subject.model()
         if sum(parameter.numel() for parameter in model.parameters()) > at_most:
-            return None
+            return {}
         row |= _compared(subject, model, key)
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {error}"[:300]
@@ -113,15 +113,13 @@ def _rows(wanted: Sequence[Subject]) -> Iterator[tuple[str, dict[str, Any]]]:
             waiting = {pool.submit(measure, each, at_most=LARGE): each for each in some}
             for done in as_completed(waiting):
                 row = done.result()
-                if row is None:
-                    large.append(waiting[done])
-                else:
+                if row:
                     yield waiting[done].family, row
+                else:
+                    large.append(waiting[done])
     for subject in large:
         with ProcessPoolExecutor(1) as pool:
-            row = pool.submit(measure, subject).result()
-        assert row is not None
-        yield subject.family, row
+            yield subject.family, pool.submit(measure, subject).result()
 
 
 def _write(results: dict[str, Any]) -> None:
