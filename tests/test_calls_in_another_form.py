@@ -247,9 +247,6 @@ def _handing_on(example: tuple[Tensor, ...], **named: Any) -> HandingOn:
     options: dict[str, Any] = {"example_inputs": example, "example_kwargs": named}
     depth = sd.apply_stochastic_depth(model, 0.2, **options)
     assert str(depth).count("whole") == 6
-    for block in depth.blocks:
-        gate: Any = model.get_submodule(block.name)._stochastic_depth
-        assert gate.is_fast
     return model
 
 

@@ -100,7 +100,7 @@ MOVES: dict[str, tuple[Move, Move]] = {
         lambda y: y.contiguous().view(6, 6, 8),
     ),
     "clone, view": (lambda x: x.mT.clone().mT.reshape(36, 8), lambda y: y.view(6, 6, 8)),
-    "squeeze": (lambda x: x[:, None].squeeze(1), lambda y: y.unsqueeze(0).reshape(6, 6, 8)),
+    "squeeze": (lambda x: x.unsqueeze(1).squeeze(1), lambda y: y.unsqueeze(0).reshape(6, 6, 8)),
 }
 
 
