@@ -8,7 +8,7 @@ import ast
 import pathlib
 import sys
 
-MOST_LINES = 5_335
+MOST_LINES = 5_334
 MOST_FILES = 46
 CORE = pathlib.Path("src/stochastic_depth")
 

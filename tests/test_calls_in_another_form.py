@@ -250,7 +250,7 @@ def _handing_on(example: tuple[Tensor, ...], **named: Any) -> HandingOn:
     return model
 
 
-def _is_handed_on(model: HandingOn, *args: Tensor, **named: Any) -> None:
+def assert_handed_on(model: HandingOn, *args: Tensor, **named: Any) -> None:
     """By dropped blocks as by those that run, drawn and forced."""
     depth, plain = sd.get_stochastic_depth(model), copy.deepcopy(model)
     expected = sd.get_stochastic_depth(plain).remove()(*args, **named)
@@ -269,21 +269,21 @@ def test_one_tensor_in_several_places_of_the_example_is_told_apart(same: str) ->
     x, memory, other = (torch.randn(2, 8) for _ in range(3))
     memory, other = {"none": (memory, other), "two": (memory, memory), "all": (x, x)}[same]
     model = _handing_on((x, memory), other=other)
-    _is_handed_on(model, torch.randn(2, 8), torch.randn(2, 8), other=torch.randn(2, 8))
+    assert_handed_on(model, torch.randn(2, 8), torch.randn(2, 8), other=torch.randn(2, 8))
 
 
 def test_a_block_that_has_nothing_to_hand_on_hands_on_its_default() -> None:
     model = _handing_on((torch.randn(2, 8), torch.randn(2, 8)), other=torch.randn(2, 8))
     x = torch.randn(2, 8)
-    _is_handed_on(model, x, x + 1, other=x + 2)
+    assert_handed_on(model, x, x + 1, other=x + 2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", sd.StochasticDepthWarning)
-        _is_handed_on(model, x)
-        _is_handed_on(model, x, x + 1)
-        _is_handed_on(model, x, other=x + 2)
+        assert_handed_on(model, x)
+        assert_handed_on(model, x, x + 1)
+        assert_handed_on(model, x, other=x + 2)
 
 
-def test_what_lies_inside_of_an_argument_is_handed_on() -> None:
+def test_what_lies_inside_of_an_argumentassert_handed_on() -> None:
     x = torch.randn(2, 8)
     model = _handing_on((x, x), other={"a": x, "b": [x, (x, 3)], "c": None})
     others: Any = {"a": x + 1, "b": [x + 2, (x + 3, 3)], "c": None}

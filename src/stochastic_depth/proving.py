@@ -33,6 +33,7 @@ from stochastic_depth.selection import refuse
 from stochastic_depth.torch_private.trees import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 Called = tuple[nn.Module, Arguments]
+"""A module, and what to call it with."""
 
 
 def prove(model: nn.Module, found: Discovery, plan: Plan, example: Arguments) -> None:

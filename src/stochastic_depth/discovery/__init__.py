@@ -160,10 +160,9 @@ def example_for(model: nn.Module, inputs: Any, kwargs: Mapping[str, Any] | None)
     if inputs is None and not keywords:
         inputs = _own_example(model)
     if inputs is None or isinstance(inputs, Mapping):
-        return _told_apart((), {**(inputs or {}), **keywords})
+        return _told_apart(((), {**(inputs or {}), **keywords}))
     if isinstance(inputs, Tensor | tuple | list):
-        inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-        return _told_apart(inputs, keywords)
+        return _told_apart(((inputs,) if isinstance(inputs, Tensor) else tuple(inputs), keywords))
     raise ExampleInputsError(
         f"example_inputs is a {type(inputs).__name__}",
         expected="a tensor, a tuple of positional or a dict of keyword arguments",
@@ -171,10 +170,10 @@ def example_for(model: nn.Module, inputs: Any, kwargs: Mapping[str, Any] | None)
     )
 
 
-def _told_apart(*example: Any) -> Arguments:
-    """The same, but a tensor that stands in several places is another object in each.
+def _told_apart(example: Arguments) -> Arguments:
+    """The example, in which a tensor that stands in several places is another object in each.
 
-    What a block hands on is known by its identity, and in a training the places may differ.
+    Which argument a block hands on is told by the object. In a training the places may differ.
     """
     seen: set[int] = set()
 
@@ -183,8 +182,8 @@ def _told_apart(*example: Any) -> Arguments:
         seen.add(id(leaf))
         return leaf.detach() if is_again else leaf
 
-    told: Arguments = tree_map(another, example)
-    return told
+    args, kwargs = tree_map(another, example)
+    return args, kwargs
 
 
 def _own_example(model: nn.Module) -> Tensor | dict[str, Any]:

@@ -27,7 +27,7 @@ class Before:
     Args:
         call: The call.
         module: What is called.
-        given: Its positional and keyword arguments.
+        arguments: Its positional and keyword arguments.
     """
 
     def __init__(self, call: Call, module: nn.Module, arguments: Sequence[Any]) -> None:

@@ -233,13 +233,13 @@ def of_branch_calls(
                 kept_rows.add(index)
         position = call.end
         handed_out = {node for outer in recording.enclosing(call.parent) for node in outer.outputs}
+        users = [recording.consumers[n] if n is not None else [] for n in call.outputs]
         outputs = {
             number: dim
             for number, dim in batches.dims(call.outputs).items()
-            for node in [call.outputs[number]]
             if (place, number) in ends
             # It leaves the block as an output, and nobody computes with it behind this call.
-            or (node in handed_out and max(recording.consumers[node or 0], default=0) < call.end)
+            or (call.outputs[number] in handed_out and all(u < call.end for u in users[number]))
         }
         writes = _writes(recording, call)
         found.append(BatchDims(batches.inputs(call, (), kept_rows), outputs, writes=writes))

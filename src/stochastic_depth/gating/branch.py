@@ -21,7 +21,7 @@ from stochastic_depth.rows import change_leaves
 from stochastic_depth.torch_private.trees import tree_leaves
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_MANY_VALUES = 2**17  # an output as large is not multiplied, where weights can be instead
+_MANY_VALUES = 2**17  # of so large an output the weights are multiplied, not the output
 
 
 @dataclass(slots=True, eq=False)

@@ -142,8 +142,7 @@ def let_rows_vary(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> None
     """Have a graph that is made for some rows of the batch hold for any number of them."""
     if gate.plan.graphs or running.compiler is not None or tracing.is_compiled(module):
         for leaf, dim, _ in gate.batch.leaves(args, kwargs):
-            # Where the length is 1, or code asks for it, a graph holds for this one alone.
-            torch._dynamo.maybe_mark_dynamic(leaf, dim)
+            tracing.let_vary(leaf, dim)
 
 
 def _scales(factors: tuple[float, ...], args: Any, kwargs: Any) -> tuple[Any, ...]:

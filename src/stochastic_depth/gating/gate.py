@@ -88,11 +88,9 @@ class KnownCalls:
     def __init__(self, gate: Gate, module: nn.Module, calls: Sequence[Call]) -> None:
         parameters = inspect.signature(module.forward).parameters
         self.name, self.positional = gate.name, tuple(parameters)
-        forms: list[dict[Any, Any]] = [
-            {named(p, self.positional): v for p, v in call.form} for call in calls
-        ]
+        forms: list[Any] = [{named(p, self.positional): v for p, v in call.form} for call in calls]
         leaves = gate.whole.leaves if gate.whole else ()
-        handed_on = (leaf.place for leaf in leaves if isinstance(leaf, Argument))
+        handed_on = [leaf.place for leaf in leaves if isinstance(leaf, Argument)]
         self._handed_on = {named(place, self.positional) for place in handed_on}
         # A tuple stands for a plain value, whose second part it is.
         self.tensors = {p for form in forms for p, v in form.items() if not isinstance(v, tuple)}
@@ -110,9 +108,9 @@ class KnownCalls:
         self._known: dict[object, bool] = {}
 
     def include(self, args: Any, kwargs: Any) -> bool:
-        """Whether the plain values among the arguments are those of a watched call.
+        """Whether a call has the plain values of a watched one, and all that the block hands on.
 
-        With others the forward may do more than hand its input on; or it has nothing to hand on.
+        With other values the forward may do more than hand its input on.
 
         Raises:
             ChangedModelError: There is a tensor, or an object, where the example had none: the
@@ -121,7 +119,7 @@ class KnownCalls:
         """
         kinds: tuple[object, ...] = *map(type, args), *kwargs, *map(type, kwargs.values())
         known = self._known.get(kinds)
-        if known is not None:  # no value among them: the quick way, for most
+        if known is not None:  # most calls: none of these is a plain value
             return known
         values = (value for value in (*args, *kwargs.values()) if value is not None)
         plain = [value for value in values if isinstance(value, PLAIN_VALUES)]

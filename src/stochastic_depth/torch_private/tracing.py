@@ -47,6 +47,14 @@ def is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
 
+def let_vary(tensor: torch.Tensor, dim: int) -> None:
+    """Have torch.compile make a graph that holds for other lengths of this dimension, too.
+
+    Where the length is 1, or code asks for it, a graph still holds for this one alone.
+    """
+    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
 # No function of our own, which would be compiled itself. In torch 2.6 the one that only asks loses
 # a reference at each call.
 set_compiler: Callable[[Any], Any] = eval_frame.set_eval_frame
