@@ -279,13 +279,32 @@ def test_forwards_that_have_no_backward(shape: str) -> None:
     assert same(found(SHAPES[shape](False)), without)
 
 
-class Inner(nn.Module):
-    """A branch that holds a residual block."""
+class BlockAndLinear(nn.Module):
+    """A residual block with something behind its sum: it is skipped at its branch."""
 
-    def __init__(self, *, reentrant: bool | None) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x + self.down(self.up(x).relu()))
+
+
+# The branch holds a block, is one itself, or is one that is skipped whole.
+BRANCHES: dict[str, Callable[[], nn.Module]] = {
+    "holds one": lambda: nn.Sequential(Layer(), nn.Linear(8, 8)),
+    "is one": BlockAndLinear,
+    "is one, skipped whole": Layer,
+}
+
+
+class Inner(nn.Module):
+    """A branch with a residual block in it."""
+
+    def __init__(self, branch: str, *, reentrant: bool | None) -> None:
         super().__init__()
         self.norm, self.reentrant = nn.LayerNorm(8), reentrant
-        self.branch = nn.Sequential(Layer(), nn.Linear(8, 8))
+        self.branch = BRANCHES[branch]()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
@@ -294,15 +313,18 @@ class Inner(nn.Module):
         return x + checkpoint(self.branch, y, use_reentrant=self.reentrant)
 
 
+@pytest.mark.filterwarnings("ignore:fold.. will not be able")
+@pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("unit", ["block", "branch"])
-def test_a_branch_that_holds_a_block(unit: Any, reentrant: bool) -> None:
+@pytest.mark.parametrize("scale", ["none", "eval", "train"])
+def test_a_branch_with_a_block_in_it(scale: Any, unit: Any, reentrant: bool, branch: str) -> None:
     found = []
     for each in (reentrant, None):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 8), *(Inner(reentrant=each) for _ in range(6)))
+        model = nn.Sequential(nn.Linear(4, 8), *(Inner(branch, reentrant=each) for _ in range(6)))
         depth = sd.apply_stochastic_depth(
-            model, 0.4, "uniform", example_inputs=torch.randn(2, 4), unit=unit, scale="train"
+            model, 0.4, "uniform", example_inputs=torch.randn(2, 4), unit=unit, scale=scale
         )
         for step in range(3):
             torch.manual_seed(step)

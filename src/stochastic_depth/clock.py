@@ -26,8 +26,7 @@ class Clock:
         self._leader = leader
         self._followers: list[weakref.ref[Clock]] = []  # a WeakSet takes longer to go through
         if leader is not None:
-            leader._followers = [clock for clock in leader._followers if clock() is not None]
-            leader._followers.append(weakref.ref(self))
+            leader._followers = [*(c for c in leader._followers if c()), weakref.ref(self)]
         self._seen: tuple[str, int] | None = None  # a gate, and its parameters' version
         self._changes, self._warned = 0, False
 

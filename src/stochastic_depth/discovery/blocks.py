@@ -218,11 +218,8 @@ def _explicit_blocks(
 
 def _sum(recording: Recording, call: Call) -> Addition | None:
     """The addition of a residual connection's own forward: the branch is its second operand."""
-    sums = [
-        node
-        for node in recording.nodes[call.start : call.end]
-        if node.kind is Kind.SUM and node.call == call.index
-    ]
+    nodes = recording.nodes[call.start : call.end]
+    sums = [node for node in nodes if node.kind is Kind.SUM and node.call == call.index]
     inputs = [node for node in call.inputs if node is not None]
     if not sums or not inputs:
         return None

@@ -7,12 +7,19 @@ that of the innermost one that is recomputed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from stochastic_depth.errors import RecomputationError
 from stochastic_depth.torch_private.backward import Cursor, Log, checkpoints
 
 T = TypeVar("T")
+
+
+class AsPart(NamedTuple):
+    """The key for what is noted for a gate as a branch's module; of a block it is the gate."""
+
+    gate: Any
+    name: str
 
 
 def remembered(gate: Any, make: Callable[[], T], *, is_certain: bool = False) -> T:
@@ -64,10 +71,11 @@ def recalled(gate: Any) -> tuple[bool, Any | None]:
     _, recomputed = checkpoints()
     if recomputed is None:
         return False, None
-    return True, remembered(gate, lambda: None) if gate in recomputed[0] else None
+    key = AsPart(gate, gate.name)
+    return True, remembered(key, lambda: None) if key in recomputed[0] else None
 
 
 def note(gate: Any, value: Any) -> None:
     """Write a decision down for a recomputation that starts inside of the block's `forward`."""
     for log in checkpoints()[0]:
-        log.setdefault(gate, []).append(value)
+        log.setdefault(AsPart(gate, gate.name), []).append(value)
