@@ -1,7 +1,7 @@
 """Mode "sample": what dropping examples saves, beside the ways that others have.
 
     export PYTHONPATH=examples                # from a checkout
-    python benchmarks/sample.py               # all cases, some twenty minutes on two cores
+    python benchmarks/sample.py               # all cases, some half an hour on two cores
     python benchmarks/sample.py vit-uniform   # some of them; nothing is written
 
 *Possible* is the plain step less what the blocks take on all rows, plus what they take on the kept
@@ -63,10 +63,17 @@ VIT = "timm:vit_tiny_patch16_224"
 CONVNEXT = "timm:convnext_atto"
 CASES = {
     "vit-linear": Case(
-        VIT, (16, 224), (256, 224), 0.4, "linear", (TIMM, DINO), units=("block", "branch")
+        VIT, (16, 224), (256, 224), 0.4, "linear", (TIMM, DINO), units=("block", "branch"), steps=48
     ),
     "vit-uniform": Case(
-        VIT, (16, 224), (256, 224), 0.4, "uniform", (TIMM, DINO), units=("block", "branch")
+        VIT,
+        (16, 224),
+        (256, 224),
+        0.4,
+        "uniform",
+        (TIMM, DINO),
+        units=("block", "branch"),
+        steps=48,
     ),
     "convnext-linear": Case(CONVNEXT, (16, 224), (256, 224), 0.4, "linear", (TIMM,), steps=80),
     "convnext-128px": Case(CONVNEXT, (16, 128), (256, 128), 0.4, "linear", (TIMM,), steps=80),

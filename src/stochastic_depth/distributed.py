@@ -28,9 +28,8 @@ ranks_differ: WeakKeyDictionary[DistributedDataParallel, int] = WeakKeyDictionar
 """Where ranks may have skipped other blocks than each other: the last backward of it, or -1."""
 
 
-def is_running() -> bool:
-    """Whether this process is one of several that know each other."""
-    return dist.is_available() and dist.is_initialized()
+is_running: Callable[[], bool] = dist.is_initialized if dist.is_available() else lambda: False
+"""Whether this process is one of several that know each other."""
 
 
 def place(process_group: Any) -> tuple[int, int]:

@@ -8,6 +8,7 @@ and the modules of its branches look up what was decided (`branch`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -93,9 +94,9 @@ def begin(gate: Gate, module: nn.Module, number: int) -> Row:
     plan = gate.plan
     row = plan.row_for(number)
     if is_running():  # those that look closer do not go the fast way
-        plan.row = row = row._replace(states=known_states(plan, gate, row.states))
+        plan.row = row = replace(row, states=known_states(plan, gate, row.states))
     if plan.needs_steps and not plan.clock.expect_steps(gate.name, module):
-        plan.row = row._replace(number=-1)  # the next gate comes here, too
+        plan.row = replace(row, number=-1)  # the next gate comes here, too
     return row
 
 
