@@ -330,3 +330,8 @@ def assert_same(left: nn.Module, right: nn.Module) -> None:
     assert list(ours) == list(theirs)
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
+
+
+def assert_equal(left: Any, right: Any) -> None:
+    """Tensors, or dictionaries of them: the same values, without a tolerance."""
+    torch.testing.assert_close(left, right, rtol=0, atol=0)

@@ -139,6 +139,7 @@ def test_any_rates_fold(rates: list[float]) -> None:
         assert_close(depth.fold()(x.double()), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*at step 0 of a schedule")
 @oldest
 def test_folding_during_a_warmup_takes_the_rates_of_the_moment() -> None:
     model, x = make("pre-norm")

@@ -205,6 +205,7 @@ def test_what_a_dropped_block_hands_out_beside_its_value_is_zeros() -> None:
 # Under a schedule.
 
 
+@pytest.mark.filterwarnings("ignore:.*at step 0 of a schedule")
 @every_unit
 @pytest.mark.parametrize("name", ["resnet", "pre-norm", "post-norm"])
 def test_eval_under_warmup_scales_by_the_rates_of_the_moment(name: str, unit: str) -> None:
@@ -221,6 +222,7 @@ def test_eval_under_warmup_scales_by_the_rates_of_the_moment(name: str, unit: st
         depth.step()
 
 
+@pytest.mark.filterwarnings("ignore:.*at step 0 of a schedule")
 def test_a_schedule_that_looks_at_more_than_the_step_is_asked_every_time() -> None:
     """Composer's time, say, which goes on within a step."""
     factor = [1.0]
@@ -233,6 +235,7 @@ def test_a_schedule_that_looks_at_more_than_the_step_is_asked_every_time() -> No
     assert torch.equal(model(x), plain(x))
 
 
+@pytest.mark.filterwarnings("ignore:.*at step 0 of a schedule")
 def test_each_branch_has_the_scale_of_its_own_schedule() -> None:
     plain, model, x, depth = gated(
         "pre-norm",

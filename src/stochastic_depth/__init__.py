@@ -21,6 +21,7 @@ from stochastic_depth.errors import (
     StochasticDepthError,
     StochasticDepthWarning,
 )
+from stochastic_depth.folding import fold_state_dict
 from stochastic_depth.handle import StochasticDepth, get_stochastic_depth
 from stochastic_depth.presets import (
     apply_drop_path,
@@ -59,8 +60,14 @@ __all__ = [
     "apply_stochastic_depth",
     "constant",
     "find_residual_blocks",
+    "fold_state_dict",
     "get_stochastic_depth",
     "linear_decay",
     "linear_warmup",
     "piecewise_linear",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, and not the modules that they lie in."""
+    return [*__all__, "__version__"]

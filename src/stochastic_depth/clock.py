@@ -22,7 +22,10 @@ class Clock:
 
     def __init__(self, leader: Clock | None = None, step: int = 0) -> None:
         self.step: int = step if leader is None else leader.step
-        self.owner: Callable[[], object | None] = lambda: None  # its plan, by a weak reference
+        self.owner: Callable[[], Any] = lambda: None  # its plan, by a weak reference
+        self.is_told: bool = (
+            leader is not None and leader.is_told
+        )  # somebody sets the step, or will
         self._leader = leader
         self._followers: list[weakref.ref[Clock]] = []  # a WeakSet takes longer to go through
         if leader is not None:
@@ -35,10 +38,15 @@ class Clock:
         if self._leader is not None:
             self._leader._followers.remove(weakref.ref(self))
             self._leader = None
+        for clock in self.with_followers():
+            clock.step, clock._changes, clock._seen, clock.is_told = step, 0, None, True
+
+    def with_followers(self) -> list[Clock]:
+        """This clock and all that follow it, one after the other: copies of copies are many."""
         clocks = [self]
         for clock in clocks:  # which grows
-            clock.step, clock._changes, clock._seen = step, 0, None
             clocks += [found for follower in clock._followers if (found := follower())]
+        return clocks
 
     def expect_steps(self, gate: str, module: nn.Module) -> bool:
         """Warn, once, where parameters change time and again and nobody sets the step.

@@ -149,6 +149,8 @@ def apply(
         scale = _SCALES[mode] if scale == "auto" else scale
         plan = Plan(chosen, resolved, unit, mode, scale, resolve_schedule(None, []), draw)
         plan.schedule = resolve_schedule(schedule, plan.units)
+        for name in plan.units:
+            plan.schedule(0, name)  # where it fails, it is no fault of a block's
         plan.talks = _talks(model, found, plan)
         plan.counts = tuple(allowed_counts(model, found, block) for block in chosen)
         refuse_inexact(found, plan)
@@ -234,11 +236,13 @@ def _warn(model: nn.Module, plan: Plan) -> None:
 
 
 def _talks(model: nn.Module, found: Discovery, plan: Plan) -> dict[str, str]:
-    """For each block in whose branches ranks wait for each other: in what."""
+    """For each block in whose branches ranks wait for each other: in what.
+
+    Also for one with a rate of 0, which may be given another.
+    """
     talks: dict[str, str] = {}
     recording, apart = found.recording, frozenset(ranks_in(plan.draw.process_group))
-    dropped = [block for block, rate in zip(plan.blocks, plan.rates, strict=True) if rate]
-    names = [(b, n) for b in dropped for branch in b.branches for n in branch.modules]
+    names = [(b, n) for b in plan.blocks for branch in b.branches for n in branch.modules]
     for block, name in dict.fromkeys(names):  # a module may be called a thousand times
         owner = name if block.explicit else block.block_module
         for inside, module in model.get_submodule(name).named_modules(prefix=name):

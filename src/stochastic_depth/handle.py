@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from stochastic_depth import state
+from stochastic_depth import folding, state
 from stochastic_depth.discovery import plain_model
 from stochastic_depth.discovery.blocks import ResidualBlock
+from stochastic_depth.distributions import Distribution, DropRate, resolve_rates
 from stochastic_depth.errors import ChangedModelError, OptionError, SelectionError, nearest, warn
+from stochastic_depth.following import Following
 from stochastic_depth.gating.attach import detach, gated_modules
 from stochastic_depth.gating.compiled import compile_blocks
 from stochastic_depth.gating.gate import KEY, Gate
@@ -51,12 +52,18 @@ class StochasticDepth:
         """
         return self._plan.last_gates()
 
-    def follow(self, optimizer: Optimizer) -> RemovableHandle:
-        """Advance at every `optimizer.step()`; where another optimizer is followed, instead of it.
+    def follow(self, optimizer: Optimizer, *, save_state: bool = True) -> Following:
+        """Advance at every `optimizer.step()`, and let the state ride in the optimizer's.
+
+        `optimizer.state_dict()` then holds `depth.state_dict()` under "stochastic_depth", and
+        `optimizer.load_state_dict()` sets it, so that whoever saves the optimizer saves both. A
+        plain optimizer does not mind the key. Where another optimizer is followed, this one takes
+        its place; the steps go on.
 
         Args:
             optimizer: Any optimizer; a wrapper that holds one as `.optimizer` is unwrapped. A
                 step that a GradScaler leaves out does not count.
+            save_state: Whether the state rides along.
 
         Returns:
             A handle whose `.remove()` ends it.
@@ -76,15 +83,13 @@ class StochasticDepth:
         if parameters.isdisjoint(p for group in optimizer.param_groups for p in group["params"]):
             warn("the optimizer that is followed holds no parameter of the model")
         plan, handle = self._plan, weakref.ref(self)
-
-        def advance(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            # A fused optimizer is called, too, where its GradScaler leaves the step out.
-            if not getattr(optimizer, "found_inf", False):
-                _advance(plan, handle())
-
         if plan.following is not None:
             plan.following.remove()
-        plan.following = optimizer.register_step_post_hook(advance)
+        for clock in plan.clock.with_followers():
+            clock.is_told = True
+        plan.following = Following(
+            optimizer, plan, lambda: _advance(plan, handle()), save_state=save_state
+        )
         return plan.following
 
     def step(self) -> None:
@@ -93,14 +98,30 @@ class StochasticDepth:
         Raises:
             OptionError: An optimizer is followed, which would count every step twice.
         """
-        hook = self._plan.following
-        if hook is not None and hook.id in (hook.hooks_dict_ref() or ()):
+        if self._plan.following is not None and self._plan.following.is_active:
             raise OptionError(
                 "step() while an optimizer is followed",
                 expected="either follow(optimizer) or step(), not both",
                 instead="leave step() out",
             )
         _advance(self._plan, self)
+
+    def set_drop_rate(
+        self, drop_rate: DropRate, drop_distribution: str | Distribution | None = None
+    ) -> None:
+        """Draw with other rates from now on; the step, the schedule and the draws go on.
+
+        Copies of the model that follow it (an average of its weights, say) have them, too.
+
+        Args:
+            drop_rate: As in `apply_stochastic_depth`, for the blocks that are gated.
+            drop_distribution: Likewise.
+
+        Raises:
+            OptionError, SelectionError: An argument cannot be used; the rates stay as they were.
+        """
+        names = [block.name for block in self._plan.blocks]
+        self._plan.set_rates(resolve_rates(drop_rate, drop_distribution, names))
 
     @contextmanager
     def fixed(self, gates: Mapping[str, bool]) -> Iterator[None]:
@@ -138,6 +159,17 @@ class StochasticDepth:
         """Every branch runs at its inference scale, in train mode too (`update_bn`)."""
         return self._plan.force(None, disabled=True)
 
+    def metrics(self) -> dict[str, float]:
+        """What a logger shows: the same names in every trainer.
+
+        Returns:
+            "stochastic_depth/drop_rate", the mean of the rates at this step; and, once a training
+            forward was made, of the last one "stochastic_depth/blocks_run", how many blocks ran
+            (in mode "sample" on average over the rows, with unit="branch" over their branches),
+            and "stochastic_depth/skipped", the fraction of all blocks that did not, 0 to 1.
+        """
+        return state.metrics(self._plan)
+
     def state_dict(self) -> dict[str, Any]:
         """What it takes to continue the sequence of draws exactly; plain numbers and strings."""
         return state.save(self._plan)
@@ -145,8 +177,10 @@ class StochasticDepth:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue where `state_dict()` was taken.
 
+        Where it was taken with other rates those of this model stand, with a warning.
+
         Raises:
-            StateMismatchError: It was taken with other blocks, rates or draws.
+            StateMismatchError: It was taken with other blocks, options or draws.
         """
         state.load(self._plan, state_dict)
 
@@ -189,8 +223,9 @@ class StochasticDepth:
                 something outside; nothing is changed then.
         """
         self._check_gates()
+        self._plan.warn_unstepped("fold()")
         with torch.no_grad():
-            for parameter, value in state.scaled_parameters(self.model, self._plan).items():
+            for parameter, value in folding.scaled_parameters(self.model, self._plan).items():
                 parameter.copy_(value)
         return self.remove()
 
@@ -201,7 +236,7 @@ class StochasticDepth:
             RefusedBlockError: As `fold()`.
         """
         self._check_gates()
-        return state.folded(self.model, self._plan)
+        return folding.folded(self.model, self._plan)
 
     def remove(self) -> nn.Module:
         """Take the gates out.
@@ -236,7 +271,10 @@ class StochasticDepth:
         return gate is not None and gate.plan is self._plan
 
     def __str__(self) -> str:
-        whole = {gate.name for _, _, gate in gated_modules(self.model) if gate.whole is not None}
+        gates = [gate for _, _, gate in gated_modules(self.model) if gate.plan is self._plan]
+        if not gates:
+            return f"No stochastic depth on {type(self.model).__name__}: the gates are taken out"
+        whole = {gate.name for gate in gates if gate.whole is not None}
         return state.table(self.model, self._plan, whole)
 
     def __repr__(self) -> str:

@@ -16,12 +16,11 @@ from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
-from torch.utils.hooks import RemovableHandle
-
 from stochastic_depth.clock import Clock
 from stochastic_depth.discovery.blocks import ResidualBlock
 from stochastic_depth.distributed import place
 from stochastic_depth.draw import Draw, Names, balanced, integers, limit, real
+from stochastic_depth.errors import warn
 from stochastic_depth.rows import Counts, Rows, kept_count
 from stochastic_depth.schedules import ResolvedSchedule
 
@@ -44,6 +43,7 @@ class Counted:
     step: int = 0  # in which `calls` counts
     calls: int = 0
     last_batch: int = 0  # in mode "sample": the number of rows in its last call
+    noted: tuple[int, int] = (0, 0)  # the step and calls whose outcome `gates_before` holds
 
     def next_call(self, step: int) -> int:
         """How often it was called in this step before."""
@@ -125,7 +125,7 @@ class Plan:
         self.needs_steps = bool(by_name) or self.draw.redraw == "step"
         self._thread = threading.local()
         self.forcing = 0  # how many `fixed` and `disabled` are in force, in any thread
-        self.following: RemovableHandle | None = None  # the hook on the optimizer
+        self.following: Any = None  # the `Following` of an optimizer
         self.handle: weakref.ref[Any] | None = None
         self.setups: dict[str, Any] = {}  # by gate: how several processes train its block
         self.ranks_differed = False  # whether ranks may have skipped other blocks than each other
@@ -151,6 +151,28 @@ class Plan:
             factors = self._factors(rates, training=False), self._factors(rates, training=True)
             self._at = AtStep(asked, rates, tuple(map(limit, rates)), factors)
         return self._at
+
+    def for_inference(self) -> Factors:
+        """What the branches of each gate are multiplied by in inference."""
+        if self._at is not None and not self._name_of:
+            return self._at.factors[False]
+        self.warn_unstepped("an evaluation")
+        return self.at(self.clock.step).factors[False]
+
+    def warn_unstepped(self, what: str) -> None:
+        """Warn, once, of the inference scale of a schedule's step 0 where nobody trained."""
+        if not self._name_of or self.scale != "eval" or self.clock.step or self.clock.is_told:
+            return
+        if all(getattr(schedule, "is_constant", False) for schedule in self._name_of):
+            return
+        if any(gate.calls for gate in self.gates):  # where that is wrong the clock says so
+            return
+        self.clock.is_told = True
+        warn(
+            f"{what} at step 0 of a schedule: the branches are scaled by the rates of its "
+            "beginning. Those of a trained model come with depth.load_state_dict(), or with the "
+            "state of an optimizer that is followed"
+        )
 
     def _factors(self, rates: tuple[float, ...], *, training: bool) -> Factors:
         if self.scale != ("train" if training else "eval"):
@@ -210,7 +232,9 @@ class Plan:
     def last_gates(self) -> dict[str, bool | tuple[int, ...]]:
         """What the last training call of each gate came to, by unit."""
         found = dict(self.gates_before)
-        for gate in (gate for gate in self.gates if gate.calls):
+        for gate in self.gates:
+            if not gate.calls or (gate.step, gate.calls) == gate.noted:
+                continue
             row = self.drawn(gate.step, gate.calls - 1)
             for unit in gate.units:
                 kept: Any = row.kept[unit]
@@ -220,6 +244,17 @@ class Plan:
                 found[self.units[unit]] = kept
         return found
 
+    def set_rates(self, rates: tuple[float, ...]) -> None:
+        """Draw with other rates from now on, as do copies that follow; the draws go on."""
+        for plan in [plan for clock in self.clock.with_followers() if (plan := clock.owner())]:
+            plan.gates_before = plan.last_gates()
+            for gate in plan.gates:
+                gate.noted = gate.step, gate.calls
+            plan.rates = rates
+            plan.base_rates = tuple([rates[number] for number in plan.block_of])
+            plan._at, plan.row = None, _NO_ROW
+            plan.drawn.cache_clear()
+
     def go_to(self, step: int, calls: Mapping[str, int]) -> None:
         """Go on from another place: an optimizer step, and the calls of gates in it so far."""
         self.gates_before = self.last_gates()
@@ -227,7 +262,7 @@ class Plan:
         self.row = _NO_ROW
         self.drawn.cache_clear()
         for gate in self.gates:
-            gate.step, gate.calls = step, calls.get(gate.name, 0)
+            gate.step, gate.calls, gate.noted = step, calls.get(gate.name, 0), (step, 0)
 
     def drawn_from(self) -> dict[str, object]:
         """All that the draws of the next forward follow from, for ranks to compare."""

@@ -42,6 +42,11 @@ class Schedule:
         """Returns the factor at this step."""
         return math.prod(function(step) for function in self.functions)
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether it is the same at every step."""
+        return all(isinstance(f, _Lines) and len(f.points) == 1 for f in self.functions)
+
     def __mul__(self, other: object) -> Schedule:
         return Schedule(self.functions + _functions(other))
 
@@ -224,6 +229,16 @@ def resolve_schedule(
                 function,
                 expected="a function of the optimizer step that returns a factor in [0, 1]",
                 instead="pass linear_warmup(steps), say, or constant(0.5) for a fixed factor",
+            )
+        if getattr(function, "__module__", None) == __name__ and not isinstance(
+            function, Schedule | Progressive
+        ):
+            name = getattr(function, "__name__", "a schedule")
+            raise wrong_value(
+                "schedule",
+                function,
+                expected="a function of the optimizer step that returns a factor in [0, 1]",
+                instead=f"did you mean sd.{name}(steps)?",
             )
         # Without branches that draw on their own, a branch's key fails beside the blocks' names.
         choices = branches if branches and ":" in str(key) else blocks

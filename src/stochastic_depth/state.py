@@ -1,9 +1,4 @@
-"""What a plan has come to: its rates of now, `print(depth)`, and what is saved of it.
-
-Saved are the place in the sequence of draws, and the weights with the inference scale. Folding: the
-last operation of each branch that is affine in its own parameters takes the survival probability,
-so that the plain model computes in eval mode what the gated one does.
-"""
+"""What a plan has come to: its rates of now, `print(depth)`, metrics, and its saved state."""
 
 from __future__ import annotations
 
@@ -11,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from stochastic_depth.errors import RefusedBlockError, StateMismatchError
+from stochastic_depth import folding
+from stochastic_depth.errors import StateMismatchError, warn
 from stochastic_depth.plan import Plan
 
 VERSION = 2  # of the sequence of draws; 1 had a hash for each block
@@ -119,22 +114,46 @@ def _how(plan: Plan, number: int, now: GatedBlock, *, is_whole: bool) -> str:
     return "; ".join([how, *notes])
 
 
+def metrics(plan: Plan) -> dict[str, float]:
+    """The mean rate, and of the last training forward how many blocks ran, as a logger shows it."""
+    blocks, last = gated_blocks(plan), plan.last_gates()
+    found = {"stochastic_depth/drop_rate": sum(b.drop_rate for b in blocks) / len(blocks)}
+    sizes = {plan.units[unit]: gate.last_batch for gate in plan.gates for unit in gate.units}
+    shares: dict[int, list[float]] = {}
+    for unit, number in enumerate(plan.block_of):
+        if (kept := last.get(plan.units[unit])) is not None:
+            rows = kept if isinstance(kept, bool) else len(kept) / sizes[plan.units[unit]]
+            shares.setdefault(number, []).append(float(rows))
+    if shares:
+        run = sum(sum(of_block) / len(of_block) for of_block in shares.values())
+        found["stochastic_depth/blocks_run"] = run
+        found["stochastic_depth/skipped"] = 1.0 - run / len(blocks)
+    return found
+
+
 def save(plan: Plan) -> dict[str, Any]:
     """The state as plain numbers, strings and lists: `torch.load(weights_only=True)` takes it.
 
     Lists of pairs, no dicts: `torch.distributed.checkpoint` loads a dict by the keys that are there
-    already, and a new run has called nothing yet.
+    already, and a new run has called nothing yet. With the place in the sequence of draws goes what
+    `fold_state_dict` needs.
     """
     step = plan.clock.step
     calls = [[gate.name, gate.calls] for gate in plan.gates if gate.calls and gate.step == step]
-    return {"version": VERSION, **_identity(plan), "step": step, "calls": calls}
+    return {
+        "version": VERSION,
+        **_identity(plan),
+        "step": step,
+        "calls": calls,
+        "fold": folding.saved_factors(plan),
+    }
 
 
 def load(plan: Plan, state: Mapping[str, Any]) -> None:
     """Set the plan to that place.
 
     Raises:
-        StateMismatchError: The state was saved with other blocks, rates or draws.
+        StateMismatchError: The state was saved with other blocks, options or draws.
     """
     version = state.get("version", 1)
     if version != VERSION:
@@ -144,15 +163,19 @@ def load(plan: Plan, state: Mapping[str, Any]) -> None:
             instead="resume with that release; or leave load_state_dict() out, and set the step "
             "with depth.step(), to go on with a new sequence",
         )
-    if differences := _differences(state, _identity(plan)):
+    differences, rates = _differences(state, _identity(plan))
+    if differences:
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise StateMismatchError(
             f"the state differs from this model's stochastic depth: {'; '.join(differences[:3])}"
             f"{more}",
-            expected="a state saved with the same blocks, rates and draws",
+            expected="a state saved with the same blocks, options and draws",
             instead="apply stochastic depth with the options of the run that is resumed, or leave "
             "load_state_dict() out to start a new sequence",
         )
+    if rates:
+        more = f", and of {len(rates) - 1} more blocks" if len(rates) > 1 else ""
+        warn(f"the state was saved with other rates: {rates[0]}{more}. Those of this run stand")
     plan.go_to(int(state["step"]), dict(state["calls"]))
 
 
@@ -167,67 +190,16 @@ def _identity(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+def _differences(
+    saved: Mapping[str, Any], current: Mapping[str, Any]
+) -> tuple[list[str], list[str]]:
+    """In what a saved state differs: in what has to be the same, and in the drop rates."""
     if missing := [key for key in (*current, "step", "calls") if key not in saved]:
-        return [f"it has no {key}" for key in missing]
+        return [f"it has no {key}" for key in missing], []
     there, here = dict(saved["drop_rates"]), dict(current["drop_rates"])
     options = [key for key in current if key != "drop_rates" and saved[key] != current[key]]
     differences = [f"{key} {saved[key]!r} there, {current[key]!r} here" for key in options]
     only = sorted(there.keys() ^ here.keys())
     differences += [f'block "{n}" is gated {"here" if n in here else "there"} only' for n in only]
-    rates = [n for n in here if there.get(n, here[n]) != here[n]]
-    differences += [f'drop rate of "{n}" {there[n]} there, {here[n]} here' for n in rates]
-    return differences
-
-
-def _fold_factors(plan: Plan) -> dict[str, float]:
-    """For each parameter (by name in the model that was watched), what it is multiplied by."""
-    factors: dict[str, float] = {}
-    for block, now in zip(plan.blocks, gated_blocks(plan), strict=True):
-        # A layer that ends several branches takes their factor once.
-        of_block: dict[str, float] = {}
-        for branch, rates in zip(block.branches, now.branches, strict=True):
-            factor = rates.survival_probability if plan.scale == "eval" else 1.0
-            obstacle = branch.fold.obstacle if factor != 1.0 else None
-            for name in branch.fold.parameters:
-                if of_block.setdefault(name, factor) != factor:
-                    obstacle = f"{name} is shared with a branch of another rate"
-            if obstacle is not None:
-                raise RefusedBlockError(
-                    f'the inference scale of "{branch.name}" cannot be folded: {obstacle}',
-                    expected="a branch that ends in an operation affine in parameters of its own",
-                    instead='train with scale="train", which needs no scale in inference; or keep '
-                    "the gated model for inference",
-                )
-        for name, factor in of_block.items():
-            factors[name] = factors.get(name, 1.0) * factor
-    return factors
-
-
-def scaled_parameters(model: nn.Module, plan: Plan) -> dict[Tensor, Tensor]:
-    """The parameters that take the inference scale in, each with what it comes to.
-
-    Raises:
-        RefusedBlockError: A branch has none that could, or the result is not finite.
-    """
-    scaled: dict[Tensor, Tensor] = {}
-    for name, factor in _fold_factors(plan).items():
-        parameter = model.get_parameter(name)
-        scaled[parameter] = value = parameter.detach() * factor
-        if not value.is_meta and not bool(torch.isfinite(value).all()):
-            raise RefusedBlockError(
-                f'"{name}" holds values that are not finite, before or after folding',
-                expected="finite weights",
-                instead="fold a checkpoint from before the training diverged",
-            )
-    return scaled
-
-
-def folded(model: nn.Module, plan: Plan) -> dict[str, Any]:
-    """The state dict of the folded model; the model itself is left alone."""
-    scaled = scaled_parameters(model, plan)
-    state: dict[str, Any] = model.state_dict(keep_vars=True)
-    for key, value in state.items():
-        if isinstance(value, Tensor):  # a module's extra state need be none
-            state[key] = scaled[value] if value in scaled else value.detach()
-    return state
+    other = [n for n in here if there.get(n, here[n]) != here[n]]
+    return differences, [f'that of "{n}" was {there[n]}, and is {here[n]} here' for n in other]

@@ -19,7 +19,7 @@ from stochastic_depth.discovery import operations
 from stochastic_depth.discovery.additions import Addition
 from stochastic_depth.discovery.grouping import Site
 from stochastic_depth.discovery.operations import NORMS, PRODUCTS, SUMS, Kind, degree, is_zero
-from stochastic_depth.discovery.recording import Node, Recording, reached
+from stochastic_depth.discovery.recording import Call, Node, Recording, reached
 
 
 def ends_of(site: Site, addition: Addition) -> tuple[tuple[tuple[int, int], ...], str | None, bool]:
@@ -30,10 +30,32 @@ def ends_of(site: Site, addition: Addition) -> tuple[tuple[tuple[int, int], ...]
         multiply the branch exactly once, or None; whether the branch is known to be zero where all
         of these outputs are.
     """
+    calls = list(enumerate(addition.branch_calls))
+    once = [(n, call) for n, call in calls if not _ends_several(site, call)]
+    found = _ends_among(site, addition, once)
+    if found[0] and found[1] is None:
+        return found
+    return _ends_among(site, addition, calls)
+
+
+def _ends_several(site: Site, call: Call) -> bool:
+    """Whether it is one of several calls of a module without weights: of a dropout, say.
+
+    Behind the last module with weights it counts as an operation, so that each end is called once.
+    """
+    calls = [each.module for addition in site.additions for each in addition.branch_calls]
+    inside = site.recording.nodes[call.start : call.end]
+    return calls.count(call.module) > 1 and not any(node.meets_parameter for node in inside)
+
+
+def _ends_among(
+    site: Site, addition: Addition, calls: Sequence[tuple[int, Call]]
+) -> tuple[tuple[tuple[int, int], ...], str | None, bool]:
+    """The ends among these calls, by their positions in the branch."""
     nodes, path = site.recording.nodes, set(addition.path)
     place_of = {
         index: (position, number)
-        for position, call in enumerate(addition.branch_calls)
+        for position, call in calls
         for number, index in enumerate(call.outputs)
         if index in path
     }

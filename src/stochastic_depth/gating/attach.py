@@ -127,13 +127,14 @@ def _roles(
         rows = [BatchDims()] * len(calls)
         if batches is not None and not as_one:
             rows = of_branch_calls(batches, addition, branch.branch_outputs)
-        for place, call in enumerate(calls):
+        last = max((position for position, _ in branch.branch_outputs), default=len(calls))
+        for place, call in enumerate(calls[: last + 1]):  # behind its ends it runs on zeros
             ends = [leaf for position, leaf in branch.branch_outputs if position == place]
             if not gate.stands_in and not ends:
                 continue
             module = model.get_submodule(call.module)
             weights = weights_of(module, call.module, branch.fold.parameters if ends else ())
-            scratch = _scratch_outputs(recording, call, calls)
+            scratch = _scratch_outputs(recording, call, calls).difference(ends)
             role = Role(number, dict.fromkeys(ends, number), scratch, rows[place], weights)
             wanted[call.index] = _both(wanted.get(call.index), role)
     names = {recording.calls[index].module for index in wanted}

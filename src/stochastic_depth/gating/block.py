@@ -129,7 +129,8 @@ def decide(gate: Gate, module: nn.Module, batch: Callable[[], int], holder: nn.M
         if row.number != number or row.step != step:
             row = begin(gate, module, number)
         return _of_row(gate, row, setup, batch)
-    factors = plan.at(step).factors[training and not disabled][gate.index]
+    in_training = training and not disabled
+    factors = (plan.at(step).factors[True] if in_training else plan.for_inference())[gate.index]
     chosen = [disabled or (fixed or {}).get(plan.units[unit], True) for unit in gate.units]
     return decision_of(gate, chosen, factors, setup)
 

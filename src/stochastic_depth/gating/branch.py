@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.gating.gate import Gate, ModuleCall, Role, changed, running
-from stochastic_depth.gating.recomputation import note, recalled
+from stochastic_depth.gating.recomputation import note_part, recalled
 from stochastic_depth.gating.stand_in import stand_in
 from stochastic_depth.rows import change_leaves
 from stochastic_depth.torch_private.trees import tree_leaves
@@ -56,7 +56,7 @@ def call_branch_module(call: ModuleCall) -> Any:
         role = gate.role if passage is None else passage.next_role(gate)
         if role is None or (passage is None and factors is None):
             return _call(call)
-        note(gate, (factors if passage is None else passage.decision, role))
+        note_part(gate, (factors if passage is None else passage.decision, role))
         if passage is None:
             return _multiplied(call, factors, role)
         return _call_as(call, role, passage)

@@ -15,18 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
 
 from stochastic_depth.distributed import is_running
 from stochastic_depth.gating.block import begin, call_block, carry_out, check_parts, run_drawn
 from stochastic_depth.gating.branch import call_branch_module, run_multiplied
 from stochastic_depth.gating.gate import KEY, Gate, ModuleCall, Original, running
-from stochastic_depth.gating.recomputation import next_noted
+from stochastic_depth.gating.recomputation import next_noted, note
 from stochastic_depth.gating.stand_in import stand_in_again
 from stochastic_depth.plan import Row
 from stochastic_depth.rows import change_leaves
 from stochastic_depth.torch_private.backward import backward_task, of_hooks, top_hooks
-from stochastic_depth.torch_private.tracing import begins_no_graph, ends_a_graph, set_compiler
+from stochastic_depth.torch_private.tracing import ends_a_graph, set_compiler, traced_as
 
 _plain_call = nn.Module.__call__  # torch.fx puts another one in its place while it traces
 _impl: Original = nn.Module._call_impl
@@ -37,10 +36,7 @@ def part_call(original: Original) -> Original:
     """The `__call__` of a branch's module; `original` is that of the module's own class."""
     run = _impl if original is nn.Module.__call__ else original
 
-    @begins_no_graph
     def call_part(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if is_dynamo_compiling():
-            return traced_call(self, original, args, kwargs)
         attributes = self.__dict__  # each look-up at a module itself takes as long as ten in here
         gate: Gate = attributes[KEY]
         blocks = running.blocks
@@ -61,17 +57,14 @@ def part_call(original: Original) -> Original:
             return call_between_graphs(self, original, args, kwargs)
         return call_branch_module(ModuleCall(gate, self, original, args, kwargs))
 
-    return call_part
+    return traced_as(call_part, _trace_of(original))
 
 
 def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
     """The `__call__` of a block's module, likewise."""
     run = _impl if original is nn.Module.__call__ else original
 
-    @begins_no_graph
     def call_gated(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: C901
-        if is_dynamo_compiling():
-            return traced_call(self, original, args, kwargs)
         if "torch._dynamo" in modules and (compiler := set_compiler(None)) is not None:
             set_compiler(compiler)
             return call_between_graphs(self, original, args, kwargs)
@@ -90,6 +83,9 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
         if attributes["training"] and has_grad and (recomputed or backward_task() == -1):
             if recomputed:
                 row = next_noted(gate, recomputed)
+                if not isinstance(row, Row):  # of a forward that went the slow way
+                    note(logs, gate, row)
+                    return carry_out(ModuleCall(gate, self, original, args, kwargs), row)
             else:
                 step = plan.clock.step
                 if gate.step == step:
@@ -100,10 +96,8 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
                 row = plan.row
                 if row.number != number or row.step != step:
                     row = begin(gate, self, number)
-            for log in logs:
-                log.setdefault(gate, []).append(row)
-            if not isinstance(row, Row):  # recomputed, of a forward that went the slow way
-                return carry_out(ModuleCall(gate, self, original, args, kwargs), row)
+            if logs:
+                note(logs, gate, row)
             runs = row.states[gate.index]
             known = gate.known
             is_one = known.with_one and len(args) == 1 and not kwargs
@@ -129,7 +123,7 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
         ):
             return call_block(ModuleCall(gate, self, original, args, kwargs))
         else:
-            factors = plan.at(plan.clock.step).factors[False][gate.index]
+            factors = plan.for_inference()[gate.index]
         try:
             for path in gate.parts:
                 part = attributes
@@ -146,7 +140,14 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
         finally:
             blocks.pop()
 
-    return call_gated
+    return traced_as(call_gated, _trace_of(original))
+
+
+def _trace_of(original: Original) -> Original:
+    def trace(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return traced_call(self, original, args, kwargs)
+
+    return trace
 
 
 def traced_call(module: nn.Module, original: Original, args: Any, kwargs: Any) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from stochastic_depth.discovery.recording import Call
 from stochastic_depth.discovery.templates import Argument, Template, named
@@ -147,7 +147,11 @@ class KnownCalls:
     def _refuse_unseen(self, args: Any, kwargs: Any) -> None:
         for place, value in [*enumerate(args), *kwargs.items()]:
             name = named(place, self.positional)
-            if name not in self.tensors and not isinstance(value, PLAIN_VALUES):
+            # A number that goes through as one of **kwargs (a Trainer's count of tokens, say).
+            is_number = isinstance(value, Tensor) and value.ndim == 0
+            if name in self.tensors or isinstance(value, PLAIN_VALUES):
+                continue
+            if name in self.positional or not is_number:
                 raise ChangedModelError(
                     f'block "{self.name}" is called with a {type(value).__name__} as "{name}", '
                     "where the example had none",

@@ -267,6 +267,8 @@ def refuse_talk(plan: Plan, gate: Counted) -> None:
     """Raises where ranks may drop a block differently in which they wait for each other."""
     if gate.name not in plan.talks or (plan.mode == "batch" and not plan.ranks_differ):
         return
+    if not any(plan.rates[number] for number in gate.blocks):
+        return
     if place(plan.draw.process_group)[1] > 1:
         raise SetupError(
             f'block "{gate.name}" holds {plan.talks[gate.name]}, and ranks may drop it '

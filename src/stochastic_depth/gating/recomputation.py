@@ -6,7 +6,7 @@ that of the innermost one that is recomputed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 from stochastic_depth.errors import RecomputationError
@@ -38,9 +38,17 @@ def remembered(gate: Any, make: Callable[[], T], *, is_certain: bool = False) ->
         value = make()
     else:
         value = next_noted(gate, recomputed)
-    for log in logs:
-        log.setdefault(gate, []).append(value)
+    note(logs, gate, value)
     return value
+
+
+def note(logs: Iterable[Log], key: Any, value: Any) -> None:
+    """Write a decision into the logs of the checkpoints around a call."""
+    for log in logs:
+        if key in log:
+            log[key].append(value)
+        else:
+            log[key] = [value]
 
 
 def next_noted(gate: Any, recomputed: tuple[Log, Cursor]) -> Any:
@@ -75,7 +83,6 @@ def recalled(gate: Any) -> tuple[bool, Any | None]:
     return True, remembered(key, lambda: None) if key in recomputed[0] else None
 
 
-def note(gate: Any, value: Any) -> None:
+def note_part(gate: Any, value: Any) -> None:
     """Write a decision down for a recomputation that starts inside of the block's `forward`."""
-    for log in checkpoints()[0]:
-        log.setdefault(AsPart(gate, gate.name), []).append(value)
+    note(checkpoints()[0], AsPart(gate, gate.name), value)

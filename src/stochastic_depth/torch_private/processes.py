@@ -95,6 +95,16 @@ def is_in_a_pipeline() -> bool:
     return frame is not None
 
 
+def is_made_up_step() -> bool:
+    """Whether torch steps an optimizer just now to have it make its state, without gradients."""
+    frame: Any = None
+    if "torch.distributed.checkpoint.state_dict" in sys.modules:
+        frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "_init_optim_state":
+        frame = frame.f_back
+    return frame is not None
+
+
 def sharded_dtypes(module: nn.Module) -> tuple[torch.dtype | None, torch.dtype | None]:
     """What a unit of `fully_shard` casts the inputs of its module to, and its outputs."""
     policy = known(known(module, "_get_fsdp_state")(), "_mp_policy")

@@ -78,6 +78,15 @@ def begins_no_graph(function: Call) -> Call:
     return function
 
 
+def traced_as(function: Call, trace: Callable[..., Any]) -> Call:
+    """Have torch.compile trace another function where it meets this one, and begin no graph here.
+
+    So this one need not ask at each call whether it is traced.
+    """
+    function._torchdynamo_inline = trace  # type: ignore[attr-defined]
+    return begins_no_graph(function)
+
+
 def ends_a_graph(why: str) -> Callable[[Call], Call]:
     """Have no graph hold this function; what it calls may be compiled.
 

@@ -1,0 +1,225 @@
+"""Stochastic depth in a Lightning `Trainer`: a callback, and nothing else to remember."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from stochastic_depth.depth import apply_stochastic_depth
+from stochastic_depth.distributions import Distribution, DropRate
+from stochastic_depth.draw import Draw
+from stochastic_depth.errors import ChangedModelError, OptionError, warn
+from stochastic_depth.folding import KEY, fold_state_dict
+from stochastic_depth.handle import StochasticDepth as Handle
+from stochastic_depth.integrations.finished import Finished, fold_at_the_end
+from stochastic_depth.plan import Mode, Unit
+from stochastic_depth.schedules import ScheduleFunction
+from stochastic_depth.selection import Selector
+
+_BAR = "stochastic_depth/skipped"  # what the progress bar shows; loggers get all metrics
+
+
+class StochasticDepth(Callback):
+    """Has a LightningModule, or a part of it, skip its residual blocks at random in `fit`.
+
+    It applies stochastic depth when `fit` sets the module up, follows the optimizer that trains it,
+    logs `depth.metrics()`, and rides in the checkpoints, so that `fit(ckpt_path=)` goes on with the
+    same draws. After `fit` the module is the plain one again, with the inference scale folded into
+    its weights. Checkpoints of a training hold the weights as they are trained; `validate`, `test`
+    and `predict` fold them as they load them, as do checkpoints with `save_weights_only` when they
+    are saved. For other programs: `sd.fold_state_dict`.
+
+    Args:
+        drop_rate: As in `sd.apply_stochastic_depth`, like all that are not explained here.
+        drop_distribution: Likewise.
+        module: The name of the part that it is applied to, such as "backbone"; None: the
+            LightningModule itself, by its `forward`.
+        example_inputs: What to call that part with, to watch it; None: its own example, or of the
+            LightningModule itself its `example_input_array`.
+        example_kwargs: Likewise.
+        blocks: Likewise.
+        unit: Likewise.
+        mode: Likewise.
+        scale: Likewise.
+        schedule: Likewise.
+        draw: Likewise.
+        fold: Whether to fold at the end of `fit`, and as checkpoints are loaded otherwise. Without
+            it the gates stay in the module.
+
+    Raises:
+        OptionError: The LightningModule has no part of that name; in `fit`.
+
+    Example:
+        >>> trainer = Trainer(callbacks=[StochasticDepth(0.2, module="backbone")])
+    """
+
+    def __init__(
+        self,
+        drop_rate: DropRate,
+        drop_distribution: str | Distribution | None = None,
+        *,
+        module: str | None = None,
+        example_inputs: Any = None,
+        example_kwargs: Mapping[str, Any] | None = None,
+        blocks: Selector | Sequence[Selector] | None = None,
+        unit: Unit = "block",
+        mode: Mode = "batch",
+        scale: Literal["auto", "eval", "train", "none"] = "auto",
+        schedule: ScheduleFunction | Mapping[str, ScheduleFunction] | None = None,
+        draw: Draw = Draw(),  # noqa: B008  (frozen)
+        fold: bool = True,
+    ) -> None:
+        self.drop_rate, self.drop_distribution = drop_rate, drop_distribution
+        self.module, self.example_inputs = module, example_inputs
+        self.example_kwargs, self.blocks = example_kwargs, blocks
+        self.unit, self.mode, self.scale = unit, mode, scale
+        self.schedule, self.draw, self.fold = schedule, draw, fold
+        self._depth: Handle | None = None
+        self._finished: Finished | None = None  # what the last `fit` left
+
+    @property
+    def state_key(self) -> str:
+        """Its name in checkpoints: of several, each has that of its part of the module."""
+        return self._generate_state_key(module=self.module)
+
+    @property
+    def depth(self) -> Handle:
+        """The handle, `sd.StochasticDepth`: to look, to force gates, to fold.
+
+        Raises:
+            OptionError: It is on no module: before `fit`, or behind it.
+        """
+        if self._depth is None:
+            raise OptionError(
+                "the handle of a callback that is on no module",
+                expected="a fit that runs; afterwards the module is the plain one",
+                instead="call trainer.fit() first, or pass fold=False to keep the gates",
+            )
+        return self._depth
+
+    # What happens when.
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Gates the module in `fit`; folds what other stages load."""
+        # Before a search for a learning rate, say, which trains when its own turn comes.
+        trainer.callbacks.sort(key=lambda each: each is not self)  # type: ignore[attr-defined]
+        vars(pl_module)["on_save_checkpoint"] = _Saving(pl_module, self)
+        if stage == "fit":
+            self._apply(pl_module)
+        elif self._depth is None and self.fold:
+            vars(pl_module)["on_load_checkpoint"] = _Loading(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lets the module's own hooks be."""
+        for name in ("on_save_checkpoint", "on_load_checkpoint"):
+            vars(pl_module).pop(name, None)
+
+    def _apply(self, pl_module: LightningModule) -> None:
+        if self._depth is not None:
+            try:
+                self._depth._check_gates()
+                return  # a fit that went on, or that kept the gates
+            except ChangedModelError:
+                self._depth = None
+        target, example = self._target(pl_module)
+        if self._finished is not None:
+            self._finished.unfold(target)
+        self._depth = apply_stochastic_depth(
+            target,
+            self.drop_rate,
+            self.drop_distribution,
+            example_inputs=example,
+            example_kwargs=self.example_kwargs,
+            blocks=self.blocks,
+            unit=self.unit,
+            mode=self.mode,
+            scale=self.scale,
+            schedule=self.schedule,
+            draw=self.draw,
+        )
+        if self._finished is not None:
+            self._finished.goes_on(self._depth)
+
+    def _target(self, pl_module: LightningModule) -> tuple[nn.Module, Any]:
+        """What to gate, and what to call it with."""
+        if self.module is None:
+            example = self.example_inputs
+            return pl_module, pl_module.example_input_array if example is None else example
+        try:
+            return pl_module.get_submodule(self.module), self.example_inputs
+        except AttributeError as error:
+            names = [name for name, _ in pl_module.named_children()]
+            raise OptionError(
+                f'module="{self.module}", and {type(pl_module).__name__} has no such part',
+                expected=f"the name of one: {', '.join(names)}",
+                instead="pass the name of the network in the LightningModule; where "
+                "configure_model() makes it, call sd.apply_stochastic_depth there instead",
+            ) from error
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Follows the optimizer of the gated module, before its state is loaded."""
+        parameters = set(self.depth.model.parameters())
+        for optimizer in trainer.optimizers:
+            if any(p in parameters for group in optimizer.param_groups for p in group["params"]):
+                self.depth.follow(optimizer)
+                return
+        warn("no optimizer of this training holds a parameter of the gated module")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Logs what was skipped."""
+        for name, value in self.depth.metrics().items():
+            pl_module.log(name, value, prog_bar=name == _BAR)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gives the plain module back, its weights folded."""
+        if not self.fold:
+            return
+        self._finished = fold_at_the_end(self.depth)
+        if self._finished is not None:
+            self._depth = None
+
+    # Checkpoints.
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {} if self._depth is None else {KEY: self._depth.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from a checkpoint."""
+        if self._depth is not None and KEY in state_dict:
+            self._depth.load_state_dict(state_dict[KEY])
+
+
+class _Saving:
+    """Stands in the place of a LightningModule's `on_save_checkpoint`.
+
+    What is saved without the optimizers cannot be resumed: its weights are folded.
+    """
+
+    def __init__(self, pl_module: LightningModule, callback: StochasticDepth) -> None:
+        self._next, self._callback = pl_module.on_save_checkpoint, callback
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        depth = self._callback._depth
+        if "optimizer_states" not in checkpoint and depth is not None and self._callback.fold:
+            checkpoint["state_dict"] = fold_state_dict(checkpoint["state_dict"], depth.state_dict())
+        self._next(checkpoint)
+
+
+class _Loading:
+    """Stands in the place of a LightningModule's `on_load_checkpoint`: folds what it loads."""
+
+    def __init__(self, pl_module: LightningModule) -> None:
+        self._next = pl_module.on_load_checkpoint
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        for state in checkpoint.get("callbacks", {}).values():
+            if isinstance(state, dict) and KEY in state:
+                weights = fold_state_dict(checkpoint["state_dict"], state[KEY])
+                checkpoint["state_dict"] = weights
+        self._next(checkpoint)
