@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from test_in_lightning import STEPS, Net, callback, images, network
+from test_in_lightning import STEPS, Net, callback, images
 
 
 class Sharded(Net):
@@ -23,10 +23,12 @@ class Sharded(Net):
     def configure_model(self) -> None:
         from torch.distributed.fsdp import fully_shard
 
-        for stage in self.net.stages:  # type: ignore[union-attr]
-            for block in stage:  # type: ignore[union-attr]
-                fully_shard(block, mesh=self.device_mesh["data_parallel"])  # type: ignore[index]
-        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])  # type: ignore[index]
+        assert self.device_mesh is not None
+        mesh = self.device_mesh["data_parallel"]
+        for stage in self.net.stages:
+            for block in stage:
+                fully_shard(block, mesh=mesh)
+        fully_shard(self.net, mesh=mesh)
 
 
 def main(strategy: str, folder: str) -> None:

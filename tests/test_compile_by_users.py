@@ -7,6 +7,7 @@ graph ends, and each block's forward is one; in inference the gates are a part o
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import stochastic_depth as sd
 from comparing import rates
-from networks import WIDTH, batch, make, settled, vectors
+from networks import WIDTH, PreNormLayer, batch, make, settled, vectors
 from test_compile import (
     WARMUP,
     assert_same_step,
@@ -31,6 +32,7 @@ pytestmark = [
     pytest.mark.oldest,
     # torch's own, while it traces a graph in the middle of a network
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:torch.compile.model. meets the gates"),
 ]
 __all__ = ["without_torchs_own_fast_path"]
 # torch 2.6 knows it by its older name
@@ -198,6 +200,37 @@ def test_graphs_beyond_torchs_limit_are_exact() -> None:
             depth.step()
             with torch.no_grad():
                 assert torch.equal(result.eval()(x), eager.eval()(x))
+
+
+def test_a_training_warns_once_and_comes_to_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve blocks, train and eval, with and without gradients: two kinds of block at most."""
+    import torch._dynamo  # its settings
+
+    if hasattr(torch._dynamo.config, "fail_on_recompile_limit_hit"):
+        monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    model: Any = settled(lambda: nn.Sequential(*(PreNormLayer() for _ in range(12))))
+    x = vectors(2, 5, WIDTH)
+    sd.apply_stochastic_depth(model, 0.4, "uniform", example_inputs=x)
+    made: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        made.append(len(made))
+        return graph.forward
+
+    ours: Any = torch.compile(model, backend=backend)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", sd.StochasticDepthWarning)
+        for step in range(30):
+            if step == 10:
+                warm = len(made)
+            ours.train()(x).sum().backward()
+            ours.eval()(x)
+            with torch.no_grad():
+                ours(x)
+    told = [str(each.message) for each in caught if "meets the gates" in str(each.message)]
+    assert len(told) == 1
+    assert "depth.compile()" in told[0]
+    assert len(made) == warm <= 8
 
 
 def test_a_compiled_depth_in_a_compiled_model() -> None:

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.tuner.tuning import Tuner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -280,7 +280,7 @@ def test_in_half_a_precision(tmp_path: Path) -> None:
     assert module.drawn == by_hand()[2]
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.filterwarnings("ignore:The .grad attribute", "ignore:torch.compile.model. meets")
 def test_a_compiled_module_trains(tmp_path: Path) -> None:
     module = Net()
     compiled: Any = torch.compile(module, backend="eager")

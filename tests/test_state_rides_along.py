@@ -407,7 +407,7 @@ def test_metrics_of_mode_sample_are_means_over_the_rows() -> None:
     run = Run(schedule=None, mode="sample")
     run.steps(1)
     rows = len(images())
-    expected = sum(len(kept) / rows for kept in run.depth.last_gates.values())  # type: ignore[arg-type]
+    expected = sum(len(kept) / rows for kept in run.depth.last_gates.values())
     assert run.depth.metrics()[f"{KEY}/blocks_run"] == pytest.approx(expected, abs=1e-12)
 
 

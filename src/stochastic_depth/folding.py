@@ -168,6 +168,8 @@ def _keys(model_state: Mapping[str, Any], names: list[str]) -> dict[str, str]:
         raise StateMismatchError(
             f'model_state holds "{names[0]}" {len(found) or "no"} times beside its companions',
             expected="the state dict of the model that depth_state is of",
-            instead="pass the two that were saved together, and of several models the one's part",
+            instead="pass the two that were saved together, and of several models the one's part; "
+            "where a library saved it under names that were converted, load it with that library, "
+            "and pass the model's own state_dict()",
         )
     return {name: plain[found[0] + name] for name in names}

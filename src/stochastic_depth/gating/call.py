@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.distributed import is_running
+from stochastic_depth.errors import warn
 from stochastic_depth.gating.block import begin, call_block, carry_out, check_parts, run_drawn
 from stochastic_depth.gating.branch import call_branch_module, run_multiplied
 from stochastic_depth.gating.gate import KEY, Gate, ModuleCall, Original, running
@@ -189,6 +190,13 @@ def _times(value: Tensor, scale: Any) -> Tensor:
 def call_between_graphs(module: nn.Module, original: Original, args: Any, kwargs: Any) -> Any:
     """A call that no graph holds; the block's forward beneath it is compiled as before."""
     gate: Gate = module.__dict__[KEY]
+    if gate.units and module.training and not gate.plan.told_of_graphs:
+        gate.plan.told_of_graphs = True
+        warn(
+            "torch.compile(model) meets the gates of a model that trains: each ends a graph, and "
+            "the blocks are compiled one by one. depth.compile() does so without looking for "
+            "larger graphs first"
+        )
     call = call_branch_module if gate.roles else call_block
     before, running.compiler = running.compiler, set_compiler(None)
     try:

@@ -127,7 +127,8 @@ class StochasticDepthCallback(TrainerCallback, ExportableState):
         self._apply(kwargs["model"], args)
         self.depth.follow(kwargs["optimizer"])
         if state.global_step:  # a training that is resumed
-            self._load(state.stateful_callbacks)
+            saved: Any = state.stateful_callbacks  # by class, as `trainer_state.json` has them
+            self._load(saved)
 
     def on_log(
         self,
