@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +149,19 @@ def test_zero_redundancy_optimizers_carry_the_state(tmp_path: Path) -> None:
         assert steps(3, second, again, other) == drawn[3:]
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_deepspeeds_zero_carries_the_state(tmp_path: Path, stage: int) -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed: it builds its operators with a compiler")
+    script = Path(__file__).parent / "deepspeed_cases.py"
+    command = [sys.executable, str(script), str(stage), str(tmp_path), str(free_port())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return int(found.getsockname()[1])
