@@ -1,7 +1,8 @@
 """Copies the figures of README and docs from the result files: `python benchmarks/figures.py`.
 
-A figure stands between `<!-- figure: NAME -->` and `<!-- end -->`. The tests run `rendered` and
-compare, so that no figure can differ from its file.
+A figure stands between `<!-- figure: NAME -->` and `<!-- end -->`, a number in a sentence between
+`<!-- NAME -->` and `<!-- / -->`. The tests run `rendered` and compare, so that no figure can differ
+from its file.
 """
 
 from __future__ import annotations
@@ -13,16 +14,24 @@ from pathlib import Path
 from coveragelib.page import counts
 from figures_ranks import distributed, ranks
 from figures_text import machine, ratio, read
-from figures_trained import cifar, cifar_gpu, demo, language
+from figures_trained import NUMBERS, cifar, cifar_gpu, demo, language
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md", ROOT / "docs" / "training.md")
+DOCS = ROOT / "docs"
+PAGES = (
+    ROOT / "README.md",
+    DOCS / "measured.md",
+    DOCS / "training.md",
+    DOCS / "choosing-a-rate.md",
+)
 _FIGURE = re.compile(r"(<!-- figure: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_NUMBER = re.compile(r"(<!-- (\w+) -->)[^<\n]*(<!-- / -->)")
 
 
 def rendered(text: str) -> str:
     """The text with every figure as its result file has it."""
-    return _FIGURE.sub(lambda match: match[1] + FIGURES[match[2]]() + match[3], text)
+    text = _FIGURE.sub(lambda match: match[1] + FIGURES[match[2]]() + match[3], text)
+    return _NUMBER.sub(lambda match: match[1] + NUMBERS[match[2]]() + match[3], text)
 
 
 def saving() -> str:

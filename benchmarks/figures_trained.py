@@ -28,7 +28,7 @@ def demo() -> str:
 
 def cifar() -> str:
     """ResNet-20 on CIFAR-10, over the seeds."""
-    return _cifar("cifar10-resnet20-seed*", "benchmarks/results")
+    return _cifar("cifar10-resnet20-seed*", "../benchmarks/results")
 
 
 def cifar_gpu() -> str:
@@ -93,3 +93,47 @@ def _networks(runs: list[dict[str, Any]]) -> str:
         ]
         lines.append(f"| {label} | {cells[0]} | {cells[1]} |")
     return "\n".join(lines) + "\n"
+
+
+def _steps(case: str) -> Callable[[], str]:
+    """The time of a step in `benchmarks/saving.py`, of the plain network's."""
+    return lambda: f"{read('saving.json')['results'][case]['to_plain']['value']:.3f}"
+
+
+def _errors(name: str) -> Callable[[], str]:
+    """How many of its test images the demo's network got wrong."""
+
+    def count() -> str:
+        run = read("demo/metrics.json")
+        return str(round(run[name]["test_error"] * run["test_images"]))
+
+    return count
+
+
+def _short(value_of: Callable[[dict[str, Any]], float], form: str) -> Callable[[], str]:
+    """A mean of the three short trainings on CIFAR-10."""
+
+    def mean() -> str:
+        found = sorted(RESULTS.glob("cifar10-resnet20-seed*/metrics.json"))
+        return over([value_of(read(f"{path.parent.name}/metrics.json")) for path in found], form)
+
+    return mean
+
+
+def _lost(run: dict[str, Any]) -> float:
+    return 100 * (run["stochastic_depth"]["test_error"] - run["plain"]["test_error"])
+
+
+NUMBERS: dict[str, Callable[[], str]] = {
+    "resnet110_half": _steps("resnet110-0.5"),
+    "resnet50_half": _steps("resnet50-0.5"),
+    "resnet50_fifth": _steps("resnet50-0.2"),
+    "demo_images": lambda: str(read("demo/metrics.json")["test_images"]),
+    "demo_errors": _errors("stochastic_depth"),
+    "demo_errors_plain": _errors("plain"),
+    "short_error": _short(lambda run: run["stochastic_depth"]["test_error"], ".2%"),
+    "short_error_plain": _short(lambda run: run["plain"]["test_error"], ".2%"),
+    "short_lost": _short(_lost, ".1f"),
+    "short_saved": _short(lambda run: run["saving"]["time_saved"]["value"], ".1%"),
+}
+"""Numbers that stand in sentences."""

@@ -323,7 +323,20 @@ def test_the_lightning_module_itself_by_its_own_example(tmp_path: Path) -> None:
     assert [list(gates.values()) for gates in module.drawn]
 
 
+def test_a_part_by_the_example_of_the_module(tmp_path: Path) -> None:
+    module = Net()
+    module.example_input_array = example()
+    trainer(tmp_path, callback(example_inputs=None)).fit(module, images())
+    assert module.drawn == by_hand()[2]
+
+
+class WithoutForward(Net):
+    forward = LightningModule.forward
+
+
 def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
+    with pytest.raises(sd.OptionError, match=r"has no forward of its own.*module=.*: net"):
+        trainer(tmp_path, callback(module=None)).fit(WithoutForward(), images())
     with pytest.raises(sd.OptionError, match='module="backbone", and Net has no such part'):
         trainer(tmp_path, callback(module="backbone")).fit(Net(), images())
     with pytest.raises(sd.OptionError, match="is on no module"):

@@ -11,11 +11,21 @@ import pytest
 import figures
 from figures_text import RESULTS
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = "options trainers choosing-a-rate from-deepspeed-pld".split()
+IN_PAGES = [
+    pytest.param(block, id=f"{page}-{number}")
+    for page in PAGES
+    for number, block in enumerate(
+        re.findall(r"```python\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), re.DOTALL)
+    )
+]
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+@pytest.mark.filterwarnings("ignore:.*dropout is active")
+@pytest.mark.parametrize("block", [*BLOCKS, *IN_PAGES])
 def test_code_runs(block: str) -> None:
     for package in ("torchvision", "timm"):
         if f"import {package}" in block:
@@ -43,4 +53,19 @@ def test_every_language_model_beat_the_trigram() -> None:
 
 
 def test_there_is_code_to_run() -> None:
-    assert len(BLOCKS) >= 3
+    assert len(BLOCKS) >= 2
+    assert len(IN_PAGES) >= 5
+
+
+def test_the_readme_stays_short() -> None:
+    assert len(README) <= 12_000
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda page: page.name)
+def test_the_tests_and_pages_that_are_named_exist(page: Path) -> None:
+    text = page.read_text()
+    for name in set(re.findall(r"`(test_\w+)", text)):
+        found = [*ROOT.glob(f"tests/{name}.py"), *ROOT.glob(f"tests/with_composer/{name}.py")]
+        assert found, name
+    for link in re.findall(r"\]\(([^)#]+)", text):
+        assert link.startswith("http") or (page.parent / link).exists(), link

@@ -413,3 +413,27 @@ def test_metrics_of_mode_sample_are_means_over_the_rows() -> None:
 
 def test_dir_shows_the_public_names_alone() -> None:
     assert dir(sd) == sorted([*sd.__all__, "__version__"])
+
+
+@oldest
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_fused_sgd_begins_a_momentum_late(nesterov: bool) -> None:
+    """torch's fails where some parameters have a momentum and others not yet; foreach does not."""
+    found = []
+    for way in ("fused", "foreach"):
+        run = Run(
+            lambda parameters, way=way: torch.optim.SGD(
+                parameters,
+                lr=0.05,
+                momentum=0.9,
+                nesterov=nesterov,
+                weight_decay=0.1,
+                **{way: True},
+            ),
+            schedule=None,
+        )
+        run.depth.set_drop_rate(0.6, "uniform")
+        run.steps(6)
+        found.append(run.model.state_dict())
+    # Fused kernels take other roundings than sums over lists.
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)

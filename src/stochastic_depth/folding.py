@@ -114,6 +114,7 @@ def fold_state_dict(
     Example:
         >>> import torch
         >>> from torch import nn
+        >>> import stochastic_depth as sd
         >>> class Residual(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch.optim import Optimizer
+import torch
+from torch.optim import SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from stochastic_depth import state
@@ -35,6 +36,8 @@ class Following:
         self._plan, self._advance = plan, advance
         self._lacks_state = False  # the optimizer was loaded, without a state of ours in it
         self._hooks: list[RemovableHandle] = [optimizer.register_step_post_hook(self._count)]
+        if isinstance(optimizer, SGD):
+            self._hooks.append(optimizer.register_step_pre_hook(_begin_momenta))
         if save_state:
             self._hooks += [
                 optimizer.register_state_dict_post_hook(self._put_in),
@@ -74,3 +77,16 @@ class Following:
         if saved is not None:
             state.load(self._plan, saved)
         self._lacks_state = saved is None and bool(state_dict.get("state"))
+
+
+def _begin_momenta(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """A momentum of zeros where a parameter has its first gradient later than another.
+
+    It is the same as none, but that torch's fused SGD fails where only some have one.
+    """
+    for group in optimizer.param_groups:
+        if group["fused"] and group["momentum"] and not group["dampening"]:
+            for parameter in (each for each in group["params"] if each.grad is not None):
+                state = optimizer.state[parameter]
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)

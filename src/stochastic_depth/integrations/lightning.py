@@ -37,8 +37,8 @@ class StochasticDepth(Callback):
         drop_distribution: Likewise.
         module: The name of the part that it is applied to, such as "backbone"; None: the
             LightningModule itself, by its `forward`.
-        example_inputs: What to call that part with, to watch it; None: its own example, or of the
-            LightningModule itself its `example_input_array`.
+        example_inputs: What to call that part with, to watch it; None: the `example_input_array` of
+            the LightningModule, or else the part's own example.
         example_kwargs: Likewise.
         blocks: Likewise.
         unit: Likewise.
@@ -145,16 +145,21 @@ class StochasticDepth(Callback):
 
     def _target(self, pl_module: LightningModule) -> tuple[nn.Module, Any]:
         """What to gate, and what to call it with."""
-        if self.module is None:
-            example = self.example_inputs
-            return pl_module, pl_module.example_input_array if example is None else example
+        kind, names = type(pl_module), ", ".join(name for name, _ in pl_module.named_children())
+        example = self.example_inputs
+        if example is None and not self.example_kwargs:
+            example = pl_module.example_input_array
+        if self.module is None and kind.forward is not LightningModule.forward:
+            return pl_module, example
         try:
-            return pl_module.get_submodule(self.module), self.example_inputs
+            return pl_module.get_submodule(self.module or "-"), example
         except AttributeError as error:
-            names = [name for name, _ in pl_module.named_children()]
+            what = f'module="{self.module}", and {kind.__name__} has no such part'
+            if self.module is None:
+                what = f"{kind.__name__} has no forward of its own, and no part of it is named"
             raise OptionError(
-                f'module="{self.module}", and {type(pl_module).__name__} has no such part',
-                expected=f"the name of one: {', '.join(names)}",
+                what,
+                expected=f"module=, the name of one of its parts: {names}",
                 instead="pass the name of the network in the LightningModule; where "
                 "configure_model() makes it, call sd.apply_stochastic_depth there instead",
             ) from error
