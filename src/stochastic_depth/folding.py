@@ -139,12 +139,9 @@ def fold_state_dict(
             expected="what depth.state_dict() returned, or an optimizer's state that holds it",
             instead="load the checkpoint into the gated model, and call depth.folded_state_dict()",
         )
-    keys = _keys(model_state, [name for name, _ in factors])
+    weights = _weights(model_state, [name for name, _ in factors])
     # A weight that lies under two names is there twice.
-    scaled = {
-        _place(model_state[keys[name]]): _scaled(name, model_state[keys[name]], factor)
-        for name, factor in factors
-    }
+    scaled = {_place(weights[name]): _scaled(name, weights[name], by) for name, by in factors}
     return {
         key: scaled.get(_place(value), value) if isinstance(value, Tensor) else value
         for key, value in model_state.items()
@@ -156,21 +153,18 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride()
 
 
-def _keys(model_state: Mapping[str, Any], names: list[str]) -> dict[str, str]:
-    """Under which key each parameter lies: behind a common prefix, and inside of wrappers."""
-    plain = {".".join(p for p in key.split(".") if p not in WRAPPED): key for key in model_state}
-    prefixes = {key[: -len(names[0])] for key in plain if key.endswith(names[0])} if names else {""}
-    found = [
-        prefix
-        for prefix in sorted(prefixes)
-        if (not prefix or prefix.endswith(".")) and all(prefix + name in plain for name in names)
-    ]
-    if len(found) != 1:
+def _weights(model_state: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+    """The parameters of these names, which may lie behind a prefix, and inside of wrappers."""
+    plain = {".".join(p for p in k.split(".") if p not in WRAPPED): k for k in model_state}
+    first = names[0] if names else ""
+    prefixes = [k.removesuffix(first) for k in plain if f".{k}".endswith(f".{first}")]
+    found = [p for p in prefixes if all(p + name in plain for name in names)]
+    if names and len(found) != 1:
         raise StateMismatchError(
-            f'model_state holds "{names[0]}" {len(found) or "no"} times beside its companions',
+            f'model_state holds "{first}" {len(found) or "no"} times beside its companions',
             expected="the state dict of the model that depth_state is of",
             instead="pass the two that were saved together, and of several models the one's part; "
             "where a library saved it under names that were converted, load it with that library, "
             "and pass the model's own state_dict()",
         )
-    return {name: plain[found[0] + name] for name in names}
+    return {name: model_state[plain[found[0] + name]] for name in names}

@@ -223,22 +223,17 @@ def resolve_schedule(
     by_name: dict[str, ScheduleFunction] = {}
     # Keys of branches come last: they override those of blocks.
     for key, function in sorted(by_key.items(), key=lambda item: ":" in str(item[0])):
-        if not callable(function):
+        of_ours = getattr(function, "__module__", None) == __name__
+        is_uncalled = of_ours and not isinstance(function, Schedule | Progressive)
+        instead = "pass linear_warmup(steps), say, or constant(0.5) for a fixed factor"
+        if is_uncalled:
+            instead = f"did you mean sd.{getattr(function, '__name__', '')}(steps)?"
+        if is_uncalled or not callable(function):
             raise wrong_value(
                 "schedule" if by_key is not schedule else f"schedule[{key!r}]",
                 function,
                 expected="a function of the optimizer step that returns a factor in [0, 1]",
-                instead="pass linear_warmup(steps), say, or constant(0.5) for a fixed factor",
-            )
-        if getattr(function, "__module__", None) == __name__ and not isinstance(
-            function, Schedule | Progressive
-        ):
-            name = getattr(function, "__name__", "a schedule")
-            raise wrong_value(
-                "schedule",
-                function,
-                expected="a function of the optimizer step that returns a factor in [0, 1]",
-                instead=f"did you mean sd.{name}(steps)?",
+                instead=instead,
             )
         # Without branches that draw on their own, a branch's key fails beside the blocks' names.
         choices = branches if branches and ":" in str(key) else blocks

@@ -118,12 +118,12 @@ def metrics(plan: Plan) -> dict[str, float]:
     """The mean rate, and of the last training forward how many blocks ran, as a logger shows it."""
     blocks, last = gated_blocks(plan), plan.last_gates()
     found = {"stochastic_depth/drop_rate": sum(b.drop_rate for b in blocks) / len(blocks)}
-    sizes = {plan.units[unit]: gate.last_batch for gate in plan.gates for unit in gate.units}
     shares: dict[int, list[float]] = {}
-    for unit, number in enumerate(plan.block_of):
-        if (kept := last.get(plan.units[unit])) is not None:
-            rows = kept if isinstance(kept, bool) else len(kept) / sizes[plan.units[unit]]
-            shares.setdefault(number, []).append(float(rows))
+    for gate in plan.gates:
+        for unit in gate.units if plan.units[gate.units[0]] in last else ():
+            kept = last[plan.units[unit]]
+            share = kept if isinstance(kept, bool) else len(kept) / gate.last_batch
+            shares.setdefault(plan.block_of[unit], []).append(float(share))
     if shares:
         run = sum(sum(of_block) / len(of_block) for of_block in shares.values())
         found["stochastic_depth/blocks_run"] = run

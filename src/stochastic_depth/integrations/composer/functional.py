@@ -105,7 +105,7 @@ def apply_stochastic_depth(
         if target is None or target.matched:
             raise
         raise target.nothing() from None
-    if before is not None:
+    if before is not None and before["drop_rates"] == depth.state_dict()["drop_rates"]:
         with suppress(StateMismatchError):  # it was another one: the draws begin anew
             depth.load_state_dict(before)
     return depth

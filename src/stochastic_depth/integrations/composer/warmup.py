@@ -17,6 +17,8 @@ class Factor:
     Until a training begins it is 1, so that a model that is only evaluated is scaled.
     """
 
+    is_constant = True  # over the steps, which are not what moves it
+
     def __init__(self) -> None:
         self.value = 1.0
 
