@@ -268,6 +268,102 @@ def test_metrics_reach_the_loggers_and_the_bar(tmp_path: Path) -> None:
     assert "stochastic_depth/skipped" in fit.progress_bar_metrics
 
 
+class TwoParts(Net):
+    """Two networks of one kind in one module, trained by one optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = network()
+
+    def training_step(self, images: list[Tensor], index: int) -> Tensor:
+        return self.net(images[0]).square().mean() + self.other(images[0]).square().mean()
+
+    def validation_step(self, images: list[Tensor], index: int) -> None:
+        self.log("val_loss", self.net(images[0]).square().mean() + self.other(images[0]).mean())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+
+def test_two_parts_of_one_module(tmp_path: Path) -> None:
+    """Each is resumed, logged and folded by its own state."""
+
+    def callbacks() -> list[StochasticDepth]:
+        return [callback(), StochasticDepth(0.25, module="other", example_inputs=example())]
+
+    seen: list[dict[str, float]] = []
+
+    class Logger(DummyLogger):
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            seen.append(metrics)
+
+    whole = TwoParts()
+    fit = trainer(tmp_path, *callbacks(), each_step(tmp_path), logger=Logger(), log_every_n_steps=1)
+    fit.fit(whole, images())
+    names = {name for each in seen for name in each}
+    assert {f"stochastic_depth/skipped/{part}" for part in ("net", "other")} <= names
+    second = TwoParts()
+    trainer(tmp_path / "second", *callbacks()).fit(second, images(), ckpt_path=tmp_path / "6.ckpt")
+    assert_equal(second.state_dict(), whole.state_dict())
+    third = TwoParts()
+    trainer(tmp_path, *callbacks()).test(third, images(), ckpt_path=tmp_path / "12.ckpt")
+    assert_equal(third.state_dict(), whole.state_dict())
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_a_module_that_holds_the_network_twice(tmp_path: Path, weights_only: bool) -> None:
+    """A teacher, say: a copy with the same names."""
+
+    class WithTeacher(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher = network()
+
+    module = WithTeacher()
+    saving = each_step(tmp_path, save_weights_only=weights_only)
+    trainer(tmp_path, callback(), saving).fit(module, images())
+    loaded = WithTeacher()
+    trainer(tmp_path, callback()).test(loaded, images(), ckpt_path=tmp_path / "12.ckpt")
+    assert_equal(loaded.state_dict(), module.state_dict())
+    assert_equal(loaded.teacher.state_dict(), network().state_dict())
+
+
+def test_parameters_that_the_optimizer_gets_later(tmp_path: Path) -> None:
+    """As Lightning's BaseFinetuning adds them."""
+
+    class Late(Net):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            self.extra = nn.Parameter(torch.zeros(1))
+            return torch.optim.SGD([self.extra], lr=self.lr, momentum=0.9)
+
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                self.trainer.optimizers[0].add_param_group({"params": self.net.parameters()})
+
+        def training_step(self, images: list[Tensor], index: int) -> Tensor:
+            return super().training_step(images, index) + self.extra.sum()
+
+    ours = callback(fold=False)
+    trainer(tmp_path, ours).fit(Late(), images())
+    assert ours.depth.state_dict()["step"] == STEPS
+
+
+def test_what_is_saved_behind_a_fit_goes_on_unfolded(tmp_path: Path) -> None:
+    fit = trainer(tmp_path, callback(), max_steps=6)
+    module = Net()
+    fit.fit(module, images())
+    fit.save_checkpoint(tmp_path / "end.ckpt")
+    tested = Net()
+    trainer(tmp_path, callback()).test(tested, images(), ckpt_path=tmp_path / "end.ckpt")
+    assert_equal(tested.state_dict(), module.state_dict())  # folded once
+    second = Net()
+    trainer(tmp_path, callback()).fit(second, images(), ckpt_path=tmp_path / "end.ckpt")
+    _, depth, drawn = by_hand()
+    assert module.drawn + second.drawn == drawn
+    # A factor in and out again is a rounding of the weights.
+    torch.testing.assert_close(second.net.state_dict(), depth.folded_state_dict())
+
+
 def test_accumulation_counts_optimizer_steps(tmp_path: Path) -> None:
     ours = callback(fold=False)
     trainer(tmp_path, ours, max_steps=3, accumulate_grad_batches=2).fit(Net(), images())

@@ -281,6 +281,45 @@ def test_metrics_reach_all_loggers(tmp_path: Path) -> None:
     assert "stochastic_depth/skipped" in runner.state.log_history[0]
 
 
+def test_layers_are_skipped_for_real(tmp_path: Path) -> None:
+    """The Trainer turns the cache off behind our backs: the layers are watched without it."""
+    model, notes = gpt2(), Notes()
+    calls: list[int] = []
+    layers: Any = model.transformer.h
+    for layer in layers:
+        layer.mlp.register_forward_hook(lambda *rest: calls.append(1))
+    runner = trainer(tmp_path, model, texts(labels=False), ours(), notes)
+    calls.clear()  # of the watch
+    runner.train()
+    assert len(calls) == sum(sum(gates.values()) for gates in notes.drawn) < 6 * STEPS
+
+
+def test_a_checkpoint_of_a_plain_training_is_resumed_with_a_warning(tmp_path: Path) -> None:
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}
+    trainer(tmp_path, gpt2(), texts(labels=False), **saving).train()
+    runner = trainer(tmp_path, gpt2(), texts(labels=False), ours(), **saving)
+    with pytest.warns(sd.StochasticDepthWarning, match="holds no state of stochastic depth"):
+        runner.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_a_second_attempt_begins_anew(tmp_path: Path) -> None:
+    """As with `auto_find_batch_size`."""
+
+    class Fails(TrainerCallback):
+        times = 0
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.times += 1
+            if self.times == 3:
+                raise RuntimeError("CUDA out of memory.")
+
+    callback = ours(fold=False)
+    trainer(
+        tmp_path, gpt2(), texts(labels=False), callback, Fails(), auto_find_batch_size=True
+    ).train()
+    assert callback.depth.state_dict()["step"] == STEPS
+
+
 def test_accumulation_and_checkpoints_of_activations(tmp_path: Path) -> None:
     """The same draws and weights with activations kept and recomputed."""
     found = []

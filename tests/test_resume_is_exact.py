@@ -293,11 +293,6 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "more blocks": ({"count": 9}, 'block "8" is gated there only'),
     "fewer blocks": ({"count": 7}, 'block "7" is gated here only'),
     "other blocks": ({"blocks": ["!3"]}, 'block "3" is gated here only'),
-    "another rate": ({"drop_rate": 0.1}, 'drop rate of "0" 0.0125 there, 0.025 here'),
-    "another distribution": (
-        {"drop_distribution": "uniform"},
-        'drop rate of "0" 0.2 there, 0.025 here',
-    ),
     "another seed": ({"draw": sd.Draw(seed=7)}, "seed 7 there, 0 here"),
     "another redraw": ({"draw": sd.Draw(redraw="step")}, "redraw 'step' there, 'forward' here"),
     "another unit": ({"unit": "branch"}, "unit 'branch' there, 'block' here"),

@@ -243,6 +243,95 @@ def test_other_blocks_or_another_seed_raise(options: dict[str, Any]) -> None:
     assert second.optimizer.state_dict() == before
 
 
+class TwoParts:
+    """Two networks of one kind, which one optimizer trains; each is gated by itself."""
+
+    def __init__(self) -> None:
+        self.models = [network().train() for _ in range(2)]
+        parameters = [p for model in self.models for p in model.parameters()]
+        self.optimizer = momentum(parameters)
+        self.depths = [
+            sd.apply_stochastic_depth(
+                model, rate, example_inputs=images(), schedule=sd.linear_warmup(10)
+            )
+            for model, rate in zip(self.models, (0.5, 0.25), strict=True)
+        ]
+        for depth in self.depths:
+            depth.follow(self.optimizer)
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            sum(model(images()).square().mean() for model in self.models).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+@oldest
+def test_several_parts_ride_in_one_optimizer() -> None:
+    first, second = TwoParts(), TwoParts()
+    first.steps(4)
+    state = through_a_file(first.optimizer.state_dict())
+    assert [state[key]["drop_rates"][-1][1] for key in (KEY, f"{KEY}.1")] == [0.5, 0.25]
+    for model, trained in zip(second.models, first.models, strict=True):
+        model.load_state_dict(trained.state_dict())
+    second.optimizer.load_state_dict(state)  # no warning: each finds its own
+    first.steps(3)
+    second.steps(3)
+    for ours, theirs in zip(second.depths, first.depths, strict=True):
+        assert ours.last_gates == theirs.last_gates
+        assert ours.state_dict() == theirs.state_dict()
+    weights = first.models[0].state_dict()
+    with pytest.raises(sd.StateMismatchError, match=r"pass one of several states"):
+        sd.fold_state_dict(weights, first.optimizer.state_dict())
+    found = sd.fold_state_dict(weights, first.optimizer.state_dict()[KEY])
+    assert_equal(found, first.depths[0].folded_state_dict())
+
+
+@oldest
+def test_parts_of_several_kinds_find_their_own_in_any_order() -> None:
+    def begin(order: int) -> dict[str, sd.StochasticDepth]:
+        models = {name: make(name)[0].train() for name in ("resnet", "pre-norm")}
+        optimizer = momentum([p for model in models.values() for p in model.parameters()])
+        depths = {
+            name: sd.apply_stochastic_depth(models[name], 0.5, example_inputs=make(name)[1])
+            for name in list(models)[::order]
+        }
+        for depth in depths.values():
+            depth.follow(optimizer)
+        begun[order] = optimizer
+        return depths
+
+    begun: dict[int, torch.optim.Optimizer] = {}
+    first = begin(1)
+    for _ in range(3):
+        begun[1].step()
+    second = begin(-1)
+    second["resnet"].set_drop_rate(0.25)
+    with pytest.warns(sd.StochasticDepthWarning, match="other rates"):
+        begun[-1].load_state_dict(begun[1].state_dict())
+    assert second["pre-norm"].state_dict() == first["pre-norm"].state_dict()
+    assert second["resnet"].state_dict()["step"] == 3
+
+
+class BaseFirst(torch.optim.Optimizer):
+    """As timm's Lookahead: an optimizer by its class, without what `Optimizer.__init__` makes."""
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        self._base_optimizer = base
+        self.param_groups = base.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        return self._base_optimizer.step(closure)
+
+
+@oldest
+def test_the_optimizer_inside_of_a_lookahead_is_followed() -> None:
+    run = Run()
+    run.depth.follow(BaseFirst(run.optimizer))
+    run.steps(2)
+    assert run.optimizer.state_dict()[KEY]["step"] == 2
+
+
 # Rates that change in mid-training.
 
 
@@ -331,9 +420,35 @@ def test_what_does_not_belong_together_is_not_folded() -> None:
         sd.fold_state_dict(saved["model"], {"state": {}, "param_groups": []})
     with pytest.raises(sd.StateMismatchError, match="no times beside its companions"):
         sd.fold_state_dict(nn.Linear(2, 2).state_dict(), saved["optimizer"])
-    twice = {f"{name}.{key}": v for name in ("a", "b") for key, v in saved["model"].items()}
+    twice = {f"{name}.{key}": v.clone() for name in ("a", "b") for key, v in saved["model"].items()}
     with pytest.raises(sd.StateMismatchError, match="2 times beside its companions"):
         sd.fold_state_dict(twice, saved["optimizer"])
+
+
+@oldest
+def test_a_network_that_stands_there_twice_is_folded_by_its_prefix() -> None:
+    run = Run()
+    run.steps(6)
+    model = Holder(run.model)
+    model.teacher = copy.deepcopy(run.model)
+    with pytest.raises(sd.StateMismatchError, match=r"2 times.*prefix="):
+        sd.fold_state_dict(model.state_dict(), run.depth.state_dict())
+    found = sd.fold_state_dict(model.state_dict(), run.depth.state_dict(), prefix="net.")
+    for key, value in run.depth.folded_state_dict().items():
+        assert_equal(found[f"net.{key}"], value)
+        assert_equal(found[f"teacher.{key}"], model.state_dict()[f"teacher.{key}"])
+    model.teacher = run.model  # the same under another name
+    found = sd.fold_state_dict(model.state_dict(), run.depth.state_dict())
+    for key, value in run.depth.folded_state_dict().items():
+        assert_equal(found[f"net.{key}"], value)
+        assert_equal(found[f"teacher.{key}"], value)
+
+
+@oldest
+@pytest.mark.parametrize("state", [None, {}, {"fold": None}])
+def test_no_state_to_fold_by_is_an_error_of_ours(state: Any) -> None:
+    with pytest.raises(sd.StateMismatchError, match="no factors to fold with"):
+        sd.fold_state_dict(network().state_dict(), state)
 
 
 # What must not happen.
@@ -409,6 +524,13 @@ def test_metrics_of_mode_sample_are_means_over_the_rows() -> None:
     rows = len(images())
     expected = sum(len(kept) / rows for kept in run.depth.last_gates.values())
     assert run.depth.metrics()[f"{KEY}/blocks_run"] == pytest.approx(expected, abs=1e-12)
+
+
+@oldest
+def test_metrics_behind_an_empty_batch() -> None:
+    run = Run(schedule=None, mode="sample")
+    run.model(images()[:0])
+    assert run.depth.metrics()[f"{KEY}/blocks_run"] == 0
 
 
 def test_dir_shows_the_public_names_alone() -> None:

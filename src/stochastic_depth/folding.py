@@ -17,7 +17,12 @@ from stochastic_depth.plan import Plan
 from stochastic_depth.torch_private.tracing import WRAPPED
 
 KEY = "stochastic_depth"
-"""Under which the state rides in that of an optimizer."""
+"""Under which the state rides in that of an optimizer; of several the others have a number."""
+
+
+def is_riding(key: object) -> bool:
+    """Whether a state of ours lies under this key of an optimizer's state."""
+    return key == KEY or str(key).startswith(f"{KEY}.")
 
 
 def _fold_factors(plan: Plan) -> dict[str, float]:
@@ -92,7 +97,7 @@ def folded(model: nn.Module, plan: Plan) -> dict[str, Any]:
 
 
 def fold_state_dict(
-    model_state: Mapping[str, Any], depth_state: Mapping[str, Any]
+    model_state: Mapping[str, Any], depth_state: Mapping[str, Any], *, prefix: str | None = None
 ) -> dict[str, Any]:
     """Make the plain model's weights of a checkpoint of a training, without the model.
 
@@ -103,6 +108,8 @@ def fold_state_dict(
             have a prefix.
         depth_state: The `depth.state_dict()` of the same time; or that of an optimizer that was
             followed, in which it lies.
+        prefix: What the names of the gated model's weights begin with ("backbone."), where
+            model_state is of one that holds others with the same names. None: it is looked up.
 
     Returns:
         A new dictionary. Tensors that take no factor are the same objects.
@@ -129,17 +136,19 @@ def fold_state_dict(
         >>> bool((plain["5.linear.weight"] == model[5].linear.weight * 0.8).all())
         True
     """
-    saved = depth_state.get(KEY, depth_state)
-    factors = saved.get("fold")
+    riding = [key for key in depth_state if is_riding(key)] if depth_state else []
+    saved = depth_state[riding[0]] if len(riding) == 1 else depth_state
+    factors = saved.get("fold") if isinstance(saved, Mapping) else None
     if isinstance(factors, str):
         raise _refused(factors)
     if factors is None:
         raise StateMismatchError(
-            f"depth_state holds {list(saved)[:6]} and no factors to fold with",
-            expected="what depth.state_dict() returned, or an optimizer's state that holds it",
-            instead="load the checkpoint into the gated model, and call depth.folded_state_dict()",
+            f"depth_state holds {riding or list(saved or ())[:6]}, and no factors to fold with",
+            expected="what depth.state_dict() returned, or an optimizer's state that holds one",
+            instead="pass one of several states, depth_state[name]; or load the checkpoint into "
+            "the gated model, and call depth.folded_state_dict()",
         )
-    weights = _weights(model_state, [name for name, _ in factors])
+    weights = _weights(model_state, [name for name, _ in factors], prefix)
     # A weight that lies under two names is there twice.
     scaled = {_place(weights[name]): _scaled(name, weights[name], by) for name, by in factors}
     return {
@@ -153,18 +162,26 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride()
 
 
-def _weights(model_state: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+def _weights(
+    model_state: Mapping[str, Any], names: list[str], prefix: str | None
+) -> dict[str, Any]:
     """The parameters of these names, which may lie behind a prefix, and inside of wrappers."""
     plain = {".".join(p for p in k.split(".") if p not in WRAPPED): k for k in model_state}
     first = names[0] if names else ""
     prefixes = [k.removesuffix(first) for k in plain if f".{k}".endswith(f".{first}")]
-    found = [p for p in prefixes if all(p + name in plain for name in names)]
+    complete = [
+        p
+        for p in (prefixes if prefix is None else [prefix])
+        if all(p + name in plain for name in names)
+    ]
+    # One network may stand there under several names.
+    found = list({_place(model_state[plain[p + first]]): p for p in complete}.values())
     if names and len(found) != 1:
         raise StateMismatchError(
             f'model_state holds "{first}" {len(found) or "no"} times beside its companions',
             expected="the state dict of the model that depth_state is of",
-            instead="pass the two that were saved together, and of several models the one's part; "
-            "where a library saved it under names that were converted, load it with that library, "
+            instead="pass the two that were saved together; of several models pass prefix=; where "
+            " a library saved it under names that were converted, load it with that library, "
             "and pass the model's own state_dict()",
         )
     return {name: model_state[plain[found[0] + name]] for name in names}

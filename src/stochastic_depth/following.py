@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from stochastic_depth import state
 from stochastic_depth.errors import warn
-from stochastic_depth.folding import KEY
+from stochastic_depth.folding import KEY, is_riding
 from stochastic_depth.plan import Plan
 from stochastic_depth.torch_private.processes import is_made_up_step
 
@@ -69,14 +69,19 @@ class Following:
         self._lacks_state = False
         self._advance()
 
+    # Of several that follow one optimizer each puts its state beside the others.
+
     def _put_in(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        state_dict[KEY] = state.save(self._plan)
+        others = sum(map(is_riding, state_dict))
+        state_dict[f"{KEY}.{others}" if others else KEY] = state.save(self._plan)
 
     def _take_out(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        saved = state_dict.get(KEY)
-        if saved is not None:
-            state.load(self._plan, saved)
-        self._lacks_state = saved is None and bool(state_dict.get("state"))
+        names = [block.name for block in self._plan.blocks]
+        riding = sorted(key for key in state_dict if is_riding(key))
+        alike = [k for k in riding if [name for name, _ in state_dict[k]["drop_rates"]] == names]
+        if riding:  # what is left is for the others: the dictionary is a copy
+            state.load(self._plan, state_dict.pop((alike or riding)[0]))
+        self._lacks_state = not riding and bool(state_dict.get("state"))
 
 
 def _begin_momenta(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

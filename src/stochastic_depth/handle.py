@@ -71,8 +71,9 @@ class StochasticDepth:
         Raises:
             OptionError: This is no optimizer.
         """
-        while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-            optimizer = inner
+        for name in ("optimizer", "_base_optimizer"):  # the latter is that of timm's Lookahead
+            while isinstance(inner := getattr(optimizer, name, None), Optimizer):
+                optimizer = inner
         if not isinstance(optimizer, Optimizer):
             raise OptionError(
                 f"follow() got a {type(optimizer).__name__}",

@@ -122,7 +122,7 @@ def metrics(plan: Plan) -> dict[str, float]:
     for gate in plan.gates:
         for unit in gate.units if plan.units[gate.units[0]] in last else ():
             kept = last[plan.units[unit]]
-            share = kept if isinstance(kept, bool) else len(kept) / gate.last_batch
+            share = kept if isinstance(kept, bool) else len(kept) / (gate.last_batch or 1)
             shares.setdefault(plan.block_of[unit], []).append(float(share))
     if shares:
         run = sum(sum(of_block) / len(of_block) for of_block in shares.values())

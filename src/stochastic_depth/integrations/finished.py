@@ -21,7 +21,7 @@ class Finished:
 
     def __init__(self, depth: StochasticDepth) -> None:
         self.state = depth.state_dict()
-        self._model = weakref.ref(depth.model)
+        self._model: Any = weakref.ref(depth.model)
         self._versions: dict[str, int] = {}
 
     def goes_on(self, depth: StochasticDepth) -> None:
@@ -46,6 +46,13 @@ class Finished:
 
     def _factors(self) -> Any:
         return self.state["fold"] if isinstance(self.state["fold"], list) else []
+
+
+def unfold(model: nn.Module, state: dict[str, Any]) -> None:
+    """Take the factors of a state out of weights that were folded with it, to rounding."""
+    with torch.no_grad():
+        for name, factor in state["fold"] if isinstance(state["fold"], list) else ():
+            model.get_parameter(name).div_(factor)
 
 
 def fold_at_the_end(depth: StochasticDepth) -> Finished | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,10 +12,10 @@ from torch import nn
 from stochastic_depth.depth import apply_stochastic_depth
 from stochastic_depth.distributions import Distribution, DropRate
 from stochastic_depth.draw import Draw
-from stochastic_depth.errors import ChangedModelError, OptionError, warn
+from stochastic_depth.errors import ChangedModelError, OptionError, StochasticDepthWarning
 from stochastic_depth.folding import KEY, fold_state_dict
 from stochastic_depth.handle import StochasticDepth as Handle
-from stochastic_depth.integrations.finished import Finished, fold_at_the_end
+from stochastic_depth.integrations.finished import Finished, fold_at_the_end, unfold
 from stochastic_depth.plan import Mode, Unit
 from stochastic_depth.schedules import ScheduleFunction
 from stochastic_depth.selection import Selector
@@ -110,7 +111,7 @@ class StochasticDepth(Callback):
         if stage == "fit":
             self._apply(pl_module)
         elif self._depth is None and self.fold:
-            vars(pl_module)["on_load_checkpoint"] = _Loading(pl_module)
+            vars(pl_module)["on_load_checkpoint"] = _Loading(pl_module, self)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Lets the module's own hooks be."""
@@ -160,25 +161,33 @@ class StochasticDepth(Callback):
             raise OptionError(
                 what,
                 expected=f"module=, the name of one of its parts: {names}",
-                instead="pass the name of the network in the LightningModule; where "
-                "configure_model() makes it, call sd.apply_stochastic_depth there instead",
+                instead="pass the name of the network in the LightningModule; where setup() or "
+                "configure_model() makes it, call sd.apply_stochastic_depth there instead, and "
+                "depth.follow(optimizer) in configure_optimizers()",
             ) from error
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follows the optimizer of the gated module, before its state is loaded."""
         parameters = set(self.depth.model.parameters())
-        for optimizer in trainer.optimizers:
+        optimizers = trainer.optimizers
+        for optimizer in optimizers:
             if any(p in parameters for group in optimizer.param_groups for p in group["params"]):
                 self.depth.follow(optimizer)
                 return
-        warn("no optimizer of this training holds a parameter of the gated module")
+        if not optimizers:
+            return
+        with warnings.catch_warnings():  # its parameters may be added later
+            warnings.simplefilter("ignore", StochasticDepthWarning)
+            self.depth.follow(optimizers[0])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Logs what was skipped."""
+        """Logs what was skipped; of several parts each under its name."""
+        several = sum(isinstance(each, StochasticDepth) for each in trainer.callbacks) > 1  # type: ignore[attr-defined]
+        part = f"/{self.module}" if several else ""
         for name, value in self.depth.metrics().items():
-            pl_module.log(name, value, prog_bar=name == _BAR)
+            pl_module.log(name + part, value, prog_bar=name == _BAR)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives the plain module back, its weights folded."""
@@ -192,12 +201,27 @@ class StochasticDepth(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
-        return {} if self._depth is None else {KEY: self._depth.state_dict()}
+        found: dict[str, Any] = {"prefix": f"{self.module}." if self.module else ""}
+        if self._depth is not None:
+            found |= {KEY: self._depth.state_dict(), "folded": False}
+        elif self._finished is not None:
+            found |= {KEY: self._finished.state, "folded": True}
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from a checkpoint."""
-        if self._depth is not None and KEY in state_dict:
-            self._depth.load_state_dict(state_dict[KEY])
+        """Goes on from a checkpoint; from one of the end of a `fit` with its weights unfolded."""
+        if self._depth is None or KEY not in state_dict:
+            return
+        if state_dict["folded"]:
+            unfold(self._depth.model, state_dict[KEY])
+        self._depth.load_state_dict(state_dict[KEY])
+
+
+def _fold(checkpoint: dict[str, Any], state: dict[str, Any]) -> None:
+    """Folds the weights of a checkpoint by what a callback's state says, where they are not."""
+    if KEY in state and not state["folded"]:
+        weights = fold_state_dict(checkpoint["state_dict"], state[KEY], prefix=state["prefix"])
+        checkpoint["state_dict"] = weights
 
 
 class _Saving:
@@ -210,21 +234,17 @@ class _Saving:
         self._next, self._callback = pl_module.on_save_checkpoint, callback
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
-        depth = self._callback._depth
-        if "optimizer_states" not in checkpoint and depth is not None and self._callback.fold:
-            checkpoint["state_dict"] = fold_state_dict(checkpoint["state_dict"], depth.state_dict())
+        if "optimizer_states" not in checkpoint and self._callback.fold:
+            _fold(checkpoint, self._callback.state_dict())
         self._next(checkpoint)
 
 
 class _Loading:
     """Stands in the place of a LightningModule's `on_load_checkpoint`: folds what it loads."""
 
-    def __init__(self, pl_module: LightningModule) -> None:
-        self._next = pl_module.on_load_checkpoint
+    def __init__(self, pl_module: LightningModule, callback: StochasticDepth) -> None:
+        self._next, self._key = pl_module.on_load_checkpoint, callback.state_key
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
-        for state in checkpoint.get("callbacks", {}).values():
-            if isinstance(state, dict) and KEY in state:
-                weights = fold_state_dict(checkpoint["state_dict"], state[KEY])
-                checkpoint["state_dict"] = weights
+        _fold(checkpoint, checkpoint.get("callbacks", {}).get(self._key, {}))
         self._next(checkpoint)

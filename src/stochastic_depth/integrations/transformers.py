@@ -19,7 +19,7 @@ from stochastic_depth.depth import apply_stochastic_depth
 from stochastic_depth.discovery import plain_model
 from stochastic_depth.distributions import Distribution, DropRate
 from stochastic_depth.draw import Draw
-from stochastic_depth.errors import ChangedModelError, OptionError
+from stochastic_depth.errors import ChangedModelError, OptionError, warn
 from stochastic_depth.folding import KEY
 from stochastic_depth.handle import StochasticDepth as Handle
 from stochastic_depth.integrations.finished import Finished, fold_at_the_end
@@ -84,6 +84,7 @@ class StochasticDepthCallback(TrainerCallback, ExportableState):
         self.blocks, self.unit, self.mode, self.scale = blocks, unit, mode, scale
         self.schedule, self.draw, self.fold = schedule, draw, fold
         self._depth: Handle | None = None
+        self._start: dict[str, Any] = {}  # its state when the training begins
         self._finished: Finished | None = None  # what the last training left
 
     @property
@@ -117,8 +118,12 @@ class StochasticDepthCallback(TrainerCallback, ExportableState):
         _come_first(self)
         if args.torch_compile:
             _leave_to_the_blocks()
-        if kwargs.get("model") is not None:
-            self._apply(kwargs["model"], args)
+        model: Any = kwargs.get("model")
+        if hasattr(getattr(model, "config", None), "use_cache"):
+            # As the Trainer does right behind this: layers are to be watched as they train.
+            model.config.use_cache = args.use_cache
+        if model is not None:
+            self._apply(model, args)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -126,9 +131,16 @@ class StochasticDepthCallback(TrainerCallback, ExportableState):
         """Follows the optimizer, and goes on from the checkpoint that was loaded."""
         self._apply(kwargs["model"], args)
         self.depth.follow(kwargs["optimizer"])
-        if state.global_step:  # a training that is resumed
-            saved: Any = state.stateful_callbacks  # by class, as `trainer_state.json` has them
-            self._load(saved)
+        saved: Any = state.stateful_callbacks  # by class, as `trainer_state.json` has them
+        if not state.global_step:
+            # It may be the second attempt, with a smaller batch.
+            self.depth.load_state_dict(self._start)
+        elif not self._load(saved):
+            saved[type(self).__name__] = self.state()  # where the Trainer looks when it saves
+            warn(
+                "the checkpoint that is resumed holds no state of stochastic depth, which begins "
+                f"at step {self._start['step']}, beside step {state.global_step} of the training"
+            )
 
     def on_log(
         self,
@@ -149,7 +161,10 @@ class StochasticDepthCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Gives the plain model back, its weights folded."""
-        if not self.fold or self._depth is None:
+        if self._depth is None:
+            return
+        self._start = self._depth.state_dict()
+        if not self.fold:
             return
         if args.load_best_model_at_end and state.best_model_checkpoint:
             # The weights are those of that checkpoint now, and so have to be the rates.
@@ -164,10 +179,12 @@ class StochasticDepthCallback(TrainerCallback, ExportableState):
         saved = {} if self._depth is None else {KEY: self._depth.state_dict()}
         return {"args": {}, "attributes": saved}
 
-    def _load(self, callbacks: Mapping[str, Any]) -> None:
+    def _load(self, callbacks: Mapping[str, Any]) -> bool:
+        """Goes on from what `trainer_state.json` holds, if anything."""
         saved = callbacks.get(type(self).__name__, {}).get("attributes", {})
         if KEY in saved:
             self.depth.load_state_dict(saved[KEY])
+        return KEY in saved
 
     def _apply(self, model: nn.Module, args: TrainingArguments) -> None:
         if self._depth is not None:
@@ -196,6 +213,7 @@ class StochasticDepthCallback(TrainerCallback, ExportableState):
         )
         if self._finished is not None:
             self._finished.goes_on(self._depth)
+        self._start = self._depth.state_dict()
         if args.torch_compile:
             self._depth.compile(args.torch_compile_backend or "inductor", args.torch_compile_mode)
 
