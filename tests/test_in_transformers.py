@@ -281,6 +281,15 @@ def test_metrics_reach_all_loggers(tmp_path: Path) -> None:
     assert "stochastic_depth/skipped" in runner.state.log_history[0]
 
 
+def test_in_half_a_precision(tmp_path: Path) -> None:
+    found = []
+    for bf16 in (False, True):
+        model, notes = gpt2(), Notes()
+        trainer(tmp_path, model, texts(labels=False), ours(), notes, bf16=bf16).train()
+        found.append(notes.drawn)
+    assert found[0] == found[1]
+
+
 def test_layers_are_skipped_for_real(tmp_path: Path) -> None:
     """The Trainer turns the cache off behind our backs: the layers are watched without it."""
     model, notes = gpt2(), Notes()
