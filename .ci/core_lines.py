@@ -8,7 +8,7 @@ import ast
 import pathlib
 import sys
 
-MOST_LINES = 5_590
+MOST_LINES = 5_586
 MOST_FILES = 48
 CORE = pathlib.Path("src/stochastic_depth")
 

@@ -435,7 +435,7 @@ def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
         trainer(tmp_path, callback(module=None)).fit(WithoutForward(), images())
     with pytest.raises(sd.OptionError, match='module="backbone", and Net has no such part'):
         trainer(tmp_path, callback(module="backbone")).fit(Net(), images())
-    with pytest.raises(sd.OptionError, match="is on no module"):
+    with pytest.raises(sd.OptionError, match="is on no model"):
         _ = callback().depth
     with pytest.raises(sd.ExampleInputsError):
         trainer(tmp_path, callback(example_inputs=None)).fit(Net(), images())

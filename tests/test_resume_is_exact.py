@@ -8,7 +8,6 @@ half starts from new objects.
 from __future__ import annotations
 
 import gc
-import io
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,17 +23,10 @@ from torch.optim.swa_utils import AveragedModel
 
 import stochastic_depth as sd
 from networks import NETWORKS, assert_same, batch, make, residuals, settled, sgd, train, vectors
+from riding import through_a_file
 
 oldest = pytest.mark.oldest
 Rate = Any
-
-
-def through_a_file(state: Any) -> Any:
-    """As a checkpoint travels: what is no plain data does not come through."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def drawn_just_now(depth: sd.StochasticDepth) -> dict[str, bool]:

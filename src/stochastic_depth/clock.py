@@ -23,9 +23,8 @@ class Clock:
     def __init__(self, leader: Clock | None = None, step: int = 0) -> None:
         self.step: int = step if leader is None else leader.step
         self.owner: Callable[[], Any] = lambda: None  # its plan, by a weak reference
-        self.is_told: bool = (
-            leader is not None and leader.is_told
-        )  # somebody sets the step, or will
+        # Somebody sets the step, or will.
+        self.is_told: bool = leader is not None and leader.is_told
         self._leader = leader
         self._followers: list[weakref.ref[Clock]] = []  # a WeakSet takes longer to go through
         if leader is not None:

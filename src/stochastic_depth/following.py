@@ -36,7 +36,7 @@ class Following:
         self._plan, self._advance = plan, advance
         self._lacks_state = False  # the optimizer was loaded, without a state of ours in it
         self._hooks: list[RemovableHandle] = [optimizer.register_step_post_hook(self._count)]
-        if isinstance(optimizer, SGD) and any(g["fused"] for g in optimizer.param_groups):
+        if isinstance(optimizer, SGD) and any(group["fused"] for group in optimizer.param_groups):
             self._hooks.append(optimizer.register_step_pre_hook(_begin_momenta))
         if save_state:
             self._hooks += [

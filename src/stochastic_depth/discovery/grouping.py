@@ -28,6 +28,7 @@ class Site:
 
     Attributes:
         branch_calls: The calls of its branches' modules, in order.
+        times: How often each of these modules is called.
         sums: The sums of its additions.
         path: The values of its branches.
         effects: What the call does besides its output, outside of these modules, and the value.
@@ -39,6 +40,7 @@ class Site:
         self.recording, self.name, self.call = recording, name, call
         self.additions = sorted(additions, key=lambda addition: addition.node)
         self.branch_calls = [call for addition in self.additions for call in addition.branch_calls]
+        self.times = Counter(call.module for call in self.branch_calls)
         self.sums = {addition.node for addition in additions}
         self.path = {value for addition in additions for value in addition.path}
         self.effects = effects_of(recording, call, self.branch_calls)

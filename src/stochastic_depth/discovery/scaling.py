@@ -30,22 +30,18 @@ def ends_of(site: Site, addition: Addition) -> tuple[tuple[tuple[int, int], ...]
         multiply the branch exactly once, or None; whether the branch is known to be zero where all
         of these outputs are.
     """
-    calls = list(enumerate(addition.branch_calls))
-    once = [(n, call) for n, call in calls if not _ends_several(site, call)]
+    nodes, calls = site.recording.nodes, list(enumerate(addition.branch_calls))
+    # A module without weights that is called several times, a dropout say, counts as an operation
+    # behind the last module that has some: so each end is called once.
+    once = [
+        (position, call)
+        for position, call in calls
+        if site.times[call.module] == 1
+        or any(n.meets_parameter for n in nodes[call.start : call.end])
+    ]
     found = _ends_among(site, addition, once)
-    if found[0] and found[1] is None:
-        return found
-    return _ends_among(site, addition, calls)
-
-
-def _ends_several(site: Site, call: Call) -> bool:
-    """Whether it is one of several calls of a module without weights: of a dropout, say.
-
-    Behind the last module with weights it counts as an operation, so that each end is called once.
-    """
-    calls = [each.module for addition in site.additions for each in addition.branch_calls]
-    inside = site.recording.nodes[call.start : call.end]
-    return calls.count(call.module) > 1 and not any(node.meets_parameter for node in inside)
+    is_found = bool(found[0]) and found[1] is None
+    return found if is_found or len(once) == len(calls) else _ends_among(site, addition, calls)
 
 
 def _ends_among(

@@ -45,10 +45,7 @@ def remembered(gate: Any, make: Callable[[], T], *, is_certain: bool = False) ->
 def note(logs: Iterable[Log], key: Any, value: Any) -> None:
     """Write a decision into the logs of the checkpoints around a call."""
     for log in logs:
-        if key in log:
-            log[key].append(value)
-        else:
-            log[key] = [value]
+        log.setdefault(key, []).append(value)
 
 
 def next_noted(gate: Any, recomputed: tuple[Log, Cursor]) -> Any:

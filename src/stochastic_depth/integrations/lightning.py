@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from stochastic_depth.depth import apply_stochastic_depth
 from stochastic_depth.distributions import Distribution, DropRate
 from stochastic_depth.draw import Draw
-from stochastic_depth.errors import ChangedModelError, OptionError, StochasticDepthWarning
+from stochastic_depth.errors import OptionError, StochasticDepthWarning
 from stochastic_depth.folding import KEY, fold_state_dict
-from stochastic_depth.handle import StochasticDepth as Handle
-from stochastic_depth.integrations.finished import Finished, fold_at_the_end, unfold
+from stochastic_depth.integrations.training import Scale, Training, unfold
 from stochastic_depth.plan import Mode, Unit
 from stochastic_depth.schedules import ScheduleFunction
 from stochastic_depth.selection import Selector
@@ -23,7 +21,7 @@ from stochastic_depth.selection import Selector
 _BAR = "stochastic_depth/skipped"  # what the progress bar shows; loggers get all metrics
 
 
-class StochasticDepth(Callback):
+class StochasticDepth(Training, Callback):
     """Has a LightningModule, or a part of it, skip its residual blocks at random in `fit`.
 
     It applies stochastic depth when `fit` sets the module up, follows the optimizer that trains it,
@@ -68,38 +66,30 @@ class StochasticDepth(Callback):
         blocks: Selector | Sequence[Selector] | None = None,
         unit: Unit = "block",
         mode: Mode = "batch",
-        scale: Literal["auto", "eval", "train", "none"] = "auto",
+        scale: Scale = "auto",
         schedule: ScheduleFunction | Mapping[str, ScheduleFunction] | None = None,
         draw: Draw = Draw(),  # noqa: B008  (frozen)
         fold: bool = True,
     ) -> None:
-        self.drop_rate, self.drop_distribution = drop_rate, drop_distribution
-        self.module, self.example_inputs = module, example_inputs
-        self.example_kwargs, self.blocks = example_kwargs, blocks
-        self.unit, self.mode, self.scale = unit, mode, scale
-        self.schedule, self.draw, self.fold = schedule, draw, fold
-        self._depth: Handle | None = None
-        self._finished: Finished | None = None  # what the last `fit` left
+        super().__init__(
+            drop_rate,
+            drop_distribution,
+            example_inputs=example_inputs,
+            example_kwargs=example_kwargs,
+            blocks=blocks,
+            unit=unit,
+            mode=mode,
+            scale=scale,
+            schedule=schedule,
+            draw=draw,
+            fold=fold,
+        )
+        self.module = module
 
     @property
     def state_key(self) -> str:
         """Its name in checkpoints: of several, each has that of its part of the module."""
         return self._generate_state_key(module=self.module)
-
-    @property
-    def depth(self) -> Handle:
-        """The handle, `sd.StochasticDepth`: to look, to force gates, to fold.
-
-        Raises:
-            OptionError: It is on no module: before `fit`, or behind it.
-        """
-        if self._depth is None:
-            raise OptionError(
-                "the handle of a callback that is on no module",
-                expected="a fit that runs; afterwards the module is the plain one",
-                instead="call trainer.fit() first, or pass fold=False to keep the gates",
-            )
-        return self._depth
 
     # What happens when.
 
@@ -109,7 +99,8 @@ class StochasticDepth(Callback):
         trainer.callbacks.sort(key=lambda each: each is not self)  # type: ignore[attr-defined]
         vars(pl_module)["on_save_checkpoint"] = _Saving(pl_module, self)
         if stage == "fit":
-            self._apply(pl_module)
+            target, example = self._target(pl_module)
+            self.put_on(target, example, self.scale)
         elif self._depth is None and self.fold:
             vars(pl_module)["on_load_checkpoint"] = _Loading(pl_module, self)
 
@@ -117,32 +108,6 @@ class StochasticDepth(Callback):
         """Lets the module's own hooks be."""
         for name in ("on_save_checkpoint", "on_load_checkpoint"):
             vars(pl_module).pop(name, None)
-
-    def _apply(self, pl_module: LightningModule) -> None:
-        if self._depth is not None:
-            try:
-                self._depth._check_gates()
-                return  # a fit that went on, or that kept the gates
-            except ChangedModelError:
-                self._depth = None
-        target, example = self._target(pl_module)
-        if self._finished is not None:
-            self._finished.unfold(target)
-        self._depth = apply_stochastic_depth(
-            target,
-            self.drop_rate,
-            self.drop_distribution,
-            example_inputs=example,
-            example_kwargs=self.example_kwargs,
-            blocks=self.blocks,
-            unit=self.unit,
-            mode=self.mode,
-            scale=self.scale,
-            schedule=self.schedule,
-            draw=self.draw,
-        )
-        if self._finished is not None:
-            self._finished.goes_on(self._depth)
 
     def _target(self, pl_module: LightningModule) -> tuple[nn.Module, Any]:
         """What to gate, and what to call it with."""
@@ -191,11 +156,7 @@ class StochasticDepth(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives the plain module back, its weights folded."""
-        if not self.fold:
-            return
-        self._finished = fold_at_the_end(self.depth)
-        if self._finished is not None:
-            self._depth = None
+        self.take_off()
 
     # Checkpoints.
 
@@ -213,7 +174,7 @@ class StochasticDepth(Callback):
         if self._depth is None or KEY not in state_dict:
             return
         if state_dict["folded"]:
-            unfold(self._depth.model, state_dict[KEY])
+            unfold(self._depth.model, state_dict[KEY]["fold"])
         self._depth.load_state_dict(state_dict[KEY])
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
@@ -15,22 +15,13 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
-from stochastic_depth.depth import apply_stochastic_depth
 from stochastic_depth.discovery import plain_model
-from stochastic_depth.distributions import Distribution, DropRate
-from stochastic_depth.draw import Draw
-from stochastic_depth.errors import ChangedModelError, OptionError, warn
+from stochastic_depth.errors import OptionError, warn
 from stochastic_depth.folding import KEY
-from stochastic_depth.handle import StochasticDepth as Handle
-from stochastic_depth.integrations.finished import Finished, fold_at_the_end
-from stochastic_depth.plan import Mode, Unit
-from stochastic_depth.schedules import ScheduleFunction
-from stochastic_depth.selection import Selector
-
-Scale = Literal["auto", "eval", "train", "none"]
+from stochastic_depth.integrations.training import Scale, Training
 
 
-class StochasticDepthCallback(TrainerCallback, ExportableState):
+class StochasticDepthCallback(Training, TrainerCallback, ExportableState):
     """Has a model skip its residual blocks at random while a `Trainer` trains it.
 
     It applies stochastic depth when the Trainer is made (or, with `model_init`, when the training
@@ -64,43 +55,7 @@ class StochasticDepthCallback(TrainerCallback, ExportableState):
         >>> trainer = Trainer(model, callbacks=[StochasticDepthCallback(0.2)])
     """
 
-    def __init__(
-        self,
-        drop_rate: DropRate,
-        drop_distribution: str | Distribution | None = None,
-        *,
-        example_inputs: Any = None,
-        example_kwargs: Mapping[str, Any] | None = None,
-        blocks: Selector | Sequence[Selector] | None = None,
-        unit: Unit = "block",
-        mode: Mode = "batch",
-        scale: Scale = "auto",
-        schedule: ScheduleFunction | Mapping[str, ScheduleFunction] | None = None,
-        draw: Draw = Draw(),  # noqa: B008  (frozen)
-        fold: bool = True,
-    ) -> None:
-        self.drop_rate, self.drop_distribution = drop_rate, drop_distribution
-        self.example_inputs, self.example_kwargs = example_inputs, example_kwargs
-        self.blocks, self.unit, self.mode, self.scale = blocks, unit, mode, scale
-        self.schedule, self.draw, self.fold = schedule, draw, fold
-        self._depth: Handle | None = None
-        self._start: dict[str, Any] = {}  # its state when the training begins
-        self._finished: Finished | None = None  # what the last training left
-
-    @property
-    def depth(self) -> Handle:
-        """The handle, `sd.StochasticDepth`: to look, to force gates, to fold.
-
-        Raises:
-            OptionError: It is on no model: before the Trainer is made, or behind the training.
-        """
-        if self._depth is None:
-            raise OptionError(
-                "the handle of a callback that is on no model",
-                expected="a Trainer that was made with it, and whose training has not ended",
-                instead="make the Trainer first, or pass fold=False to keep the gates",
-            )
-        return self._depth
+    _start: dict[str, Any]  # its state when the training begins
 
     # What happens when.
 
@@ -164,15 +119,11 @@ class StochasticDepthCallback(TrainerCallback, ExportableState):
         if self._depth is None:
             return
         self._start = self._depth.state_dict()
-        if not self.fold:
-            return
-        if args.load_best_model_at_end and state.best_model_checkpoint:
+        if self.fold and args.load_best_model_at_end and state.best_model_checkpoint:
             # The weights are those of that checkpoint now, and so have to be the rates.
             saved = Path(state.best_model_checkpoint, "trainer_state.json")
             self._load(json.loads(saved.read_text())["stateful_callbacks"])
-        self._finished = fold_at_the_end(self._depth)
-        if self._finished is not None:
-            self._depth = None
+        self.take_off()
 
     def state(self) -> dict[str, Any]:
         """What `trainer_state.json` holds of it."""
@@ -187,35 +138,14 @@ class StochasticDepthCallback(TrainerCallback, ExportableState):
         return KEY in saved
 
     def _apply(self, model: nn.Module, args: TrainingArguments) -> None:
-        if self._depth is not None:
-            try:
-                self._depth._check_gates()
-            except ChangedModelError:
-                self._depth = None
-            else:
-                if self._depth.model is plain_model(model):
-                    return
+        before = self._depth
         model = plain_model(model)
-        if self._finished is not None:
-            self._finished.unfold(model)
-        self._depth = apply_stochastic_depth(
-            model,
-            self.drop_rate,
-            self.drop_distribution,
-            example_inputs=self._example(model),
-            example_kwargs=self.example_kwargs,
-            blocks=self.blocks,
-            unit=self.unit,
-            mode=self.mode,
-            scale=self._scale_for(model),
-            schedule=self.schedule,
-            draw=self.draw,
-        )
-        if self._finished is not None:
-            self._finished.goes_on(self._depth)
-        self._start = self._depth.state_dict()
+        self.put_on(model, self._example(model), self._scale_for(model))
+        if self._depth is before:
+            return
+        self._start = self.depth.state_dict()
         if args.torch_compile:
-            self._depth.compile(args.torch_compile_backend or "inductor", args.torch_compile_mode)
+            self.depth.compile(args.torch_compile_backend or "inductor", args.torch_compile_mode)
 
     def _example(self, model: nn.Module) -> Any:
         """The example: the model's own is of tokens alone, and in a training a mask comes along."""
