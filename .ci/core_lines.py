@@ -8,8 +8,8 @@ import ast
 import pathlib
 import sys
 
-MOST_LINES = 5_586
-MOST_FILES = 48
+MOST_LINES = 6_365
+MOST_FILES = 53
 CORE = pathlib.Path("src/stochastic_depth")
 
 

@@ -3,7 +3,8 @@
 `apply_stochastic_depth` puts it on a model, the handle that it returns takes it off again.
 """
 
-from stochastic_depth.depth import apply_stochastic_depth
+from stochastic_depth.counting import CallCount
+from stochastic_depth.depth import apply_stochastic_depth, prune
 from stochastic_depth.discovery import find_residual_blocks
 from stochastic_depth.discovery.blocks import ResidualBlock, ResidualBranch
 from stochastic_depth.draw import Draw
@@ -21,6 +22,7 @@ from stochastic_depth.errors import (
     StochasticDepthError,
     StochasticDepthWarning,
 )
+from stochastic_depth.estimating import BlockSaving, Saving, drop_rate_for, estimate_saving
 from stochastic_depth.folding import fold_state_dict
 from stochastic_depth.handle import StochasticDepth, get_stochastic_depth
 from stochastic_depth.presets import (
@@ -36,6 +38,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActiveDropPathError",
+    "BlockSaving",
+    "CallCount",
     "ChangedModelError",
     "Draw",
     "ExampleInputsError",
@@ -48,6 +52,7 @@ __all__ = [
     "Residual",
     "ResidualBlock",
     "ResidualBranch",
+    "Saving",
     "SelectionError",
     "SetupError",
     "StateMismatchError",
@@ -59,12 +64,15 @@ __all__ = [
     "apply_progressive_layer_dropping",
     "apply_stochastic_depth",
     "constant",
+    "drop_rate_for",
+    "estimate_saving",
     "find_residual_blocks",
     "fold_state_dict",
     "get_stochastic_depth",
     "linear_decay",
     "linear_warmup",
     "piecewise_linear",
+    "prune",
 ]
 
 

@@ -20,6 +20,7 @@ from stochastic_depth.gating.ranks import refuse, refuse_parts
 from stochastic_depth.handle import StochasticDepth
 from stochastic_depth.plan import Mode, Plan, Scale, Unit
 from stochastic_depth.proving import prove
+from stochastic_depth.pruning import Keep
 from stochastic_depth.schedules import ScheduleFunction, resolve_schedule
 from stochastic_depth.selection import Selector, allowed_counts, refuse_inexact, select
 from stochastic_depth.torch_private.tracing import is_wrapper
@@ -167,7 +168,65 @@ def apply(
             raise
     for drop in drops:
         setattr(drop.holder, drop.attribute, 0.0)
-    return StochasticDepth(model, plan)
+    return StochasticDepth(model, plan, shown)
+
+
+def prune(
+    model: nn.Module,
+    keep: Keep,
+    *,
+    exact: bool = True,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    blocks: Selector | Sequence[Selector] | None = None,
+) -> nn.Module:
+    """Take residual blocks out of a model that has no stochastic depth.
+
+    As `depth.prune`: what is left computes what the model does without the branches of the other
+    blocks.
+
+    Args:
+        model: Any residual model.
+        keep: How many blocks to keep (an int), which fraction of them (a float), or names.
+        exact: Whether a norm behind the sum of a block stays.
+        example_inputs: As in `apply_stochastic_depth`.
+        example_kwargs: Likewise.
+        blocks: The blocks to choose from; all others stay.
+
+    Returns:
+        The model, the same object.
+
+    Raises:
+        StochasticDepthError: As `apply_stochastic_depth`, and `depth.prune`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> class Residual(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.norm, self.linear = nn.LayerNorm(8), nn.Linear(8, 8)
+        ...
+        ...     def forward(self, x):
+        ...         return x + self.linear(self.norm(x))
+        >>> model = nn.Sequential(nn.Linear(4, 8), *(Residual() for _ in range(8)))
+        >>> len(prune(model, 4, example_inputs=torch.randn(2, 4)))
+        5
+    """
+    with own_drops.switched_off(plain_model(model)):  # which act in training only
+        depth = apply_stochastic_depth(
+            model,
+            0.0,
+            example_inputs=example_inputs,
+            example_kwargs=example_kwargs,
+            blocks=blocks,
+            scale="none",
+        )
+    try:
+        return depth.prune(keep, exact=exact)
+    except BaseException:
+        depth.remove()
+        raise
 
 
 def _refuse_gated(model: nn.Module, chosen: Sequence[ResidualBlock]) -> None:

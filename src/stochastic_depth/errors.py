@@ -9,7 +9,7 @@ import difflib
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -71,7 +71,13 @@ class ExampleInputsError(StochasticDepthError):
 
 
 class RefusedBlockError(StochasticDepthError):
-    """A block cannot be skipped exactly with these options."""
+    """A block cannot be skipped exactly with these options.
+
+    Attributes:
+        reasons: Of each block that `apply_stochastic_depth` refuses, by name, why.
+    """
+
+    reasons: Mapping[str, str] = {}
 
 
 class ActiveDropPathError(StochasticDepthError):

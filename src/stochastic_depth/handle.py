@@ -5,16 +5,19 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from stochastic_depth import folding, state
-from stochastic_depth.discovery import plain_model
+from stochastic_depth import folding, pruning, state
+from stochastic_depth.counting import CallCount
+from stochastic_depth.discovery import example_for, plain_model
 from stochastic_depth.discovery.blocks import ResidualBlock
+from stochastic_depth.discovery.undisturbed import Arguments
 from stochastic_depth.distributions import Distribution, DropRate, resolve_rates
+from stochastic_depth.draw import check_choice
 from stochastic_depth.errors import ChangedModelError, OptionError, SelectionError, nearest, warn
 from stochastic_depth.following import Following
 from stochastic_depth.gating.attach import detach, gated_modules
@@ -34,8 +37,9 @@ class StochasticDepth:
         model: The model that was watched.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, example: Arguments | None = None) -> None:
         self.model = model
+        self._example = example if example and any(example) else None
         self._plan = plan
         plan.handle = weakref.ref(self)
 
@@ -171,6 +175,19 @@ class StochasticDepth:
         """
         return state.metrics(self._plan)
 
+    def statistics(self) -> dict[str, CallCount]:
+        """How often each block was called in training so far, and dropped.
+
+        Counted from the draws, at no cost in a forward; the numbers are part of `state_dict()`.
+        What is `fixed`, `disabled` or in eval mode does not count. On several processes: of this
+        one.
+
+        Returns:
+            By name of block, or with unit="branch" of branch, an object with `.calls` and
+            `.dropped`.
+        """
+        return self._plan.count_calls()
+
     def state_dict(self) -> dict[str, Any]:
         """What it takes to continue the sequence of draws exactly; plain numbers and strings."""
         return state.save(self._plan)
@@ -238,6 +255,56 @@ class StochasticDepth:
         """
         self._check_gates()
         return folding.folded(self.model, self._plan)
+
+    def prune(
+        self,
+        keep: pruning.Keep,
+        *,
+        order: Literal["even", "least_dropped"] = "even",
+        exact: bool = True,
+        example_inputs: Any = None,
+        example_kwargs: Mapping[str, Any] | None = None,
+    ) -> nn.Module:
+        """Take blocks out for good: what is left is a smaller plain model.
+
+        In eval mode it computes, bit for bit, what the folded model does with these blocks dropped.
+        A block that is skipped whole leaves its `Sequential` or `ModuleList`, which is renumbered,
+        and with it the numbers of layers in a configuration of transformers; elsewhere a module
+        stands in that hands its input on.
+
+        Args:
+            keep: How many of the gated blocks to keep (an int), which fraction of them (a float),
+                or the names of some (globs, too).
+            order: Which of so many: "even" keeps evenly spaced ones, the first and the last among
+                them (as LayerDrop, Fan et al., section 4.2), "least_dropped" those that ran most
+                often in training.
+            exact: Whether a norm behind the sum of a block (BERT's) stays, as it runs where the
+                block is dropped. False takes it out as well, and then the model computes something
+                else; but its class, and so `from_pretrained`, knows it as one with fewer layers.
+            example_inputs: What to call the model with, to see that the outcome is right. None: as
+                in `apply_stochastic_depth`.
+            example_kwargs: Likewise.
+
+        Returns:
+            The model, the same object, without gates.
+
+        Raises:
+            OptionError, SelectionError: `keep` stands for no blocks of this model.
+            RefusedBlockError: A block has a projection on its skip path, a branch has no weight
+                that could take its scale, or the model needs a block; nothing is changed then.
+        """
+        check_choice("order=", order, ("even", "least_dropped"))
+        self._check_gates()
+        trained = None
+        if order == "least_dropped":
+            trained = state.times_trained(self._plan)
+        out = pruning.chosen(self._plan, keep, trained)
+        passed = example_inputs is not None or example_kwargs
+        example = None if passed else self._example
+        if example is None:
+            example = example_for(self.model, example_inputs, example_kwargs)
+        pruning.prune(self.model, self._plan, out, example, exact=exact)
+        return self.remove()
 
     def remove(self) -> nn.Module:
         """Take the gates out.

@@ -17,6 +17,7 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from stochastic_depth.clock import Clock
+from stochastic_depth.counting import CallCount, Tally
 from stochastic_depth.discovery.blocks import ResidualBlock
 from stochastic_depth.distributed import place
 from stochastic_depth.draw import Draw, Names, balanced, integers, limit, real
@@ -97,6 +98,7 @@ class Plan:
     clock: Clock = field(default_factory=Clock)
     gates: list[Counted] = field(default_factory=list)  # of the blocks, in forward order
     one_to_one: bool = False  # whether each gate has one unit, in their order
+    tally: Tally = field(default_factory=lambda: Tally(0))
 
     def __post_init__(self) -> None:
         units = [
@@ -111,6 +113,8 @@ class Plan:
         self.ranks_differ = across == "different" or (across == "auto" and self.mode == "sample")
         starts = [f"start of {name}" for name in self.units] if self.mode == "sample" else []
         self._names = Names((*self.units, *starts))
+        if len(self.tally.calls) != len(units):
+            self.tally = Tally(len(units))
         self.graphs: Mapping[str, Any] = {}  # of gates: what `compile()` made
         self.forget()
 
@@ -132,6 +136,7 @@ class Plan:
         self.ranks_differed = False  # whether ranks may have skipped other blocks than each other
         self.gates_before: dict[str, bool | tuple[int, ...]] = {}  # the counts were set
         self.agreed: set[str] = set()  # gates called since ranks last compared their draws
+        self._callers: list[Counted] = []  # of each unit, a gate whose calls are its own
 
     def units_of(self, block: int) -> list[int]:
         """What each branch of a block is drawn with."""
@@ -211,7 +216,7 @@ class Plan:
             kept = list(map(operator.ge, drawn, now.limits))
         states: Sequence[bool | None] = kept
         if self.mode == "sample":
-            states = [None] * len(self.gates)
+            kept, states = [True] * len(self.units), [None] * len(self.gates)
         elif not self.one_to_one:
             states = [_alike([kept[unit] for unit in gate.units]) for gate in self.gates]
         return Row(step, number, states, kept, drawn, now.factors[True], now.rates)
@@ -245,16 +250,42 @@ class Plan:
                 found[self.units[unit]] = kept
         return found
 
+    # How often each unit was called and dropped.
+
+    def end_step(self) -> None:
+        """Note how often the gates were called in the step that ends now."""
+        self.tally.end_step(self.clock.step, self._calls_now(), self.drawn)
+
+    def count_calls(self) -> dict[str, CallCount]:
+        """Count all training calls so far, by unit."""
+        self.tally.count(self.clock.step, self._calls_now(), self.drawn)
+        counts = map(CallCount, self.tally.calls, self.tally.dropped)
+        return dict(zip(self.units, counts, strict=True))
+
+    def _calls_now(self) -> list[int]:
+        """How often each unit was called in this step."""
+        if not self._callers:
+            first = {unit: gate for gate in self.gates[::-1] for unit in gate.units}
+            self._callers = [first[unit] for unit in range(len(self.units))]
+        step = self.clock.step
+        return [gate.calls if gate.step == step else 0 for gate in self._callers]
+
     def set_rates(self, rates: tuple[float, ...]) -> None:
         """Draw with other rates from now on, as do copies that follow; the draws go on."""
         for plan in [plan for clock in self.clock.with_followers() if (plan := clock.owner())]:
             plan.gates_before = plan.last_gates()
+            plan.count_calls()
             for gate in plan.gates:
                 gate.noted = gate.step, gate.calls
             plan.rates = rates
             plan.base_rates = tuple([rates[number] for number in plan.block_of])
             plan._at, plan.row = None, _NO_ROW
             plan.drawn.cache_clear()
+
+    def scale_by(self, scale: Scale) -> None:
+        """Multiply the branches by other factors from now on."""
+        self.scale, self._at, self.row = scale, None, _NO_ROW
+        self.drawn.cache_clear()
 
     def go_to(self, step: int, calls: Mapping[str, int]) -> None:
         """Go on from another place: an optimizer step, and the calls of gates in it so far."""
@@ -264,6 +295,7 @@ class Plan:
         self.drawn.cache_clear()
         for gate in self.gates:
             gate.step, gate.calls, gate.noted = step, calls.get(gate.name, 0), (step, 0)
+        self.tally.counted = self._calls_now()
 
     def drawn_from(self) -> dict[str, object]:
         """All that the draws of the next forward follow from, for ranks to compare."""
@@ -304,6 +336,7 @@ class Plan:
         twin = object.__new__(Plan)
         memo[id(self)] = twin
         twin.__dict__.update(self.__dict__, clock=Clock(self.clock))
+        twin.tally = self.tally.copy()
         twin.forget()
         twin.gates = copy.deepcopy(self.gates, memo)
         return twin

@@ -144,6 +144,8 @@ def refuse(
         instead = f"pass blocks={out if is_all else left!r} to leave {them} out"
     elif "(try " in told or '="none" works)' in told:
         instead = f"do what the reasons say, or {instead}"
-    return RefusedBlockError(
+    error = RefusedBlockError(
         f"{told}{more}", expected="blocks that can be skipped exactly", instead=instead
     )
+    error.reasons = reasons
+    return error

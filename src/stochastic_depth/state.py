@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from stochastic_depth import folding
-from stochastic_depth.errors import StateMismatchError, warn
+from stochastic_depth.discovery.blocks import ResidualBlock
+from stochastic_depth.errors import OptionError, StateMismatchError, warn
 from stochastic_depth.plan import Plan
 
 VERSION = 2  # of the sequence of draws; 1 had a hash for each block
@@ -55,27 +56,38 @@ def gated_blocks(plan: Plan) -> tuple[GatedBlock, ...]:
     return tuple(found)
 
 
-def table(model: nn.Module, plan: Plan, skipped: set[str]) -> str:
-    """A line for each block: name, class, rate, parameters, how it is skipped and why.
+def described(
+    model: nn.Module, plan: Plan, skipped: set[str]
+) -> list[tuple[ResidualBlock, GatedBlock, int, str]]:
+    """Each block, its rates of now, how many parameters its branches have, how it is skipped.
 
     Args:
         model: The gated model.
         plan: What its gates share.
         skipped: The names of the modules that are skipped whole.
     """
-    rows = [("block", "class", "drop rate", "parameters", "when dropped")]
-    total, running = 0, 0.0
+    found = []
     for number, (block, now) in enumerate(zip(plan.blocks, gated_blocks(plan), strict=True)):
-        running += now.survival_probability
         names = [name for branch in block.branches for name in branch.modules]
         modules = map(model.get_submodule, [block.name] if block.explicit else names)
         size = sum(p.numel() for p in {p for module in modules for p in module.parameters()})
-        total += size
+        is_whole = block.explicit or block.block_module in skipped
+        found.append((block, now, size, _how(plan, number, now, is_whole=is_whole)))
+    return found
+
+
+def table(model: nn.Module, plan: Plan, skipped: set[str]) -> str:
+    """A line for each block: name, class, rate, parameters, how it is skipped and why.
+
+    The arguments are those of `described`.
+    """
+    rows = [["block", "class", "drop rate", "parameters", "when dropped"]]
+    found = described(model, plan, skipped)
+    for block, now, size, how in found:
         shown = ", ".join(dict.fromkeys(f"{branch.drop_rate:.4g}" for branch in now.branches))
-        how = _how(plan, number, now, is_whole=block.explicit or block.block_module in skipped)
-        rows.append((block.name, block.kind, shown, f"{size:,}", how))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        rows.append([block.name, block.kind, shown, f"{size:,}", how])
+    total = sum(size for _, _, size, _ in found)
+    running = sum(now.survival_probability for _, now, _, _ in found)
     blocks = f"{len(plan.blocks)} blocks"
     run = f"{running:.4g} of {blocks} run on average"
     options = f'unit="{plan.unit}", scale="{plan.scale}", step {plan.clock.step}'
@@ -83,7 +95,13 @@ def table(model: nn.Module, plan: Plan, skipped: set[str]) -> str:
         run = f"on average a row goes through {running:.4g} blocks"
         options = f'mode="sample", {options}'
     head = f"Stochastic depth on {type(model).__name__}: {blocks}, {options}"
-    return "\n".join([head, *lines, f"{total:,} parameters in gated branches; {run}"])
+    return "\n".join([head, *aligned(rows), f"{total:,} parameters in gated branches; {run}"])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, its columns one below the other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def _how(plan: Plan, number: int, now: GatedBlock, *, is_whole: bool) -> str:
@@ -131,6 +149,25 @@ def metrics(plan: Plan) -> dict[str, float]:
     return found
 
 
+def times_trained(plan: Plan) -> dict[str, float]:
+    """How often each block ran in training.
+
+    Raises:
+        OptionError: None was called.
+    """
+    counts = list(plan.count_calls().values())
+    times = dict.fromkeys((block.name for block in plan.blocks), 0.0)
+    for count, number in zip(counts, plan.block_of, strict=True):
+        times[plan.blocks[number].name] += count.calls - count.dropped
+    if not any(times.values()):
+        raise OptionError(
+            'order="least_dropped" for a model that was not trained since',
+            expected="blocks that ran in training, some more often than others",
+            instead='load the training\'s depth.state_dict(), or pass order="even"',
+        )
+    return times
+
+
 def save(plan: Plan) -> dict[str, Any]:
     """The state as plain numbers, strings and lists: `torch.load(weights_only=True)` takes it.
 
@@ -145,6 +182,7 @@ def save(plan: Plan) -> dict[str, Any]:
         **_identity(plan),
         "step": step,
         "calls": calls,
+        "statistics": [[name, n.calls, n.dropped] for name, n in plan.count_calls().items()],
         "fold": folding.saved_factors(plan),
     }
 
@@ -177,6 +215,8 @@ def load(plan: Plan, state: Mapping[str, Any]) -> None:
         more = f", and of {len(rates) - 1} more blocks" if len(rates) > 1 else ""
         warn(f"the state was saved with other rates: {rates[0]}{more}. Those of this run stand")
     plan.go_to(int(state["step"]), dict(state["calls"]))
+    if counts := state.get("statistics"):
+        plan.tally.start_from([calls for _, calls, _ in counts], [d for *_, d in counts])
 
 
 def _identity(plan: Plan) -> dict[str, Any]:

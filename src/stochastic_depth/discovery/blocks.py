@@ -63,6 +63,8 @@ class ResidualBlock:
     """Whether it then returns a copy: others refer to its input, or change it later."""
     left_out: tuple[str, ...] = field(default=(), repr=False, compare=False)
     """The modules of branches inside of its own branches: those are not gated."""
+    projects: bool = field(default=False, repr=False, compare=False)
+    """Whether its skip path does more than hand its input to the sum."""
     keeps: str | None = field(default=None, repr=False, compare=False)
     """Where it keeps a value of its branch, which is zero when that is dropped."""
 
@@ -151,9 +153,18 @@ def _block(model: nn.Module, calls: list[Site], nesting: int, folding: Folding) 
         affine=first.additions[0].affine,
         whole=whole,
         copies_input=whole is not None and any(one.copies for one in dropped),
+        projects=any(not _is_handed_on(first.recording, a) for a in first.additions),
         left_out=tuple(module for a in first.additions for module in a.left_out),
         keeps=next(filter(None, map(skips.keeps_branch, calls)), None),
     )
+
+
+def _is_handed_on(recording: Recording, addition: Addition) -> bool:
+    """Whether what a branch is added to is what it starts from, but for moves of its elements."""
+    node = recording.nodes[addition.skip]
+    while node.index != addition.root and node.kind is Kind.MOVE:
+        node = recording.nodes[node.inputs[0]]
+    return node.index == addition.root
 
 
 def _refusals(calls: Sequence[Site], shown: Sequence[tuple[ResidualBranch, ...]]) -> Iterator[str]:

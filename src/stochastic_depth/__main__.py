@@ -1,0 +1,124 @@
+"""What stochastic depth would do to a model, on the command line: nothing is trained.
+
+    python -m stochastic_depth timm:vit_tiny_patch16_224 --drop-rate 0.2
+    python -m stochastic_depth torchvision:resnet50 --drop-rate 0.5 --timed
+    python -m stochastic_depth transformers:bert --drop-distribution uniform --json
+    python -m stochastic_depth package.module:function --input 2,3,32,32
+
+The table of blocks with how each would be skipped, what is refused and why, and what it saves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from stochastic_depth.discovery.own_drops import switched_off
+from stochastic_depth.errors import OptionError, RefusedBlockError, StochasticDepthError
+from stochastic_depth.estimating import Saving, estimate_saving
+
+_IMAGES = 2, 3, 224, 224  # of torchvision's models
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(message, expected="options as --help shows", instead="mend that one")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; 2 where something cannot be used, in one line."""
+    try:
+        options = _parser().parse_args(arguments)
+        model, example = _loaded(options.model, options.input, options.timed)
+        saving, refused = _estimate(model, example, options)
+    except StochasticDepthError as error:
+        print("stochastic_depth:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps({**dataclasses.asdict(saving), "refused": refused}, indent=2))
+        return 0
+    print(saving)
+    for name, why in refused.items():
+        print(f"Refused: {name}: {why}")
+    return 0
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="python -m stochastic_depth", description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    text = "timm:NAME, torchvision:NAME, transformers:TYPE, or package.module:function"
+    add("model", help=f"{text}, which returns a model, or one and its example inputs")
+    add("--drop-rate", type=float, default=0.2, metavar="P", help="in [0, 1) (default: 0.2)")
+    add("--drop-distribution", choices=("linear", "linear_from_zero", "uniform"))
+    add("--unit", choices=("block", "branch"), default="block")
+    add("--mode", choices=("batch", "sample"), default="batch")
+    add("--scale", choices=("auto", "eval", "train", "none"), default="auto")
+    add("--input", type=shape, metavar="SHAPE", help="of a batch of images, 2,3,32,32")
+    add("--timed", action="store_true", help="time the blocks on this machine, too")
+    add("--json", action="store_true", help="print the numbers for a program")
+    return parser
+
+
+def shape(text: str) -> Tensor:
+    """Random numbers in a shape."""
+    return torch.randn([int(size) for size in text.split(",")])
+
+
+def _loaded(name: str, example: Tensor | None, timed: bool) -> tuple[nn.Module, Any]:  # noqa: FBT001
+    """The model of a name, and what to call it with."""
+    source, _, what = name.rpartition(":")
+    try:
+        if source == "timm":
+            return importlib.import_module("timm").create_model(what), example
+        if source == "torchvision":
+            models: Any = importlib.import_module("torchvision").models
+            return models.get_model(what), torch.randn(_IMAGES) if example is None else example
+        if source == "transformers":
+            auto: Any = importlib.import_module("transformers")
+            config = auto.AutoConfig.for_model(what)
+            with torch.device("cpu" if timed else "meta"):  # some have billions of weights
+                return auto.AutoModel.from_config(config), example
+        made: Any = getattr(importlib.import_module(source), what)()
+    except Exception as error:  # whatever such a library raises, or the function
+        raise OptionError(
+            f"{name!r} cannot be built: {type(error).__name__}: {error}",
+            expected="timm:NAME, torchvision:NAME, transformers:TYPE, or package.module:function",
+            instead="look whether that is installed here, and knows the name",
+        ) from error
+    return made if isinstance(made, tuple) else (made, example)
+
+
+def _estimate(
+    model: nn.Module, example: Any, options: argparse.Namespace, refused: Mapping[str, str] = {}
+) -> tuple[Saving, Mapping[str, str]]:
+    """What it saves, and the blocks that are refused, left out."""
+    try:
+        with switched_off(model):  # what the model drops of its own accord
+            saving = estimate_saving(
+                model,
+                options.drop_rate,
+                options.drop_distribution,
+                example_inputs=example,
+                blocks=[f"!{name}" for name in refused] or None,
+                unit=options.unit,
+                mode=options.mode,
+                scale=options.scale,
+                timed=options.timed,
+            )
+    except RefusedBlockError as error:
+        if not error.reasons.keys() - refused.keys():
+            raise
+        return _estimate(model, example, options, {**refused, **error.reasons})
+    return saving, refused
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,249 @@
+"""Promise: before any training, `estimate_saving` says what each block costs and what is saved.
+
+The reference twin calls the whole model with the block dropped, and counts.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import stochastic_depth as sd
+from imagelib.cifar_resnet import CifarResNet
+from interleaved import RESULTS
+from networks import NETWORKS, images, make, nested, residuals, vectors
+from stochastic_depth.torch_private.flops import count_flops
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(shallow networks|dropout is active)")
+
+Gates = Mapping[str, bool]
+
+
+def flops(model: nn.Module, x: Any, depth: sd.StochasticDepth, gates: Gates) -> float:
+    """Of a forward and backward of the whole model."""
+
+    def step() -> None:
+        out = model(**x) if isinstance(x, dict) else model(x)
+        leaves = [n for n in tree_leaves(out) if isinstance(n, Tensor) and n.requires_grad]
+        torch.autograd.backward(leaves, [torch.ones_like(leaf) for leaf in leaves])
+
+    with depth.fixed(gates):
+        return count_flops(step)
+
+
+@pytest.mark.parametrize("unit", ["block", "branch"])
+@pytest.mark.parametrize("name", [*NETWORKS])
+def test_each_block_costs_what_the_step_takes_less_without_it(name: str, unit: Any) -> None:
+    model, x = make(name)
+    found = sd.estimate_saving(model, 0.3, "uniform", example_inputs=x, unit=unit)
+    depth = sd.apply_stochastic_depth(model, 0.3, "uniform", example_inputs=x, unit=unit)
+    model.train()
+    whole = flops(model, x, depth, {})
+    assert found.step_flops == whole
+    for block in found.blocks:
+        names = [block.name]
+        if unit == "branch":  # each branch by itself: a norm of both is in neither
+            gated = next(b for b in depth.blocks if b.name == block.name)
+            names = [branch.name for branch in gated.branches]
+        assert block.flops == sum(whole - flops(model, x, depth, {n: False}) for n in names)
+
+
+def test_the_saving_is_what_the_rates_drop_on_average() -> None:
+    model, x = make("resnet")
+    rates = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5][: len(sd.find_residual_blocks(model, x))]
+    found = sd.estimate_saving(model, rates, example_inputs=x)
+    assert [block.drop_rate for block in found.blocks] == rates
+    saved = [r * block.flops for r, block in zip(rates, found.blocks, strict=True)]
+    assert [block.flops_saved for block in found.blocks] == pytest.approx(saved)
+    assert found.flops == pytest.approx(sum(saved) / found.step_flops)
+
+
+def test_a_block_inside_of_a_dropped_one_saves_nothing_more() -> None:
+    """All draws of blocks, some in others, by hand."""
+    model, x = nested(2), vectors(2, 3)
+    found = sd.estimate_saving(model, 0.5, "uniform", example_inputs=x)
+    depth = sd.apply_stochastic_depth(copy.deepcopy(model), 0.5, "uniform", example_inputs=x)
+    names = [block.name for block in depth.blocks]
+    mean = 0.0
+    for draw in range(2 ** len(names)):
+        gates = {name: bool(draw >> number & 1) for number, name in enumerate(names)}
+        mean += flops(depth.model.train(), x, depth, gates) / 2 ** len(names)
+    assert found.flops == pytest.approx(1 - mean / found.step_flops)
+
+
+def bert() -> tuple[nn.Module, Any]:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
+        intermediate_size=32,
+    )  # fmt: skip
+    return transformers.BertModel(config), {"input_ids": torch.randint(0, 50, (2, 6))}
+
+
+def llama() -> tuple[nn.Module, Any]:
+    """With a cache, which each of its layers writes into."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=2, intermediate_size=32,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config), {"input_ids": torch.randint(0, 50, (2, 6))}
+
+
+@pytest.mark.parametrize("build", [bert, llama])
+def test_models_of_transformers(build: Callable[[], tuple[nn.Module, Any]]) -> None:
+    model, x = build()
+    found = sd.estimate_saving(model, 0.2, example_inputs=x)
+    depth = sd.apply_stochastic_depth(model.train(), 0.2, example_inputs=x)
+    whole = flops(model, x, depth, {})
+    for block in found.blocks:
+        assert block.flops == whole - flops(model, x, depth, {block.name: False}) > 0
+
+
+@pytest.mark.parametrize("build", [bert, llama])
+def test_a_model_without_values_costs_the_same(
+    build: Callable[[], tuple[nn.Module, Any]],
+) -> None:
+    with torch.random.fork_rng():
+        real, x = build()
+    with torch.device("meta"):
+        model, _ = build()
+    on_meta = {name: value.to("meta") for name, value in x.items()}
+    there = sd.estimate_saving(model, 0.2, example_inputs=on_meta)
+    here = sd.estimate_saving(real, 0.2, example_inputs=x)
+    assert (there.step_flops, there.blocks) == (here.step_flops, here.blocks)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    with pytest.raises(sd.OptionError, match="on the meta device"):
+        sd.estimate_saving(model, 0.2, example_inputs=on_meta, timed=True)
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_nothing_is_changed(timed: bool) -> None:
+    model, x = make("resnet")
+    model.eval()
+    model(x).sum().backward()
+    state = copy.deepcopy(model.state_dict())
+    grads = [parameter.grad for parameter in model.parameters()]
+    classes = [type(module) for module in model.modules()]
+    random = torch.get_rng_state()
+    sd.estimate_saving(model, 0.2, example_inputs=x, timed=timed)
+    sd.drop_rate_for(model, 0.1, example_inputs=x, timed=timed)
+    assert torch.equal(random, torch.get_rng_state())
+    assert [type(module) for module in model.modules()] == classes
+    assert not any(module.training for module in model.modules())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
+
+
+def test_frozen_blocks_cost_what_their_forward_does() -> None:
+    model, x = residuals(4), vectors(2, 8)
+    for parameter in model[:2].parameters():
+        parameter.requires_grad_(False)
+    found = [block.flops for block in sd.estimate_saving(model, 0.2, example_inputs=x).blocks]
+    forward = 2 * 2 * 8 * 8
+    assert found == [forward, forward, 3 * forward, 3 * forward]
+
+
+def test_it_prints_as_a_table_that_ends_in_a_sentence() -> None:
+    model, x = make("resnet")
+    found = sd.estimate_saving(model, 0.3, example_inputs=x, timed=True)
+    head, titles, *rows, last = str(found).splitlines()
+    assert "ResNet" in head
+    assert "GFLOPs, forward and backward" in head
+    assert titles.split()[:3] == ["block", "class", "drop"]
+    assert [row.split()[0] for row in rows] == [block.name for block in found.blocks]
+    assert found.time is not None
+    assert last == (
+        f"It saves {found.flops:.0%} of the FLOPs, {found.time:.0%} of a step's time here; nothing "
+        "of the optimizer's and the loader's."
+    )
+    assert len({row.index("  ") for row in rows}) > 0
+
+
+def test_time_is_that_of_the_blocks() -> None:
+    """Of equal blocks each takes as long, and all of them most of the step."""
+    model = nn.Sequential(*(Wide() for _ in range(6)))
+    found = sd.estimate_saving(model, 0.5, "uniform", example_inputs=vectors(64, 256), timed=True)
+    assert found.time is not None
+    assert found.step_seconds is not None
+    seconds = [block.seconds or 0.0 for block in found.blocks]
+    # Half of what is nearly all; another program on this machine may take some of it.
+    assert 0.3 < found.time < 0.7
+    assert 0.6 * found.step_seconds < sum(seconds) < 1.4 * found.step_seconds
+
+
+class Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+@pytest.mark.parametrize("distribution", [None, "uniform", "linear_from_zero"])
+@pytest.mark.parametrize("name", ["resnet", "post-norm", "nested"])
+def test_the_rate_that_saves_so_much(name: str, distribution: Any) -> None:
+    model, x = make(name)
+    rate = sd.drop_rate_for(model, 0.2, distribution, example_inputs=x)
+    found = sd.estimate_saving(model, rate, distribution, example_inputs=x)
+    assert found.flops == pytest.approx(0.2, abs=1e-6)
+
+
+def test_what_cannot_be_saved_is_said() -> None:
+    model, x = make("resnet")
+    most = sd.estimate_saving(model, 1 - 1e-6, example_inputs=x).flops
+    with pytest.raises(sd.OptionError, match=f"{most:.1%} of a step"):
+        sd.drop_rate_for(model, 0.95, example_inputs=x)
+    for wrong in (-0.1, 1.0, "0.2", True):
+        with pytest.raises(sd.OptionError, match="saving is"):
+            sd.drop_rate_for(model, wrong, example_inputs=x)  # type: ignore[arg-type]
+
+
+def test_without_an_example_it_is_the_error_of_apply() -> None:
+    messages = []
+    for call in (
+        lambda: sd.apply_stochastic_depth(residuals(), 0.2),
+        lambda: sd.estimate_saving(residuals(), 0.2),
+        lambda: sd.drop_rate_for(residuals(), 0.2),
+    ):
+        with pytest.raises(sd.ExampleInputsError) as caught:
+            call()
+        messages.append(str(caught.value))
+    assert len(set(messages)) == 1
+
+
+def test_options_are_those_of_apply() -> None:
+    model, x = make("resnet")
+    names = [block.name for block in sd.find_residual_blocks(model, x)]
+    some = sd.estimate_saving(model, {names[1]: 0.2}, example_inputs=x, blocks=names[:2])
+    assert [block.name for block in some.blocks] == names[:2]
+    assert [block.drop_rate for block in some.blocks] == [0, 0.2]
+    with pytest.raises(sd.OptionError, match="mode="):
+        sd.estimate_saving(model, 0.5, example_inputs=x, mode="row")  # type: ignore[arg-type]
+    with pytest.raises(sd.OptionError, match="drop_rate"):
+        sd.estimate_saving(model, 1.5, example_inputs=x)
+    in_rows = sd.estimate_saving(model, 0.5, example_inputs=x, mode="sample")
+    assert in_rows.flops == sd.estimate_saving(model, 0.5, example_inputs=x).flops
+
+
+def test_a_deep_network_takes_a_moment() -> None:
+    """Each block is called by itself: what it takes grows with the depth, not with its square."""
+    found = sd.estimate_saving(CifarResNet(110), 0.5, example_inputs=images(2))
+    assert 0.25 < found.flops < 0.3
+
+
+def test_within_three_points_of_what_a_training_saves() -> None:
+    """As measured, in a committed result file."""
+    file = RESULTS / "estimate.json"
+    if not file.exists():
+        pytest.skip("benchmarks/results/estimate.json is not there yet")
+    for model in json.loads(file.read_text())["models"].values():
+        assert abs(model["estimated_time"] - model["saved_time"]["value"]) <= 0.03

@@ -1,0 +1,448 @@
+"""Promise: pruning leaves a smaller plain model, which computes what the other blocks computed.
+
+Bit for bit what the model does with these blocks dropped; and it is saved, loaded, exported and
+trained as any model of its class.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import stochastic_depth as sd
+from networks import NETWORKS, WIDTH, PreNormLayer, Residual, Transformer, make, residuals, vectors
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(shallow networks|dropout is active)")
+
+
+def outputs(model: nn.Module, x: Any) -> list[Tensor]:
+    with torch.no_grad():
+        out = model.eval()(**x) if isinstance(x, dict) else model.eval()(x)
+    return [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+
+
+def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def pruned_as_dropped(model: Any, x: Any, keep: Any, scale: Any = "none", **options: Any) -> Any:
+    """Prunes a model, and compares with the folded one in which the same blocks are dropped."""
+    depth = sd.apply_stochastic_depth(model, 0.2, "uniform", example_inputs=x, scale=scale)
+    names = [block.name for block in depth.blocks]
+    before = size(model)
+    twin = copy.deepcopy(model)
+    pruned = depth.prune(keep, **options)
+    assert pruned is model
+    twin = sd.get_stochastic_depth(twin).fold()
+    reference = sd.apply_stochastic_depth(twin, 0.0, example_inputs=x, scale="none")
+    for left_out in _sets(names, len(names) - len(_blocks(pruned, x)), keep):
+        with reference.fixed(dict.fromkeys(left_out, False)):
+            if same(outputs(twin, x), outputs(pruned, x)):
+                assert size(pruned) < before or not left_out
+                return pruned
+    raise AssertionError("no choice of blocks computes the same")
+
+
+def _blocks(model: nn.Module, x: Any) -> list[str]:
+    try:
+        return [block.name for block in sd.find_residual_blocks(model, x)]
+    except sd.NoResidualBlocksError:
+        return []
+
+
+def _sets(names: list[str], count: int, keep: Any) -> list[list[str]]:
+    """Which blocks may have been left out: known where names were passed."""
+    if not isinstance(keep, int | float):
+        return [[name for name in names if name not in keep]]
+    kept = len(names) - count
+    places = {round(n * (len(names) - 1) / max(1, kept - 1)) for n in range(kept)}
+    return [[name for number, name in enumerate(names) if number not in places]]
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("scale", ["none", "train", "eval"])
+@pytest.mark.parametrize("keep", [1, 4, 0.5, 1.0])
+def test_of_blocks_in_a_list(keep: float, scale: Any) -> None:
+    x = vectors(2, WIDTH)
+    pruned = pruned_as_dropped(residuals(8), x, keep, scale)
+    assert list(pruned._modules) == [str(number) for number in range(len(pruned))]
+    assert len(pruned) == (keep if isinstance(keep, int) else round(8 * keep))
+
+
+def test_with_scale_eval_it_is_what_the_gated_model_computes_to_rounding() -> None:
+    model, x = residuals(8), vectors(2, WIDTH)
+    depth = sd.apply_stochastic_depth(model, 0.5, example_inputs=x)
+    with depth.fixed({"2": False, "5": False}):
+        expected = outputs(model, x)
+    pruned: Any = depth.prune(["0", "1", "3", "4", "6", "7"])
+    assert torch.allclose(outputs(pruned, x)[0], expected[0], rtol=1e-5, atol=1e-6)
+    assert type(pruned[0]) is Residual
+    with pytest.raises(sd.SelectionError):
+        sd.get_stochastic_depth(pruned)
+
+
+def test_the_first_and_the_last_are_kept_and_others_evenly() -> None:
+    model, x = residuals(12), vectors(2, WIDTH)
+    marks = {id(block): number for number, block in enumerate(model)}
+    pruned: Any = sd.prune(model, 4, example_inputs=x)
+    assert [marks[id(block)] for block in pruned] == [0, 4, 7, 11]
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("name", [n for n in NETWORKS if n not in ("shared", "nested")])
+def test_of_each_kind_of_network(name: str) -> None:
+    model, x = make(name)
+    names = _blocks(model, x)
+    stuck = {"resnet": ["stages.1.0"]}.get(name, [])
+    keep = sorted({names[0], *stuck}, key=names.index)
+    with _norms_stay(name):
+        pruned = pruned_as_dropped(model, x, keep)
+    # It trains, is copied and goes through a file as any model.
+    pruned.train()(x).sum().backward()
+    for other in (copy.deepcopy(pruned), pickle.loads(pickle.dumps(pruned))):
+        assert same(outputs(other, x), outputs(pruned, x))
+
+
+def _norms_stay(name: str) -> Any:
+    if name == "post-norm":
+        return pytest.warns(sd.StochasticDepthWarning, match=r"leave what runs behind .*exact=Fal")
+    return pytest.MonkeyPatch.context()
+
+
+def test_a_projection_is_refused_by_name_and_nothing_is_changed() -> None:
+    model, x = make("resnet")
+    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=x)
+    state, before = copy.deepcopy(model.state_dict()), outputs(model, x)
+    with pytest.raises(sd.RefusedBlockError, match=r'"stages.1.0" cannot be taken out: its skip'):
+        depth.prune([block.name for block in depth.blocks if block.name != "stages.1.0"])
+    assert same(outputs(model, x), before)
+    assert sd.get_stochastic_depth(model) is depth
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_of_a_number_what_cannot_be_taken_out_is_always_kept() -> None:
+    model, x = make("resnet")
+    assert "stages.1.0" in _blocks(sd.prune(model, 2, example_inputs=x), x)
+    model, x = make("resnet")
+    total = len(_blocks(model, x))
+    for wrong in (0, total + 1, 0.0, 1.5, -1):
+        with pytest.raises(sd.OptionError, match=f"keep is {wrong}"):
+            sd.prune(model, wrong, example_inputs=x)
+    kinds: list[Any] = [True, None, [], 1j]
+    for kind in kinds:
+        with pytest.raises(sd.OptionError, match="keep is"):
+            sd.prune(model, kind, example_inputs=x)
+    with pytest.raises(sd.SelectionError, match="keep names 'layer9'"):
+        sd.prune(model, ["layer9"], example_inputs=x)
+    assert len(_blocks(model, x)) == total
+
+
+class Looped(nn.Module):
+    """Runs its blocks by their numbers: none may leave the list."""
+
+    def __init__(self, blocks: int = 4) -> None:
+        super().__init__()
+        self.stem, self.blocks = (
+            nn.Linear(3, WIDTH),
+            nn.ModuleList(Residual() for _ in range(blocks)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for number in range(4):
+            x = self.blocks[number](x)
+        return x
+
+
+class Named(Looped):
+    """Calls each by its name."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.first, self.second, self.third = Residual(), Residual(), Residual()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.second(self.first(self.stem(x))))
+
+
+class InLine(Looped):
+    """Takes the sums in its own forward, over a list."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block.branch(x) if isinstance(block, Residual) else x + block(x)
+        return x
+
+
+class Counting(Looped):
+    """What a block's place is worth differs: it may not move."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for number, block in enumerate(self.blocks):
+            x = block(x) * (1.0 + number)
+        return x
+
+
+@pytest.mark.parametrize("build", [Looped, Named, Counting])
+def test_elsewhere_a_module_stands_in(build: Callable[[], Any]) -> None:
+    model, x = build(), vectors(2, 3)
+    names = _blocks(model, x)
+    pruned = pruned_as_dropped(model, x, [names[0], names[-1]])
+    assert type(pruned.get_submodule(names[1])).__name__ == "PassThrough"
+    assert not list(pruned.get_submodule(names[1]).parameters())
+
+
+def test_a_sum_in_the_models_own_loop() -> None:
+    model, x = InLine(), vectors(2, 3)
+    model.blocks = nn.ModuleList(nn.Sequential(nn.ReLU(), nn.Linear(WIDTH, WIDTH)) for _ in "abcd")
+    assert len(pruned_as_dropped(model, x, 2).blocks) == 2
+
+
+class Needs(Looped):
+    """Fails without its second block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(self.blocks[1], Residual):
+            raise TypeError("where is it?")
+        return super().forward(x)
+
+
+def test_where_a_block_is_needed_nothing_is_changed() -> None:
+    model, x = Needs(), vectors(2, 3)
+    before, keys = outputs(model, x), list(model.state_dict())
+    depth = sd.apply_stochastic_depth(model, 0.2, "uniform", example_inputs=x)
+    scaled = outputs(model, x)
+    with pytest.raises(sd.RefusedBlockError, match=r"without blocks\.1.* Needs fails.*where is it"):
+        depth.prune(["blocks.0", "blocks.3"])
+    assert same(outputs(model, x), scaled)
+    assert sd.get_stochastic_depth(model) is depth
+    depth.remove()
+    assert (list(model.state_dict()), same(outputs(model, x), before)) == (keys, True)
+
+
+def test_blocks_inside_of_blocks_go_with_them() -> None:
+    model, x = make("nested")
+    pruned: Any = sd.prune(model, 2, example_inputs=x)
+    assert _blocks(pruned, x) == [
+        f"{n}{inner}" for n in "12" for inner in (".inner.0", ".inner.1", "")
+    ]
+    model, x = make("nested")
+    pruned = sd.prune(model, ["2.inner.1"], example_inputs=x)
+    assert [len(pruned), len(pruned[1].inner)] == [2, 1]
+
+
+def test_what_was_trained_least_goes() -> None:
+    model, x = residuals(6), vectors(2, WIDTH)
+    marks = {id(block): str(number) for number, block in enumerate(model)}
+    rates = {"1": 0.9, "3": 0.8, "4": 0.7}
+    depth = sd.apply_stochastic_depth(model, rates, example_inputs=x, scale="none")
+    with pytest.raises(sd.OptionError, match="was not trained"):
+        depth.prune(3, order="least_dropped")
+    for _ in range(100):
+        model.train()(x)
+        depth.step()
+    pruned: Any = depth.prune(3, order="least_dropped")
+    assert [marks[id(block)] for block in pruned] == ["0", "2", "5"]
+    with pytest.raises(sd.OptionError, match="order="):
+        sd.apply_stochastic_depth(pruned, 0.0, example_inputs=x).prune(2, order="best")  # type: ignore[arg-type]
+
+
+def test_it_has_to_see_the_model_run() -> None:
+    model = nn.Sequential(*(sd.Residual(nn.Linear(WIDTH, WIDTH)) for _ in range(4)))
+    depth = sd.apply_stochastic_depth(model, 0.1, scale="none")
+    with pytest.raises(sd.ExampleInputsError):
+        depth.prune(2)
+    pruned: Any = depth.prune(2, example_inputs=vectors(2, WIDTH))
+    assert len(pruned) == 2
+    with torch.device("meta"):
+        on_meta = residuals(4)
+    x = torch.empty(2, WIDTH, device="meta")
+    with pytest.raises(sd.OptionError, match="on the meta device"):
+        sd.prune(on_meta, 2, example_inputs=x)
+    assert len(on_meta) == 4
+
+
+def test_a_model_that_drops_on_its_own_is_pruned_all_the_same() -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("vit_tiny_patch16_224", depth=4, img_size=32, drop_path_rate=0.2)
+    rates = [model.blocks[n].drop_path1.drop_prob for n in (1, 3)]
+    x = torch.randn(2, 3, 32, 32)
+    pruned: Any = sd.prune(model, ["blocks.1", "blocks.3"], example_inputs=x)
+    assert [block.drop_path1.drop_prob for block in pruned.blocks] == rates
+
+
+TIMM: dict[str, tuple[dict[str, Any], int]] = {
+    "vit_tiny_patch16_224": ({"img_size": 32, "depth": 6}, 3),
+    "resnet26": ({}, 6),
+    "convnext_atto": ({}, 6),
+    "cait_xxs24_224": ({"img_size": 32, "depth": 4}, 3),
+    "regnetx_002": ({}, 8),
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_models_of_timm(name: str) -> None:
+    options, keep = TIMM[name]
+    model = pytest.importorskip("timm").create_model(name, **options)
+    _library(model, torch.randn(2, 3, 32, 32), keep)
+
+
+@pytest.mark.parametrize(("name", "keep"), [("resnet50", 8), ("vit_b_32", 4)])
+def test_models_of_torchvision(name: str, keep: int) -> None:
+    options = {"image_size": 32} if name.startswith("vit") else {}
+    model = pytest.importorskip("torchvision.models").get_model(name, **options)
+    _library(model, torch.randn(2, 3, 32, 32), keep)
+
+
+def _library(model: nn.Module, x: Tensor, keep: int) -> None:
+    before, names = size(model), _blocks(model.eval(), x)
+    twin = copy.deepcopy(model)
+    modules = {id(module): name for name, module in model.named_modules()}
+    pruned = sd.prune(model, keep, example_inputs=x)
+    left = {modules[id(module)] for module in pruned.modules() if id(module) in modules}
+    reference = sd.apply_stochastic_depth(twin, 0.0, example_inputs=x, scale="none")
+    out = [name for name in names if name not in left]
+    assert len(out) == len(names) - keep
+    with reference.fixed(dict.fromkeys(out, False)):
+        assert same(outputs(twin, x), outputs(pruned, x))
+    assert size(pruned) < before
+    keys = [key for key in pruned.state_dict() if key.split(".")[-2:-1]]
+    assert len(keys) == len(set(keys))
+
+
+def small(kind: str, **more: Any) -> tuple[Any, Any]:
+    """A model of transformers with six layers, and its example."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4,
+        "intermediate_size": 48, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    if kind == "GPT2LMHeadModel":
+        sizes = {"vocab_size": 60, "n_embd": 32, "n_layer": 6, "n_head": 4}
+        sizes |= {"bos_token_id": 1, "eos_token_id": 2}
+    if kind == "ViTModel":
+        sizes = {n: sizes[n] for n in ("hidden_size", "num_hidden_layers", "intermediate_size")}
+        sizes |= {"num_attention_heads": 4, "image_size": 16, "patch_size": 4}
+    configs = {"GPT2LMHeadModel": "GPT2Config", "BertModel": "BertConfig", "ViTModel": "ViTConfig"}
+    configs |= {"LlamaForCausalLM": "LlamaConfig", "Gemma3ForCausalLM": "Gemma3TextConfig"}
+    config = getattr(transformers, configs[kind])(**sizes, **more)
+    if kind == "ViTModel":
+        return transformers.ViTModel(config).eval(), {"pixel_values": torch.randn(2, 3, 16, 16)}
+    model = getattr(transformers, kind)(config).eval()
+    return model, {"input_ids": torch.randint(3, 60, (2, 5))}
+
+
+@pytest.mark.parametrize("scale", ["none", "eval"])
+@pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "LlamaForCausalLM", "ViTModel"])
+def test_models_of_transformers_are_saved_as_smaller_ones(
+    kind: str, scale: Any, tmp_path: Path
+) -> None:
+    model, x = small(kind)
+    names = _blocks(model, x)
+    model = pruned_as_dropped(model, x, [names[0], names[2], names[5]], scale)
+    assert model.config.num_hidden_layers == 3
+    saved_and_loaded(model, x, tmp_path)
+    if hasattr(model, "generate") and "input_ids" in x:
+        generates(model, x["input_ids"])
+
+
+def saved_and_loaded(model: Any, x: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+    again = type(model).from_pretrained(folder).eval()
+    assert sorted(again.state_dict()) == sorted(model.state_dict())
+    assert torch.equal(outputs(again, x)[0], outputs(model, x)[0])
+
+
+def generates(model: Any, tokens: Tensor) -> None:
+    """With a cache the same tokens as without: each layer knows its new place in it."""
+    torch.manual_seed(0)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    with torch.no_grad():
+        cached = model.generate(tokens, use_cache=True, **options)
+        assert torch.equal(cached, model.generate(tokens, use_cache=False, **options))
+    places = [m.layer_idx for m in model.modules() if getattr(m, "layer_idx", None) is not None]
+    assert set(places) == {0, 1, 2}
+
+
+def test_lists_with_an_entry_for_each_layer_are_shortened(tmp_path: Path) -> None:
+    kinds = ["sliding_attention", "full_attention"] * 3
+    model, x = small("Gemma3ForCausalLM", layer_types=kinds, head_dim=8, num_key_value_heads=2)
+    names = _blocks(model, x)
+    sd.prune(model, [names[0], names[1], names[3]], example_inputs=x)
+    assert model.config.layer_types == [kinds[0], kinds[1], kinds[3]]
+    saved_and_loaded(model, x, tmp_path)
+    generates(model, x["input_ids"])
+
+
+def test_a_bert_that_was_trained_with_layer_drop(tmp_path: Path) -> None:
+    """Where a layer of it is dropped its norms run: they stay, or the whole layer is taken out."""
+    model, x = small("BertModel")
+    depth = sd.apply_layer_drop(model, 0.2, example_inputs=x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    depth.follow(optimizer)
+    for _ in range(3):
+        model.train()(**x).last_hidden_state.square().mean().backward()
+        optimizer.step()
+    other = copy.deepcopy(model)
+    keep = [f"encoder.layer.{number}" for number in (0, 2, 3, 5)]
+    with depth.fixed({"encoder.layer.1": False, "encoder.layer.4": False}):
+        expected = outputs(model, x)
+    with pytest.warns(sd.StochasticDepthWarning, match="2 blocks leave what runs behind"):
+        exact: Any = depth.prune(keep)
+    assert same(outputs(exact, x), expected)
+    behind = exact.encoder.layer[1].behind
+    assert [type(module).__name__ for module in behind] == ["LayerNorm", "LayerNorm"]
+    smaller: Any = sd.get_stochastic_depth(other).prune(keep, exact=False, example_inputs=x)
+    assert smaller.config.num_hidden_layers == len(smaller.encoder.layer) == 4
+    saved_and_loaded(smaller, x, tmp_path)
+
+
+def test_encoders_and_decoders_have_numbers_of_their_own(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(
+        vocab_size=60, d_model=32, d_kv=8, d_ff=48, num_layers=4, num_heads=4, pad_token_id=0,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    model, tokens = transformers.T5ForConditionalGeneration(config).eval(), torch.ones(2, 5).long()
+    x = {"input_ids": tokens, "decoder_input_ids": tokens}
+    keep = ["encoder.*", "decoder.block.1", "decoder.block.3"]
+    blocks = ["!encoder.block.0", "!decoder.block.0"]
+    sd.prune(model, keep, example_inputs=x, blocks=blocks)
+    assert (model.config.num_layers, model.config.num_decoder_layers) == (4, 3)
+    saved_and_loaded(model, x, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["folded", "pruned", "plain"])
+@pytest.mark.filterwarnings("ignore")  # of the exporters'
+def test_it_exports(name: str, tmp_path: Path) -> None:
+    """To torch.export and ONNX, equal to eager."""
+    model, x = make("pre-norm")
+    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=x)
+    leave: dict[str, Callable[[], nn.Module]]
+    leave = {"folded": depth.fold, "plain": depth.remove, "pruned": lambda: depth.prune(1)}
+    model = leave[name]().eval()
+    assert name != "pruned" or size(model) < size(Transformer(PreNormLayer))
+    expected = model(x)  # with gradients, without which other kernels run
+    exported = torch.export.export(model, (x,)).module()
+    assert torch.equal(exported(x), expected)
+    pytest.importorskip("onnxscript")
+    reference: Any = pytest.importorskip("onnx.reference")
+    file = tmp_path / "model.onnx"
+    torch.onnx.export(model, (x,), file, dynamo=True, verbose=False)
+    (found,) = reference.ReferenceEvaluator(str(file)).run(None, {"x": x.numpy()})
+    # Another library's kernels sum in another order.
+    assert torch.allclose(torch.from_numpy(found.copy()), expected, rtol=1e-4, atol=1e-5)
