@@ -7,12 +7,14 @@
     torchrun --nproc-per-node 2 --max-restarts 3 examples/images.py --out RUN  # goes on by itself
 
 At the end: a table of what it saved and what it did to the error; and in the output folder
-`metrics.json`, `steps.csv`, `error.png` and `plain.pt`, the weights of the network with stochastic
-depth for the plain network, which any PyTorch program loads.
+`report.html`, a page that shows all of it, `metrics.json`, `steps.csv`, `error.png` and `plain.pt`,
+the weights of the network with stochastic depth for the plain network, which any PyTorch program
+loads. A checkpoint is written after each epoch, once a minute, and at Ctrl-C.
 """
 
 import copy
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from imagelib.flops import count_step_cost
 from imagelib.image_data import read_image_data
 from imagelib.models import build_model
 from imagelib.options import Options, parse
+from imagelib.page import page_of
 from imagelib.progress import Interruption, progress_bar
 from imagelib.ranks import Ranks, fabric_on, together
 from imagelib.recipe import learning_rate, sgd
@@ -40,6 +43,7 @@ from imagelib.shortened import can_be_taken_out
 from imagelib.side_by_side import SideBySide
 
 INTERRUPTED = 130  # the exit code that shells expect after Ctrl-C
+SAVE_EVERY = 60  # seconds, beside the end of each epoch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,11 +85,14 @@ def run(options: Options, ranks: Ranks) -> int:
     except sd.RefusedBlockError as error:  # of which sd.apply_stochastic_depth has warned
         console.print(f"There is no plain.pt: {error}", highlight=False)
     results = gather(records, networks.cost, batches, wrong, finished=finished)
+    configuration, per_epoch = checkpoints.configuration, batches.steps_per_epoch
+    page = page_of(results, records, configuration, networks.depth, per_epoch)
     ranks.from_first(
-        lambda: write_report(options.out, results, checkpoints.configuration, records, batches)
+        lambda: write_report(options.out, results, configuration, records, batches, page)
     )
     print_report(results, console)
-    console.print(f"All of it is in {options.out}", highlight=False)
+    console.print(f"All of it is in {options.out}; to look at:", highlight=False, soft_wrap=True)
+    console.print(str(options.out / "report.html"), highlight=False, soft_wrap=True)
     return 0 if finished else INTERRUPTED
 
 
@@ -140,26 +147,35 @@ def train(
     console: Console,
 ) -> bool:
     """From the last checkpoint to the end (True), or until Ctrl-C (False)."""
-    per_epoch, done, ranks = batches.steps_per_epoch, len(records.epochs), batches.ranks
+    per_epoch, done, ranks = batches.steps_per_epoch, len(records.steps), batches.ranks
     total = options.epochs * per_epoch
     networks.plan_measurements(total, options.seed)
 
+    saved_at = time.monotonic()
+
     def save() -> None:
-        checkpoints.save({"networks": networks.state_dict(), "records": records.state_dict()})
+        nonlocal saved_at
+        state = {"networks": networks.state_dict(), "records": records.state_dict()}
+        ranks.from_first(lambda: checkpoints.save(state))
+        saved_at = time.monotonic()
 
     with progress_bar(console) as progress, Interruption() as interruption:
-        task = progress.add_task("Training", total=total, completed=done * per_epoch)
-        for epoch in range(done, options.epochs):
-            waited_for = metered(batches.for_training(epoch))
-            for step, (seconds, batch) in enumerate(waited_for, epoch * per_epoch):
+        task = progress.add_task("Training", total=total, completed=done)
+        for epoch in range(len(records.epochs), options.epochs):
+            first = done - epoch * per_epoch if done > epoch * per_epoch else 0
+            waited_for = metered(batches.for_training(epoch, first))
+            for step, (seconds, batch) in enumerate(waited_for, epoch * per_epoch + first):
                 rate = learning_rate(options.lr, step, total)
                 taken = networks.step(step, epoch, batch, seconds, rate)
                 records.steps.append(over_ranks(taken, ranks))
                 progress.advance(task)
-                if ranks.any(asked=interruption.asked):
+                is_asked = ranks.any(asked=interruption.asked)
+                if is_asked or ranks.any(asked=time.monotonic() - saved_at > SAVE_EVERY):
+                    save()
+                if is_asked:
                     return False
             records.epochs.append(networks.count_wrong(epoch, batches))
-            ranks.from_first(save)
+            save()
             print_epoch(records, batches, console)
     return True
 

@@ -19,6 +19,7 @@ import torch
 
 import images
 from imagelib.batches import Batches
+from imagelib.checkpoints import Checkpoints
 from imagelib.cifar_resnet import CifarResNet
 from imagelib.contender import count_wrong
 from imagelib.image_data import read_image_data
@@ -176,6 +177,51 @@ def test_ctrl_c_and_a_damaged_checkpoint(
     assert images.main([*SHORT, f"--out={tmp_path}", "--resume"]) == 0
     assert f"{newest} is damaged" in capsys.readouterr().err
     assert_same_weights(tmp_path, finished)
+
+
+def test_a_checkpoint_within_an_epoch_loses_nothing(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the middle of the second and of the third epoch: no step is taken twice."""
+    taken: list[int] = []
+    take_step = SideBySide.step
+
+    def step(self: SideBySide, number: int, *arguments: Any) -> Step:
+        taken.append(number)
+        return take_step(self, number, *arguments)
+
+    monkeypatch.setattr(SideBySide, "step", step)
+    options = [*SHORT, f"--out={tmp_path}"]
+    for at in (60, 100):
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, at)
+            assert images.main(options) == 130
+        options = [*SHORT, f"--out={tmp_path}", "--resume"]
+    assert images.main(options) == 0
+    assert taken == list(range(4 * 42))
+    assert_same_weights(tmp_path, finished)
+    counts = [
+        torch.load(folder / "checkpoint.pt", weights_only=True)["networks"]["depth"]["statistics"]
+        for folder in (tmp_path, finished)
+    ]
+    assert counts[0] == counts[1]
+
+
+def test_a_checkpoint_is_written_once_a_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "SAVE_EVERY", 0)
+    saved: list[int] = []
+    save = Checkpoints.save
+
+    def counted(self: Checkpoints, state: dict[str, Any]) -> None:
+        saved.append(len(state["records"]["steps"]))
+        save(self, state)
+
+    monkeypatch.setattr(Checkpoints, "save", counted)
+    interrupt_at(monkeypatch, 5)
+    assert images.main([*SHORT, f"--out={tmp_path}"]) == 130
+    assert saved == [1, 2, 3, 4, 5, 6]
 
 
 def test_ctrl_c_in_the_first_epoch(

@@ -178,6 +178,7 @@ def step(number: int, **measured: Any) -> Step:
         "loss": 1.0,
         "blocks_run": 7,
         "flops": 1000,
+        "gates": "999",
     }
     return Step(step=number, **{**standard, **measured})
 
@@ -249,7 +250,10 @@ def test_records_as_csv() -> None:
     records.steps = [step(0), step(1, timed=False, shortened_seconds=0.25, loss=math.inf)]
     header, *lines = records.as_csv().splitlines()
     assert header == ",".join(Step._fields)
-    assert lines == ["0,0,1,0,0.01,1,0.008,1,7,1000,,,", "1,0,0,0,0.01,1,0.008,inf,7,1000,0.25,,"]
+    assert lines == [
+        "0,0,1,0,0.01,1,0.008,1,7,1000,999,,,",
+        "1,0,0,0,0.01,1,0.008,inf,7,1000,999,0.25,,",
+    ]
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:

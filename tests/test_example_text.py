@@ -22,6 +22,7 @@ from textlib.contender import Contender
 from textlib.flops import plain_step_cost
 from textlib.gpt import GPT
 from textlib.models import build_model
+from textlib.options import parse
 from textlib.race import affordable_steps, look_after
 from textlib.recipe import learning_rate
 from textlib.records import HeldOut, Step
@@ -233,7 +234,7 @@ def test_on_the_way_lies_between_two_looks() -> None:
 
 def test_time_is_compared_step_by_step() -> None:
     seconds = np.random.default_rng(0).uniform(1, 1.2, 40)
-    plain = [Step(n, n > 2, s, 0.0, 0.0, 8, 1) for n, s in enumerate(seconds)]
+    plain = [Step(n, n > 2, s, 0.0, 0.0, 8, 1, "9") for n, s in enumerate(seconds)]
     faster = [step._replace(seconds=0.5 * step.seconds) for step in plain]
     faster[7] = faster[7]._replace(seconds=50.0)  # something else held up this one
     found = time_to_plain(faster, plain)
@@ -243,12 +244,13 @@ def test_time_is_compared_step_by_step() -> None:
     assert time_to_plain(faster[:10], plain) is None
 
 
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Ctrl-C in the middle of this step of the plain model."""
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, number: int, *, anew: bool = False) -> None:
+    """Ctrl-C in the middle of this step of the plain model, or of the one that is trained anew."""
     take_turn = Contender.take_turn
 
     def interrupted(self: Contender, batch: Batch) -> None:
-        if self.name == "plain" and len(self.steps) == number:
+        is_anew = self.total_steps < 20
+        if self.name == "plain" and len(self.steps) == number and anew is is_anew:
             os.kill(os.getpid(), signal.SIGINT)
         take_turn(self, batch)
 
@@ -269,6 +271,59 @@ def test_ctrl_c_leaves_what_is_known(
         assert len(rows(tmp_path, name)) == 7
         assert variant["equal_flops"] is None
     assert (tmp_path / "loss.png").exists()
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_ctrl_c_and_resume_end_as_one_run(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anew: bool
+) -> None:
+    """In the first comparison, and in the second."""
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 6, anew=anew)
+        assert text.main([*SHORT, f"--out={tmp_path}"]) == 130
+    assert text.main([*SHORT, f"--out={tmp_path}", "--resume"]) == 0
+    assert losses(tmp_path) == losses(finished)
+    one, other = (
+        torch.load(folder / "checkpoint.pt", weights_only=True)["contenders"]
+        for folder in (tmp_path, finished)
+    )
+    assert one.keys() == other.keys()
+    for name, state in one.items():
+        for key, value in state["model"].items():
+            assert torch.equal(value, other[name]["model"][key]), (name, key)
+
+
+def losses(folder: Path) -> Any:
+    """All that does not depend on the clock."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    variants = metrics["variants"].items()
+    clocks = ("seconds_per_step", "time_to_plain")
+    return {n: {k: x for k, x in v.items() if k not in clocks} for n, v in variants}
+
+
+def test_resume_needs_a_run_to_go_on_with(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, why in (
+        (["--resume"], "say with --out which folder"),
+        (["--resume", f"--out={tmp_path}"], "there is no"),
+        (["--resume", f"--out={finished}", "--lr=0.1"], "is of another run: lr was 0.003, now 0.1"),
+    ):
+        assert text.main([*SHORT, *arguments]) == 2
+        assert why in capsys.readouterr().err
+
+
+def test_the_play_that_ships_is_the_default() -> None:
+    assert parse(["--steps=10"]).data == SAMPLE
+
+
+def test_looks_take_a_part_of_the_time() -> None:
+    """All of the held-out part in a long training, less of it in a short one."""
+    for steps, most in ((10, 32), (100, 65), (1500, 981)):
+        assert text.windows_at_a_look(steps * 12) == most
+    windows = Windows(read_text(SAMPLE, "char", 16), 16, 4, seed=0, most=40)
+    assert sum(len(batch.tokens) for batch in windows.held_out()) == 40
+    assert len(windows.held_out_with_past()) == 40 * 16 + 2
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "gpt_neox"])

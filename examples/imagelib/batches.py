@@ -51,10 +51,14 @@ class Batches:
         mean, deviation = _mean_and_deviation(data.train)
         self._mean, self._deviation = mean.to(self.device), deviation.to(self.device)
 
-    def for_training(self, epoch: int) -> Iterator[Batch]:
-        """One epoch: every image once, in a new order, cropped and (where it may be) mirrored."""
+    def for_training(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """One epoch: every image once, in a new order, cropped and (where it may be) mirrored.
+
+        `first`: the step of the epoch to begin with.
+        """
         order = torch.randperm(len(self.data.train), generator=_generator(self.seed, epoch))
-        for step, chosen in enumerate(order.split(self.images_per_step)[: self.steps_per_epoch]):
+        steps = list(enumerate(order.split(self.images_per_step)[: self.steps_per_epoch]))
+        for step, chosen in steps[first:]:
             batch = self._batch(self.data.train, self.ranks.part(chosen))
             generator = _generator(self.seed, epoch, step)
             images = augment(batch.images, generator, flip=self.data.flip, ranks=self.ranks)

@@ -24,6 +24,7 @@ class Step(NamedTuple):
     loss: float
     blocks_run: float  # where several ranks train together: on average, as is the loss
     flops: int  # where several ranks train together: their sum
+    gates: str  # of each block a digit: 9 where it ran, 0 where not, or a share of the batch
     shortened_seconds: float = NOT_MEASURED  # the same draw with its closed blocks taken out
     counted_flops: float = NOT_MEASURED
     counted_shortened_flops: float = NOT_MEASURED

@@ -71,6 +71,7 @@ class SideBySide:
             loss=dropping.loss,
             blocks_run=sum(gates.values()),
             flops=self.cost.with_gates(gates),
+            gates="".join(f"{9 * share:.0f}" for share in gates.values()),
             shortened_seconds=shortened.seconds,
             counted_flops=dropping.flops,
             counted_shortened_flops=shortened.flops,

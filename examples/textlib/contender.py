@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,9 +79,25 @@ class Contender:
             learning_rate=rate,
             blocks_run=self.blocks - sum(not is_open for is_open in gates.values()),
             flops=self.cost.with_gates(gates),
+            gates="".join("9" if is_open else "0" for is_open in gates.values()),
             counted_flops=counter.get_total_flops() if counted else NOT_COUNTED,
         )
         self.steps.append(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that it takes to go on. That of the gates rides in the optimizer's."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "steps": [tuple(step) for step in self.steps],
+            "held_out": [tuple(look) for look in self.held_out],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps = [Step(*values) for values in state["steps"]]
+        self.held_out = [HeldOut(*values) for values in state["held_out"]]
 
     def look_at_held_out(self, windows: Windows) -> None:
         """How well it predicts the held-out part now, as it is used in inference."""

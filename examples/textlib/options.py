@@ -9,7 +9,10 @@ from typing import Literal
 
 import torch
 
+from imagelib import InputError
 from imagelib.command_line import Parser, between, device, whole
+
+SHIPPED = Path(__file__).parent / "data" / "coriolanus.txt"
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Options:
     seed: int
     device: torch.device
     out: Path
+    resume: bool
 
     def gamma_over(self, steps: int) -> float:
         """How fast progressive layer dropping sets in: 100/T, as in its paper, unless given."""
@@ -36,7 +40,7 @@ class Options:
 
     def configuration(self, fingerprint: str) -> dict[str, object]:
         """What decides the result. `fingerprint`: of the text, whatever its file is called."""
-        free = ("data", "device", "out")
+        free = ("data", "device", "out", "resume")
         chosen = {name: value for name, value in vars(self).items() if name not in free}
         return {"text": fingerprint, **chosen, "gamma": self.gamma_over(self.steps)}
 
@@ -44,6 +48,8 @@ class Options:
 def parse(arguments: Sequence[str] | None) -> Options:
     given = _parser().parse_args(arguments)
     if given.out is None:
+        if given.resume:
+            raise InputError("--resume: say with --out which folder holds the run to go on with")
         given.out = Path("runs", time.strftime("text-%Y%m%d-%H%M%S"))
     return Options(**vars(given))
 
@@ -56,8 +62,8 @@ def _parser() -> Parser:
     add = parser.add_argument
     text = "gpt (default), or transformers:TYPE, a small gpt2, llama, gpt_neox ..."
     add("--model", metavar="NAME", default="gpt", help=text)
-    text = "a file to learn from; its last tenth is held out"
-    add("--data", metavar="text:PATH", type=text_path, required=True, help=text)
+    text = "a file to learn from, whose last tenth is held out (default: the play that ships)"
+    add("--data", metavar="text:PATH", type=text_path, default=SHIPPED, help=text)
     text = "what is predicted: characters (default) or bytes"
     add("--level", choices=("char", "byte"), default="char", help=text)
     text = "of each variant (default: 1500)"
@@ -79,6 +85,8 @@ def _parser() -> Parser:
     text = "auto (default), cpu, cuda, cuda:1, mps"
     add("--device", metavar="NAME", type=device, default="auto", help=text)
     add("--out", metavar="FOLDER", type=Path, help="default: a new one in runs/")
+    text = "go on from the checkpoint in --out, exactly"
+    add("--resume", action="store_true", help=text)
     return parser
 
 

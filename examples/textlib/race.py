@@ -8,17 +8,17 @@ from textlib.windows import Windows
 
 
 def race(contenders: Sequence[Contender], windows: Windows, *, looks: int) -> Iterator[int]:
-    """Trains all to their ends; yields after every step how many have been taken.
+    """Trains all to their ends from where they are; yields after every step how many were taken.
 
     At the same step all see the same batch, in an order drawn anew for each step: in a fixed one
     each would find the memory and the caches as the same other left them. `looks` is how often
     each looks at the held-out part, the last time at its end.
     """
-    order = random.Random(0)
-    for number in range(max((c.total_steps for c in contenders), default=0)):
+    first = max((len(c.steps) for c in contenders), default=0)
+    for number in range(first, max((c.total_steps for c in contenders), default=0)):
         batch = windows.for_training(number)
         going = [contender for contender in contenders if not contender.finished]
-        for contender in order.sample(going, len(going)):
+        for contender in random.Random(number).sample(going, len(going)):
             contender.take_turn(batch)
             if len(contender.steps) in look_after(contender.total_steps, looks):
                 contender.look_at_held_out(windows)

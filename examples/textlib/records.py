@@ -19,6 +19,7 @@ class Step(NamedTuple):
     learning_rate: float
     blocks_run: int
     flops: int
+    gates: str  # of each block a digit: 9 where it ran, 0 where not
     counted_flops: float = NOT_COUNTED  # at some steps, as torch counted them while training
 
 

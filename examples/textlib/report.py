@@ -9,12 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 from imagelib.checkpoints import replacing
+from imagelib.report import plural
 from textlib.contender import Contender
 from textlib.records import steps_as_csv
 from textlib.results import Outcome, Results, Variant
 
 # What a run writes; where one of these is, there was a run.
-WRITTEN = ("metrics.json", "steps.csv", "loss.png")
+WRITTEN = ("checkpoint.pt", "checkpoint.before.pt", "metrics.json", "steps.csv", "loss.png",
+           "report.html")  # fmt: skip
 
 
 def print_looks(contenders: Sequence[Contender], console: Console) -> None:
@@ -30,25 +32,40 @@ def write_report(
     configuration: dict[str, object],
     equal_steps: Sequence[Contender],
     equal_flops: Sequence[Contender],
+    page: str,
 ) -> None:
-    """`metrics.json`, `steps.csv` and `loss.png`."""
+    """`metrics.json`, `steps.csv`, `loss.png` and `report.html`."""
     rows = [("steps", c.name, step) for c in equal_steps for step in c.steps]
     rows += [("FLOPs", c.name, step) for c in equal_flops for step in c.steps]
     for name, content in (
         ("metrics.json", results.as_json(configuration, remarks(results)).encode()),
         ("steps.csv", steps_as_csv(rows).encode()),
         ("loss.png", draw_picture(results)),
+        ("report.html", page.encode()),
     ):
         with replacing(folder / name) as file:
             file.write(content)
 
 
 def print_report(results: Results, console: Console) -> None:
-    state = "" if results.finished else ", interrupted"
-    table = Table(title=f"After {results.steps:,} steps{state}", title_justify="left")
+    table = Table(title=title(results), title_justify="left")
     table.add_column()
     for name in results.variants:
         table.add_column(name, justify="right")
+    for name, cells in result_rows(results).items():
+        table.add_row(name, *cells)
+    console.print(table)
+    for line in remarks(results):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def title(results: Results) -> str:
+    state = "" if results.finished else ", interrupted"
+    return f"After {plural(results.steps, 'step')}{state}"
+
+
+def result_rows(results: Results) -> dict[str, list[str]]:
+    """The table: of each row, a cell for each variant."""
     rows: dict[str, Callable[[Variant], str]] = {
         "held-out perplexity": lambda v: f"{v.equal_steps.perplexity:.3f}",
         "held-out loss, nats": lambda v: f"{v.equal_steps.held_out_loss:.4f}",
@@ -60,11 +77,7 @@ def print_report(results: Results, console: Console) -> None:
         "  perplexity": lambda v: _perplexity(v.equal_flops),
         "  on the way": lambda v: _perplexity(v.equal_flops_on_the_way),
     }
-    for name, cell in rows.items():
-        table.add_row(name, *map(cell, results.variants.values()))
-    console.print(table)
-    for line in remarks(results):
-        console.print(line, highlight=False, soft_wrap=True)
+    return {name: list(map(cell, results.variants.values())) for name, cell in rows.items()}
 
 
 def _seconds(variant: Variant) -> str:
@@ -97,9 +110,10 @@ def remarks(results: Results) -> list[str]:
             "above, whose learning rate comes down later."
         )
     wrong = sum(step.executed != step.expected for step in results.counted_steps)
+    checked = plural(len(results.counted_steps), "step")
     saved = (f"{name} {variant.flops_saved:.1%}" for name, variant in variants.items())
     lines.append(
-        f"FLOPs saved: {', '.join(list(saved)[1:])} (checked at {len(results.counted_steps)} steps"
+        f"FLOPs saved: {', '.join(list(saved)[1:])} (checked at {checked}"
         f"{f'; {wrong} DISAGREE: see counted_steps, metrics.json' if wrong else ''})."
     )
     return lines + _verdicts(variants)

@@ -30,10 +30,15 @@ class Windows:
         batch_size: int,
         seed: int,
         device: torch.device | str = "cpu",
+        *,
+        most: int | None = None,
     ) -> None:
+        """`most`: how many held-out windows are looked at. None: all of them."""
         self.text, self.context, self.batch_size = text, context, batch_size
         self._seed = seed
         self._device = torch.device(device)
+        self._number = (len(text.held_out) - 1) // context if most is None else most
+        self._number = min(self._number, (len(text.held_out) - 1) // context)
 
     def for_training(self, step: int) -> Batch:
         """Windows that begin anywhere and end before the held-out part."""
@@ -43,16 +48,14 @@ class Windows:
 
     def held_out(self) -> Iterator[Batch]:
         """The held-out part, window after window; a last one that is not full is left out."""
-        number = (len(self.text.held_out) - 1) // self.context
-        starts = self.context * np.arange(number)
-        for first in range(0, number, AT_A_LOOK):
+        starts = self.context * np.arange(self._number)
+        for first in range(0, self._number, AT_A_LOOK):
             yield self._batch(self.text.held_out, starts[first : first + AT_A_LOOK])
 
     def held_out_with_past(self) -> Tokens:
         """The tokens that `held_out` asks for, with the two before the first."""
-        number = (len(self.text.held_out) - 1) // self.context * self.context
         start = self.text.held_out_from - 1
-        return self.text.tokens[start : start + number + 2]
+        return self.text.tokens[start : start + self._number * self.context + 2]
 
     def example(self, sequences: int) -> Tensor:
         """The beginning of the text, as a model sees it."""

@@ -179,8 +179,8 @@ class StochasticDepth:
         """How often each block was called in training so far, and dropped.
 
         Counted from the draws, at no cost in a forward; the numbers are part of `state_dict()`.
-        What is `fixed`, `disabled` or in eval mode does not count. On several processes: of this
-        one.
+        What is `fixed`, `disabled` or in eval mode does not count. On several processes that draw
+        differently each counts its own calls, and begins anew in a resumed run.
 
         Returns:
             By name of block, or with unit="branch" of branch, an object with `.calls` and

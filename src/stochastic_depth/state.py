@@ -10,6 +10,7 @@ from torch import nn
 
 from stochastic_depth import folding
 from stochastic_depth.discovery.blocks import ResidualBlock
+from stochastic_depth.distributed import place
 from stochastic_depth.errors import OptionError, StateMismatchError, warn
 from stochastic_depth.plan import Plan
 
@@ -177,12 +178,15 @@ def save(plan: Plan) -> dict[str, Any]:
     """
     step = plan.clock.step
     calls = [[gate.name, gate.calls] for gate in plan.gates if gate.calls and gate.step == step]
+    # What each rank counted by itself is not in the file that one of them writes for all.
+    is_shared = not plan.ranks_differ or place(plan.draw.process_group)[1] == 1
+    counts = plan.count_calls().items() if is_shared else ()
     return {
         "version": VERSION,
         **_identity(plan),
         "step": step,
         "calls": calls,
-        "statistics": [[name, n.calls, n.dropped] for name, n in plan.count_calls().items()],
+        "statistics": [[name, n.calls, n.dropped] for name, n in counts],
         "fold": folding.saved_factors(plan),
     }
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils import flop_counter
 
 _ON_THE_CPU = "_scaled_dot_product_flash_attention_for_cpu"
 
@@ -17,6 +16,7 @@ def count_flops(run: Callable[[], None]) -> float:
     Torch's fused attention on the CPU counts as the one on a GPU: every pair of tokens, also those
     that a causal mask leaves out.
     """
+    from torch.utils import flop_counter  # which loads triton, where there is one
 
     def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return int(flop_counter.sdpa_flop_count(query, key, value))
