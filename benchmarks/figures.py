@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from coveragelib.page import counts
+from figures_helps import cutting, errors, estimate
 from figures_ranks import distributed, ranks
 from figures_text import machine, ratio, read
 from figures_trained import NUMBERS, cifar, cifar_gpu, demo, language
@@ -23,6 +24,8 @@ PAGES = (
     DOCS / "measured.md",
     DOCS / "training.md",
     DOCS / "choosing-a-rate.md",
+    DOCS / "batch-or-sample.md",
+    DOCS / "pruning.md",
 )
 _FIGURE = re.compile(r"(<!-- figure: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _NUMBER = re.compile(r"(<!-- (\w+) -->)[^<\n]*(<!-- / -->)")
@@ -205,6 +208,9 @@ FIGURES: dict[str, Callable[[], str]] = {
     "saving_gpu": saving_gpu,
     "sample_gpu": sample_gpu,
     "language": language,
+    "errors": errors,
+    "cutting": cutting,
+    "estimate": estimate,
     "compiled": compiled,
     "compiled_gpu": compiled_gpu,
 }

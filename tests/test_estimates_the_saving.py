@@ -245,5 +245,5 @@ def test_within_three_points_of_what_a_training_saves() -> None:
     file = RESULTS / "estimate.json"
     if not file.exists():
         pytest.skip("benchmarks/results/estimate.json is not there yet")
-    for model in json.loads(file.read_text())["models"].values():
+    for model in json.loads(file.read_text())["results"]["models"].values():
         assert abs(model["estimated_time"] - model["saved_time"]["value"]) <= 0.03

@@ -14,7 +14,7 @@ from figures_text import RESULTS
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-PAGES = "options trainers choosing-a-rate from-deepspeed-pld".split()
+PAGES = "options trainers choosing-a-rate from-deepspeed-pld pruning".split()
 IN_PAGES = [
     pytest.param(block, id=f"{page}-{number}")
     for page in PAGES
@@ -27,7 +27,7 @@ IN_PAGES = [
 @pytest.mark.filterwarnings("ignore:.*dropout is active")
 @pytest.mark.parametrize("block", [*BLOCKS, *IN_PAGES])
 def test_code_runs(block: str) -> None:
-    for package in ("torchvision", "timm"):
+    for package in ("torchvision", "timm", "transformers"):
         if f"import {package}" in block:
             pytest.importorskip(package)
     exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
