@@ -56,4 +56,6 @@ def pairs(title: str, values: Mapping[str, object]) -> Table:
 def _plain(value: object) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_plain(inner)}" for name, inner in value.items())
+    if isinstance(value, float):
+        return f"{value:.4g}"
     return "-" if value is None else str(value)

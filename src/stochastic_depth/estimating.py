@@ -341,25 +341,27 @@ class _Costs:
 
     def saving(self) -> Saving:
         """What the rates of now save."""
-        dropped = self._dropped()
-        step, flops = self._flops
-        seconds = self._seconds
+        dropped, ones = self._dropped(), [1.0] * len(self._plan.units)
+        (step, flops), seconds = self._flops, self._seconds
         whole = {name for name, _, gate in gated_modules(self._model) if gate.whole is not None}
         blocks = []
-        for number, (block, now, size, how) in enumerate(described(self._model, self._plan, whole)):
+        found = described(self._model, self._plan, whole)
+        for number, (block, now, parameters, how) in enumerate(found):
             units = [unit for unit, of in enumerate(self._plan.block_of) if of == number]
-            each = [(flops[u], flops[u] * dropped[u]) for u in units]
-            times = [(seconds[1][u], seconds[1][u] * dropped[u]) for u in units] if seconds else []
+            cost, saved = (sum(flops[u] * by[u] for u in units) for by in (ones, dropped))
+            times = seconds and [
+                sum(seconds[1][u] * by[u] for u in units) for by in (ones, dropped)
+            ]
             blocks.append(
                 BlockSaving(
                     name=block.name,
                     kind=block.kind,
                     drop_rate=now.drop_rate,
-                    parameters=size,
-                    flops=round(sum(cost for cost, _ in each)),
-                    flops_saved=sum(saved for _, saved in each),
-                    seconds=sum(cost for cost, _ in times) if seconds else None,
-                    seconds_saved=sum(saved for _, saved in times) if seconds else None,
+                    parameters=parameters,
+                    flops=round(cost),
+                    flops_saved=saved,
+                    seconds=times and times[0],
+                    seconds_saved=times and times[1],
                     when_dropped=how,
                 )
             )
@@ -376,12 +378,9 @@ class _Costs:
         """How often each unit is dropped, where it is not inside of one that is dropped."""
         plan, rates = self._plan, self._plan.at(self._plan.clock.step).rates
         chances = list(rates)
-        for number, block in enumerate(plan.blocks):
-            for branch, around in zip(block.branches, plan.units_of(number), strict=True):
-                for unit, of in enumerate(plan.block_of):
-                    inner = plan.blocks[of].block_module
-                    if of != number and any(_lies_in(inner, name) for name in branch.modules):
-                        chances[unit] *= 1.0 - rates[around]
+        for unit, number in enumerate(plan.block_of):
+            for around, branch in plan.blocks[number].branches_around(plan.blocks):
+                chances[unit] *= 1.0 - rates[plan.units_of(around)[branch]]
         return chances
 
 

@@ -7,7 +7,7 @@ its sum: it keeps the norm. The result is compared, bit for bit, with the same b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -78,7 +78,9 @@ def chosen(plan: Plan, keep: Keep, trained: Mapping[str, float] | None) -> list[
             instead="pass 6, 0.5 or a list of names",
         )
     kept = {name for each in names for name in matching(each, every, argument="keep")}
-    kept |= {o for block in plan.blocks if block.name in kept for o in _around(block, plan.blocks)}
+    for block in plan.blocks:
+        if block.name in kept:
+            kept |= {plan.blocks[n].name for n, _ in block.branches_around(plan.blocks)}
     for block in plan.blocks:
         if block.name not in kept and _is_stuck(block):
             raise RefusedBlockError(
@@ -92,7 +94,7 @@ def chosen(plan: Plan, keep: Keep, trained: Mapping[str, float] | None) -> list[
 
 def _all_but(plan: Plan, keep: float, trained: Mapping[str, float] | None) -> list[str]:
     """All but so many blocks: a number (int), or a fraction (float)."""
-    blocks = [block for block in plan.blocks if not _around(block, plan.blocks)]
+    blocks = [block for block in plan.blocks if not block.branches_around(plan.blocks)]
     stuck = [block.name for block in blocks if _is_stuck(block)]
     free = [block.name for block in blocks if block.name not in stuck]
     count = keep if isinstance(keep, int) else round(keep * len(blocks))
@@ -124,17 +126,6 @@ def _evenly(count: int, among: int) -> list[int]:
 
 def _is_stuck(block: ResidualBlock) -> bool:
     return block.whole is None and not block.explicit and block.projects
-
-
-def _around(block: ResidualBlock, blocks: Iterable[ResidualBlock]) -> list[str]:
-    """The blocks in whose branches it lies."""
-    name = f"{block.name}."
-    return [
-        other.name
-        for other in blocks
-        if other is not block
-        and any(name.startswith(f"{part}.") for b in other.branches for part in b.modules)
-    ]
 
 
 def prune(

@@ -68,6 +68,16 @@ class ResidualBlock:
     keeps: str | None = field(default=None, repr=False, compare=False)
     """Where it keeps a value of its branch, which is zero when that is dropped."""
 
+    def branches_around(self, blocks: Sequence[ResidualBlock]) -> list[tuple[int, int]]:
+        """The branches that it is a part of: for each the number of its block, and its own."""
+        name = f"{self.block_module}."
+        return [
+            (number, place)
+            for number, other in enumerate(blocks)
+            for place, branch in enumerate(other.branches)
+            if other is not self and any(name.startswith(f"{part}.") for part in branch.modules)
+        ]
+
     @property
     def scope(self) -> str:
         """The module whose parts its branches are made of."""
