@@ -8,7 +8,7 @@ import ast
 import pathlib
 import sys
 
-MOST_LINES = 6_365
+MOST_LINES = 6_369
 MOST_FILES = 53
 CORE = pathlib.Path("src/stochastic_depth")
 

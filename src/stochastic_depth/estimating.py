@@ -360,8 +360,8 @@ class _Costs:
                     parameters=parameters,
                     flops=round(cost),
                     flops_saved=saved,
-                    seconds=times and times[0],
-                    seconds_saved=times and times[1],
+                    seconds=times[0] if times else None,
+                    seconds_saved=times[1] if times else None,
                     when_dropped=how,
                 )
             )
