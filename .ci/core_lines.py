@@ -8,8 +8,8 @@ import ast
 import pathlib
 import sys
 
-MOST_LINES = 6_369
-MOST_FILES = 53
+MOST_LINES = 6_677
+MOST_FILES = 54
 CORE = pathlib.Path("src/stochastic_depth")
 
 

@@ -33,6 +33,22 @@ def broken() -> nn.Module:
     raise RuntimeError("not today")
 
 
+def alone() -> tuple[nn.Module]:
+    return (residuals(6),)
+
+
+def three() -> tuple[nn.Module, torch.Tensor, int]:
+    return residuals(6), vectors(2, 8), 3
+
+
+def nothing_made() -> None:
+    return None
+
+
+def leaves() -> nn.Module:
+    sys.exit(3)
+
+
 def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert main(arguments) == 0
     return capsys.readouterr().out
@@ -43,6 +59,13 @@ def test_a_function_of_the_users(capsys: pytest.CaptureFixture[str]) -> None:
     name = f"{__name__}:small"
     assert shown(capsys, name, "--input", "2,8") == f"{expected}\n"
     assert shown(capsys, f"{name}_with_example", "--drop-rate", "0.2") == f"{expected}\n"
+
+
+def test_an_example_on_the_command_line_goes_first(capsys: pytest.CaptureFixture[str]) -> None:
+    once = shown(capsys, f"{__name__}:small_with_example")
+    twice = shown(capsys, f"{__name__}:small_with_example", "--input", "4,8")
+    assert once != twice
+    assert shown(capsys, f"{__name__}:alone", "--input", "4,8") == twice
 
 
 def test_json_has_the_same_numbers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,6 +126,12 @@ def test_models_of_transformers_and_what_of_them_is_refused(
         ([f"{__name__}:small"], "carries no example of its own"),
         ([f"{__name__}:small", "--input", "2,9"], "failed on its example inputs"),
         ([f"{__name__}:small", "--input", "2,x"], "--input"),
+        ([f"{__name__}:small", "--input=-2,8"], "--input"),
+        ([f"{__name__}:small", "--input=0,8"], "--input"),
+        ([f"{__name__}:small", "--input=2,99999999999999"], "--input"),
+        ([f"{__name__}:three"], "three() returns no model, or more than one"),
+        ([f"{__name__}:nothing_made"], "nothing_made() returns no model"),
+        ([f"{__name__}:leaves"], "SystemExit: 3"),
         ([f"{__name__}:small_with_example", "--drop-rate", "1.5"], "drop_rate is 1.5"),
         ([f"{__name__}:small_with_example", "--drop-rate", "much"], "--drop-rate"),
         ([f"{__name__}:small_with_example", "--unit", "layer"], "--unit"),

@@ -247,3 +247,162 @@ def test_within_three_points_of_what_a_training_saves() -> None:
         pytest.skip("benchmarks/results/estimate.json is not there yet")
     for model in json.loads(file.read_text())["results"]["models"].values():
         assert abs(model["estimated_time"] - model["saved_time"]["value"]) <= 0.03
+
+
+class Shared(nn.Module):
+    """Residuals whose branches are methods of the one module that holds all layers."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(layers))
+        self.residuals = nn.ModuleList(sd.Residual() for _ in range(layers))
+
+    def branch(self, x: Tensor, number: int) -> Tensor:
+        out: Tensor = self.layers[number](x)
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, residual in enumerate(self.residuals):
+            x = residual(x, self.branch, number)
+        return x
+
+
+def test_methods_are_not_copied_with_their_modules() -> None:
+    """Which would copy the model for each call, and all calls noted before."""
+    found = sd.estimate_saving(Shared(40), 0.5, "uniform", example_inputs=vectors(2, 8))
+    assert {block.flops for block in found.blocks[1:]} == {3 * 2 * 2 * 8 * 8}
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.residual, self.linear = sd.Residual(), nn.Linear(8, 8)
+
+    def branch(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x)
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.residual(x, self.branch)
+        return out
+
+
+class Outer(Inner):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(Inner(), Inner())
+
+    def branch(self, x: Tensor) -> Tensor:
+        return super().branch(self.inner(x))
+
+
+def test_residuals_inside_of_residuals() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), Outer(), Outer()), vectors(2, 8)
+    found = sd.estimate_saving(model, 0.9, "uniform", example_inputs=x)
+    depth = sd.apply_stochastic_depth(copy.deepcopy(model), 0.9, "uniform", example_inputs=x)
+    names = [block.name for block in depth.blocks]
+    mean = 0.0
+    for draw in range(2 ** len(names)):
+        gates = {name: bool(draw >> number & 1) for number, name in enumerate(names)}
+        chance = 1.0
+        for is_open in gates.values():
+            chance *= 0.1 if is_open else 0.9
+        mean += chance * flops(depth.model.train(), x, depth, gates)
+    assert found.flops == pytest.approx(1 - mean / found.step_flops)
+
+
+def test_the_graph_of_the_users_example_is_left_alone() -> None:
+    encoder = nn.Linear(8, 8)
+    example = encoder(vectors(2, 8))
+    for timed in (False, True):
+        found = sd.estimate_saving(residuals(6), 0.2, example_inputs=example, timed=timed)
+    assert encoder.weight.grad is None
+    alone = sd.estimate_saving(residuals(6), 0.2, example_inputs=example.detach())
+    assert found.flops == pytest.approx(alone.flops, rel=0.1)  # with its input's gradient
+    example.sum().backward()
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_it_counts_the_backward_whatever_is_under_way(context: Any) -> None:
+    model, x = residuals(6), vectors(2, 8)
+    expected = sd.estimate_saving(model, 0.2, example_inputs=x)
+    with context():
+        found = sd.estimate_saving(model, 0.2, example_inputs=x)
+    assert (found.step_flops, found.blocks) == (expected.step_flops, expected.blocks)
+
+
+class Chooses(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = residuals(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x).argmax(-1)
+
+
+class Norms(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(x)
+
+
+class Remembers(Chooses):
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.body(x)
+        return self.last
+
+
+def test_what_cannot_be_estimated_is_said() -> None:
+    x = vectors(2, 8)
+    with pytest.raises(sd.ExampleInputsError, match="Chooses returns nothing that has a gradient"):
+        sd.estimate_saving(Chooses(), 0.2, example_inputs=x)
+    norms = nn.Sequential(*(Norms() for _ in range(6)))
+    with pytest.raises(sd.OptionError, match="torch counts no FLOPs in the blocks of Sequential"):
+        sd.estimate_saving(norms, 0.2, example_inputs=x)
+    found = sd.estimate_saving(norms, 0.2, example_inputs=x, timed=True)
+    assert (found.flops, found.time is None) == (0.0, False)
+    model = Remembers()
+    model(x)
+    with pytest.raises(sd.OptionError, match="Remembers cannot be copied"):
+        sd.estimate_saving(model, 0.2, example_inputs=x)
+
+
+def test_a_batch_of_one_image() -> None:
+    class Scores(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.norm = make("resnet")[0], nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.norm(self.body(x))
+            return out
+
+    assert sd.estimate_saving(Scores(), 0.2, example_inputs=images(1)).flops > 0
+
+
+def test_gates_that_are_there_already_do_not_count() -> None:
+    model, x = residuals(8), vectors(2, 8)
+    plain = sd.estimate_saving(model, 0.5, "uniform", example_inputs=x)
+    half = [str(number) for number in range(4)]
+    depth = sd.apply_stochastic_depth(model, 0.5, "uniform", example_inputs=x, blocks=half)
+    found = sd.estimate_saving(model, 0.5, "uniform", example_inputs=x)
+    assert (found.step_flops, found.blocks) == (plain.step_flops, plain.blocks)
+    assert len(depth.blocks) == 4
+
+
+def test_distributions_of_the_users() -> None:
+    model, x = residuals(8), vectors(2, 8)
+
+    def up_to_twice(count: int, rate: float) -> list[float]:
+        return [2 * rate * number / count for number in range(count)]
+
+    rate = sd.drop_rate_for(model, 0.1, up_to_twice, example_inputs=x)
+    found = sd.estimate_saving(model, rate, up_to_twice, example_inputs=x)
+    assert found.flops == pytest.approx(0.1, abs=1e-6)
+    with pytest.raises(sd.OptionError, match="of a step"):  # its last rate would be above 1
+        sd.drop_rate_for(model, 0.9, up_to_twice, example_inputs=x)
+    assert sd.drop_rate_for(model, 0.1, lambda n, rate: [0.2] * n, example_inputs=x) == 0.0
+    assert sd.drop_rate_for(model, 0.0, example_inputs=x) == 0.0

@@ -8,17 +8,30 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import stochastic_depth as sd
-from networks import NETWORKS, WIDTH, PreNormLayer, Residual, Transformer, make, residuals, vectors
+from networks import (
+    NETWORKS,
+    WIDTH,
+    PreNormLayer,
+    Residual,
+    Transformer,
+    make,
+    residuals,
+    settled,
+    vectors,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(shallow networks|dropout is active)")
 
@@ -107,18 +120,11 @@ def test_of_each_kind_of_network(name: str) -> None:
     names = _blocks(model, x)
     stuck = {"resnet": ["stages.1.0"]}.get(name, [])
     keep = sorted({names[0], *stuck}, key=names.index)
-    with _norms_stay(name):
-        pruned = pruned_as_dropped(model, x, keep)
+    pruned = pruned_as_dropped(model, x, keep)
     # It trains, is copied and goes through a file as any model.
     pruned.train()(x).sum().backward()
     for other in (copy.deepcopy(pruned), pickle.loads(pickle.dumps(pruned))):
         assert same(outputs(other, x), outputs(pruned, x))
-
-
-def _norms_stay(name: str) -> Any:
-    if name == "post-norm":
-        return pytest.warns(sd.StochasticDepthWarning, match=r"leave what runs behind .*exact=Fal")
-    return pytest.MonkeyPatch.context()
 
 
 def test_a_projection_is_refused_by_name_and_nothing_is_changed() -> None:
@@ -339,6 +345,7 @@ def small(kind: str, **more: Any) -> tuple[Any, Any]:
         sizes |= {"num_attention_heads": 4, "image_size": 16, "patch_size": 4}
     configs = {"GPT2LMHeadModel": "GPT2Config", "BertModel": "BertConfig", "ViTModel": "ViTConfig"}
     configs |= {"LlamaForCausalLM": "LlamaConfig", "Gemma3ForCausalLM": "Gemma3TextConfig"}
+    configs |= {"Qwen3MoeForCausalLM": "Qwen3MoeConfig"}
     config = getattr(transformers, configs[kind])(**sizes, **more)
     if kind == "ViTModel":
         return transformers.ViTModel(config).eval(), {"pixel_values": torch.randn(2, 3, 16, 16)}
@@ -401,7 +408,7 @@ def test_a_bert_that_was_trained_with_layer_drop(tmp_path: Path) -> None:
     keep = [f"encoder.layer.{number}" for number in (0, 2, 3, 5)]
     with depth.fixed({"encoder.layer.1": False, "encoder.layer.4": False}):
         expected = outputs(model, x)
-    with pytest.warns(sd.StochasticDepthWarning, match="2 blocks leave what runs behind"):
+    with pytest.warns(sd.StochasticDepthWarning, match=r"not what its class makes.* exact=False"):
         exact: Any = depth.prune(keep)
     assert same(outputs(exact, x), expected)
     behind = exact.encoder.layer[1].behind
@@ -424,6 +431,252 @@ def test_encoders_and_decoders_have_numbers_of_their_own(tmp_path: Path) -> None
     sd.prune(model, keep, example_inputs=x, blocks=blocks)
     assert (model.config.num_layers, model.config.num_decoder_layers) == (4, 3)
     saved_and_loaded(model, x, tmp_path)
+
+
+class Features(Looped):
+    """Returns what some of its blocks return."""
+
+    def forward(self, x: Tensor) -> Any:
+        x, found = self.stem(x), []
+        for number, block in enumerate(self.blocks):
+            x = block(x)
+            if number in (1, 3):
+                found.append(x)
+        return found
+
+
+class Box:
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+class Boxed(Counting):
+    def forward(self, x: Tensor) -> Any:
+        return Box(super().forward(x))
+
+
+class Says(Looped):
+    def forward(self, x: Tensor) -> Any:
+        super().forward(x)
+        return "done"
+
+
+def test_all_that_is_returned_is_compared() -> None:
+    x = vectors(2, 3)
+    found = sd.prune(Features(), ["blocks.0", "blocks.1", "blocks.3"], example_inputs=x)(x)
+    assert len(found) == 2
+    model = Boxed()
+    with sd.apply_stochastic_depth(model, 0.0, example_inputs=x).fixed({"blocks.1": False}):
+        expected = model.eval()(x).value
+    keep = ["blocks.0", "blocks.2", "blocks.3"]
+    pruned = sd.get_stochastic_depth(model).prune(keep, example_inputs=x)
+    assert torch.equal(pruned(x).value, expected)
+    with pytest.raises(sd.RefusedBlockError, match="returns no tensor that could be compared"):
+        sd.prune(Says(), keep, example_inputs=x)
+
+
+class Clamped(nn.Module):
+    """Does something behind its sum that small values do not show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.linear(x).tanh()).clamp(-4, 4)
+
+
+def test_what_the_example_does_not_show() -> None:
+    model, x = nn.Sequential(*(Clamped() for _ in range(4))), vectors(2, WIDTH)
+    with pytest.raises(sd.RefusedBlockError, match="does more than call one module after"):
+        sd.prune(model, ["3"], example_inputs=x / x.abs().max())
+
+
+def test_taking_norms_out_changes_nothing_else() -> None:
+    x = vectors(2, 3)
+    keep = ["blocks.0", "blocks.3"]
+    exact = sd.prune(settled(Counting), keep, example_inputs=x)
+    other = sd.prune(settled(Counting), keep, exact=False, example_inputs=x)
+    assert same(outputs(exact, x), outputs(other, x))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_refusal_keeps_what_was_compiled() -> None:
+    model, x = make("resnet")
+    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=x)
+    depth.compile(backend="eager")
+    model.train()(x)
+    before = [vars(m).get("_compiled_call_impl") for m in model.modules()]
+    assert any(before)
+    with depth.fixed({"stages.0.0": False}), pytest.raises(sd.RefusedBlockError):
+        depth.prune(["stages.0.0"])
+    assert [vars(m).get("_compiled_call_impl") for m in model.modules()] == before
+
+
+def test_set_ups_that_renumbering_would_break() -> None:
+    model, x = residuals(8), vectors(2, WIDTH)
+    for blocks in (["0", "1", "2"], ["4", "5", "6"]):
+        depth = sd.apply_stochastic_depth(model, 0.1, example_inputs=x, blocks=blocks)
+    with pytest.raises(sd.OptionError, match="applied to Sequential several times"):
+        depth.prune(1)
+    wrapped = object.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapped)
+    wrapped.module = residuals(8)
+    with pytest.raises(sd.OptionError, match="DistributedDataParallel wraps"):
+        sd.prune(wrapped, 2, example_inputs=x)
+
+
+def test_the_example_follows_the_model() -> None:
+    model, x = residuals(8), vectors(2, WIDTH)
+    depth = sd.apply_stochastic_depth(model, 0.1, example_inputs=x)
+    model.double()
+    with pytest.raises(sd.ExampleInputsError, match="failed on the example"):
+        depth.prune(4, example_inputs=vectors(2, 3))
+    assert outputs(depth.prune(4), x.double())[0].dtype is torch.float64
+
+
+class Projecting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.skip, self.linear = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.skip(x) + self.linear(x).relu()
+        return out
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.last = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.inner = nn.Sequential(Projecting(), Residual())
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.last(self.inner(self.norm(x)))
+        return out
+
+
+def test_a_projection_goes_with_the_block_around_it() -> None:
+    x = vectors(2, WIDTH)
+    for keep in (2, ["0*", "3*"]):
+        pruned: Any = sd.prune(nn.Sequential(*(Around() for _ in "abcd")), keep, example_inputs=x)
+        assert len(pruned) == 2
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [np.int64(4), np.float32(0.5), Fraction(1, 2), {"0", "2", "4", "7"}, iter(["0", "1", "[67]"])],
+    ids=str,
+)
+def test_numbers_and_names_of_any_kind(keep: Any) -> None:
+    pruned: Any = sd.prune(residuals(8), keep, example_inputs=vectors(2, WIDTH))
+    assert len(pruned) == 4
+
+
+def test_numbers_that_are_none() -> None:
+    for keep in (float("nan"), float("inf"), 10**400):
+        with pytest.raises(sd.OptionError, match="keep is"):
+            sd.prune(residuals(8), keep, example_inputs=vectors(2, WIDTH))
+
+
+def test_weights_that_are_computed_since() -> None:
+    model, x = residuals(8), vectors(2, WIDTH)
+    depth = sd.apply_stochastic_depth(model, 0.1, example_inputs=x, scale="none")
+    nn.utils.parametrizations.weight_norm(model.get_submodule("5.linear"))
+    pruned: Any = depth.prune(4)
+    assert len(pruned) == 4
+
+
+def test_a_configuration_that_two_models_share() -> None:
+    transformers = pytest.importorskip("transformers")
+    model, x = small("LlamaForCausalLM")
+    teacher = transformers.LlamaForCausalLM(model.config).eval()
+    before = outputs(teacher, x)
+    sd.prune(model, 3, example_inputs=x)
+    assert (model.config.num_hidden_layers, teacher.config.num_hidden_layers) == (3, 6)
+    assert model.config is model.model.config
+    assert same(outputs(teacher, x), before)
+
+
+def test_hidden_states_that_the_example_asks_for() -> None:
+    model, x = small("LlamaForCausalLM")
+    x = {**x, "output_hidden_states": True}
+    depth = sd.apply_stochastic_depth(model, 0.0, example_inputs=x)
+    assert len(model(**x).hidden_states) == 7
+    assert len(depth.prune(3)(**x).hidden_states) == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("Bloom", {"n_layer": 6, "hidden_size": 32, "n_head": 4}),
+        ("GPTNeo", {"num_layers": 6, "hidden_size": 32, "num_heads": 4, "intermediate_size": 48,
+                    "attention_types": [[["global", "local"], 3]]}),
+    ],
+)  # fmt: skip
+def test_blocks_that_return_tuples(kind: str, options: Any, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=60, bos_token_id=1, eos_token_id=2, pad_token_id=0, **options
+    )
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    x = {"input_ids": torch.randint(3, 60, (2, 5))}
+    names = _blocks(model, x)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", sd.StochasticDepthWarning)
+        pruned = pruned_as_dropped(model, x, [names[0], names[2], names[4]])
+    if not any("not what its class makes" in str(each.message) for each in said):
+        saved_and_loaded(pruned, x, tmp_path)
+
+
+def test_models_in_stages(tmp_path: Path) -> None:
+    """Their configuration says how many blocks each stage has."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SwinConfig(
+        image_size=32, patch_size=2, embed_dim=16, depths=[2, 4, 2], num_heads=[2, 2, 4],
+        window_size=4, drop_path_rate=0.0,
+    )  # fmt: skip
+    model = transformers.SwinModel(config).eval()
+    x = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    keep = ["encoder.layers.[02].*", "encoder.layers.1.blocks.[03]"]
+    sd.prune(model, keep, example_inputs=x)
+    assert list(model.config.depths) == [2, 2, 2]
+    assert model.config.num_layers == 3
+    saved_and_loaded(model, x, tmp_path)
+
+
+def test_numbers_that_only_happen_to_be_equal(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Wav2Vec2Config(
+        vocab_size=30, hidden_size=32, num_attention_heads=4, intermediate_size=48,
+        num_hidden_layers=3, layerdrop=0.0, conv_dim=[8, 8, 8], conv_stride=[4, 2, 2],
+        conv_kernel=[8, 3, 3], num_feat_extract_layers=3, num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=2, do_stable_layer_norm=True, feat_extract_norm="layer",
+        mask_time_prob=0.0,
+    )  # fmt: skip
+    model = transformers.Wav2Vec2Model(config).eval()
+    x = {"input_values": torch.randn(2, 400)}
+    out = "encoder.layers.1"
+    sd.prune(model, [n for n in _blocks(model, x) if n != out], example_inputs=x)
+    assert model.config.num_hidden_layers == 2
+    assert model.config.num_feat_extract_layers == 3
+    saved_and_loaded(model, x, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}),
+        ("Qwen3MoeForCausalLM", {"mlp_only_layers": [0, 2, 4], "num_key_value_heads": 2,
+                                 "num_experts": 2, "num_experts_per_tok": 1, "head_dim": 8}),
+    ],
+)  # fmt: skip
+def test_layers_whose_form_depends_on_their_number(kind: str, more: Any) -> None:
+    """What cannot be loaded again is said."""
+    model, x = small(kind, **more)
+    names = _blocks(model, x)
+    with pytest.warns(sd.StochasticDepthWarning, match="not what its class makes"):
+        pruned_as_dropped(model, x, [names[0], names[2]])
 
 
 @pytest.mark.parametrize("name", ["folded", "pruned", "plain"])

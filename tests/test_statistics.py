@@ -186,3 +186,63 @@ def test_checkpoints_and_their_recomputation_count_once() -> None:
     out = torch.utils.checkpoint.checkpoint_sequential(model, 2, x, use_reentrant=False)
     out.sum().backward()
     assert {count.calls for count in depth.statistics().values()} == {1}
+
+
+def test_a_layer_of_two_residuals_counts_its_rows_once() -> None:
+    model, x, depth = gated("explicit", 0.5, mode="sample")
+    dropped = dict.fromkeys(depth.statistics(), 0.0)
+    for _ in range(10):
+        model.train()(x)
+        for name, kept in depth.last_gates.items():
+            dropped[name] += 1.0 - len(kept) / len(x)
+        depth.step()
+    assert {n: c.dropped for n, c in depth.statistics().items()} == pytest.approx(dropped)
+
+
+def test_an_empty_batch_drops_no_rows() -> None:
+    model = residuals(8).train()
+    depth = sd.apply_stochastic_depth(model, 0.5, example_inputs=vectors(2, 8), mode="sample")
+    assert model(torch.zeros(0, 8)).shape == (0, 8)
+    assert {(count.calls, count.dropped) for count in depth.statistics().values()} == {(1, 0.0)}
+
+
+def test_a_schedule_that_looks_at_more_than_the_step() -> None:
+    """What was drawn counts, not what would be drawn now."""
+    factor = {"now": 1.0}
+    model, x = residuals(8), vectors(2, 8)
+    depth = sd.apply_stochastic_depth(
+        model, 0.9, "uniform", example_inputs=x, schedule=lambda step: factor["now"]
+    )
+    twin = Twin(depth)
+    for step in range(40):
+        factor["now"] = float(step < 20)
+        train(model, x, twin, 4)
+        depth.step()
+    factor["now"] = 0.5
+    twin.check()
+    assert depth.statistics()["0"].dropped > 40
+
+
+def test_a_copy_that_follows_counts_once_where_the_original_is_loaded() -> None:
+    model, x = residuals(8).train(), vectors(2, 8)
+    depth = sd.apply_stochastic_depth(model, 0.5, example_inputs=x)
+    teacher = copy.deepcopy(model)
+    for _ in range(3):
+        model(x)
+        teacher(x)
+        depth.step()
+    model(x)
+    teacher(x)
+    depth.load_state_dict(depth.state_dict())
+    for one in (model, teacher):
+        found = sd.get_stochastic_depth(one).statistics()
+        assert {count.calls for count in found.values()} == {4}
+
+
+def test_a_state_without_numbers_loads() -> None:
+    model, x, depth = gated("resnet")
+    model.train()(x)
+    state = depth.state_dict()
+    del state["statistics"]
+    depth.load_state_dict(state)
+    assert {count.calls for count in depth.statistics().values()} == {1}

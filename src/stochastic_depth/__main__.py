@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import inspect
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -69,7 +70,11 @@ def _parser() -> _Parser:
 
 def shape(text: str) -> Tensor:
     """Random numbers in a shape."""
-    return torch.randn([int(size) for size in text.split(",")])
+    try:
+        sizes = [int(size) for size in text.split(",")]
+        return torch.randn([size if size > 0 else -1 for size in sizes])
+    except (ValueError, RuntimeError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape of a batch") from error
 
 
 def _loaded(name: str, example: Tensor | None, timed: bool) -> tuple[nn.Module, Any]:  # noqa: FBT001
@@ -80,20 +85,26 @@ def _loaded(name: str, example: Tensor | None, timed: bool) -> tuple[nn.Module, 
             return importlib.import_module("timm").create_model(what), example
         if source == "torchvision":
             models: Any = importlib.import_module("torchvision").models
-            return models.get_model(what), torch.randn(_IMAGES) if example is None else example
+            parts = inspect.signature(models.get_model_builder(what)).parameters
+            no_weights = {n: None for n in ("weights", "weights_backbone") if n in parts}
+            model = models.get_model(what, **no_weights)
+            return model, torch.randn(_IMAGES) if example is None else example
         if source == "transformers":
             auto: Any = importlib.import_module("transformers")
             config = auto.AutoConfig.for_model(what)
             with torch.device("cpu" if timed else "meta"):  # some have billions of weights
                 return auto.AutoModel.from_config(config), example
         made: Any = getattr(importlib.import_module(source), what)()
-    except Exception as error:  # whatever such a library raises, or the function
+        made, *shown = made if isinstance(made, tuple) else (made,)
+        if not isinstance(made, nn.Module) or len(shown) > 1:
+            raise TypeError(f"{what}() returns no model, or more than one and its example")
+    except (Exception, SystemExit) as error:  # whatever such a library raises, or the function
         raise OptionError(
             f"{name!r} cannot be built: {type(error).__name__}: {error}",
             expected="timm:NAME, torchvision:NAME, transformers:TYPE, or package.module:function",
             instead="look whether that is installed here, and knows the name",
         ) from error
-    return made if isinstance(made, tuple) else (made, example)
+    return made, shown[0] if shown and example is None else example
 
 
 def _estimate(

@@ -38,7 +38,7 @@ class Clock:
             self._leader._followers.remove(weakref.ref(self))
             self._leader = None
         for clock in self.with_followers():
-            if plan := clock.owner():
+            if clock.step != step and (plan := clock.owner()):
                 plan.end_step()
             clock.step, clock._changes, clock._seen, clock.is_told = step, 0, None, True
 

@@ -213,6 +213,12 @@ def prune(
         >>> len(prune(model, 4, example_inputs=torch.randn(2, 4)))
         5
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise OptionError(
+            f"a {type(plain_model(model)).__name__} that DistributedDataParallel wraps",
+            expected="a model whose parameters nobody waits for",
+            instead="prune the model first, and wrap it afterwards",
+        )
     with own_drops.switched_off(plain_model(model)):  # which act in training only
         depth = apply_stochastic_depth(
             model,

@@ -157,7 +157,7 @@ def as_number(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         return None
     number = value if isinstance(value, int) else float(value)
-    return number if math.isfinite(number) else None
+    return number if -math.inf < number < math.inf else None
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,7 @@ the difference comes to, times its drop rate, is saved on average.
 from __future__ import annotations
 
 import copy
-import io
 import operator
-import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -25,13 +23,14 @@ from stochastic_depth.depth import apply_stochastic_depth
 from stochastic_depth.discovery import example_for, plain_model
 from stochastic_depth.discovery.undisturbed import (
     Arguments,
+    copied,
     is_unmaterialised,
     undisturbed,
     without_values,
 )
 from stochastic_depth.distributions import Distribution, DropRate
-from stochastic_depth.errors import Number, OptionError
-from stochastic_depth.gating.attach import gated_modules
+from stochastic_depth.errors import ExampleInputsError, Number, OptionError
+from stochastic_depth.gating.attach import detach, gated_modules
 from stochastic_depth.handle import StochasticDepth
 from stochastic_depth.plan import Mode, Unit
 from stochastic_depth.selection import Selector
@@ -100,7 +99,7 @@ class Saving:
         for block in self.blocks:
             rate, size = f"{block.drop_rate:.4g}", f"{block.parameters:,}"
             row = [block.name, block.kind, rate, size, f"{block.flops / 1e6:,.4g}"]
-            row.append(f"{block.flops_saved / step:.1%}")
+            row.append(f"{block.flops_saved / (step or 1):.1%}")
             if seconds and block.seconds is not None and block.seconds_saved is not None:
                 row += [f"{1e3 * block.seconds:.3g}", f"{block.seconds_saved / seconds:.1%}"]
             rows.append([*row, block.when_dropped])
@@ -127,8 +126,9 @@ def estimate_saving(
 ) -> Saving:
     """What stochastic depth would save of a training step, forward and backward.
 
-    The model is left as it was: a copy is measured. FLOPs are those that torch counts, of
-    convolutions, matrix products and attention. A schedule that lowers the rates saves less.
+    The model is left as it was: a copy is measured, without the gates that it has. FLOPs are those
+    that torch counts, of convolutions, matrix products and attention. A schedule that lowers the
+    rates saves less; activation checkpoints around blocks recompute them, which is not counted.
 
     Args:
         model: As in `apply_stochastic_depth`, like all that is not explained here.
@@ -249,7 +249,14 @@ def drop_rate_for(
         found = costs.saving()
         return (found.time if timed else found.flops) or 0.0
 
-    most = saved_at(_HIGHEST)
+    def is_allowed(rate: float) -> bool:
+        with suppress(OptionError):  # of a distribution of the user's
+            depth.set_drop_rate(rate, drop_distribution)
+            return True
+        return False
+
+    highest = _bisect(0.0, _HIGHEST, lambda rate: not is_allowed(rate))[0]
+    most = saved_at(highest)
     if wanted > most:
         raise OptionError(
             f"saving is {wanted:g}, and the blocks of {type(model).__name__} that can be dropped "
@@ -257,11 +264,17 @@ def drop_rate_for(
             expected="less than that",
             instead=f'pass saving={most / 2:.2f}, say; drop_distribution="uniform" saves most',
         )
-    low, high = 0.0, _HIGHEST
+    return _bisect(0.0, highest, lambda rate: saved_at(rate) >= wanted)[1]
+
+
+def _bisect(low: float, high: float, is_enough: Callable[[float], bool]) -> tuple[float, float]:
+    """Two neighbours between which something becomes true; both are the end where it always was."""
+    if is_enough(low) or not is_enough(high):
+        return (low, low) if is_enough(low) else (high, high)
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if saved_at(middle) < wanted else (low, middle)
-    return high
+        low, high = (low, middle) if is_enough(middle) else (middle, high)
+    return low, high
 
 
 def _twin(model: nn.Module, *, timed: bool) -> nn.Module:
@@ -273,7 +286,18 @@ def _twin(model: nn.Module, *, timed: bool) -> nn.Module:
             expected="a model that can be run",
             instead="leave timed out, or build the model on the device that it trains on",
         )
-    return copy.deepcopy(model)
+    try:
+        with torch.inference_mode(False):  # noqa: FBT003
+            twin = copy.deepcopy(model)
+    except Exception as error:  # of a module's own, or a tensor of a graph that it keeps
+        raise OptionError(
+            f"{type(model).__name__} cannot be copied: {error}",
+            expected="a model to measure a copy of",
+            instead="estimate it as it was built, before it ran",
+        ) from error
+    for plan in {id(gate.plan): gate.plan for _, _, gate in gated_modules(twin)}.values():
+        detach(twin, plan)
+    return twin
 
 
 class _Costs:
@@ -289,26 +313,54 @@ class _Costs:
         self._depth, self._plan, self._model = depth, depth._plan, depth.model
         self._calls: dict[str, list[Arguments]] = {}
         self._seconds: tuple[float, list[float]] | None = None
-        with without_values(self._model, example) as arguments, undisturbed(self._model):
-            self._model.train()
-            self._note_calls(arguments)
+        example = tree_map(partial(copied, how=_cut_off), example)
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))  # noqa: FBT003
+            stack.enter_context(torch.enable_grad())
+            arguments = stack.enter_context(without_values(self._model, example))
+            stack.enter_context(undisturbed(self._model))
+            self._begin(arguments)
             self._flops = self._costs(count_flops, arguments)
             if timed:
                 rounds = [self._costs(_seconds, arguments) for _ in range(1 + _ROUNDS)][1:]
                 of_units = map(median, zip(*(units for _, units in rounds), strict=True))
                 self._seconds = median(step for step, _ in rounds), list(of_units)
+        if not timed and not any(self._flops[1]):
+            raise OptionError(
+                f"torch counts no FLOPs in the blocks of {type(self._model).__name__}",
+                expected="convolutions, matrix products or attention",
+                instead="pass timed=True, to measure their time",
+            )
+
+    def _begin(self, example: Arguments) -> None:
+        """Have it train, and write down what the outermost blocks are called with."""
+        self._model.train()
+        try:
+            self._note_calls(example)
+        except ValueError:  # a BatchNorm needs several values, or a GPU
+            for module in self._model.modules():
+                if isinstance(module, nn.modules.batchnorm._NormBase):
+                    module.eval()
+            self._note_calls(example)
 
     def _note_calls(self, example: Arguments) -> None:
-        """Write down what the outermost blocks are called with in a forward."""
         names = sorted(gate.name for gate in self._plan.gates)
         self._roots = {n: next(root for root in names if _lies_in(n, root)) for n in names}
         with ExitStack() as stack:
             stack.enter_context(self._depth.fixed({}))
             for root in set(self._roots.values()):
-                note = partial(_note, self._calls.setdefault(root, []))
+                calls = self._calls[root] = []
                 hook = self._model.get_submodule(root).register_forward_pre_hook
-                stack.callback(hook(note, with_kwargs=True).remove)
-            self._model(*example[0], **example[1])
+                stack.callback(hook(partial(_note, calls), with_kwargs=True).remove)
+            output = self._model(*example[0], **example[1])
+        trains = any(parameter.requires_grad for parameter in self._model.parameters())
+        if trains and not any(map(_trains, tree_leaves(output))):
+            raise ExampleInputsError(
+                f"{type(self._model).__name__} returns nothing that has a gradient",
+                expected="an output that a loss is made of",
+                instead="pass a module around it that returns its scores, or example_kwargs "
+                "with which it does",
+            )
 
     def _costs(self, measure: Measure, example: Arguments) -> tuple[float, list[float]]:
         """What a step costs by this measure, and how much less where each unit is dropped."""
@@ -329,7 +381,7 @@ class _Costs:
         self, measure: Measure, module: nn.Module, calls: list[Arguments], gates: dict[str, bool]
     ) -> float:
         self._model.zero_grad()
-        fresh = [tree_map(partial(_copied, how=torch.clone), call) for call in calls]
+        fresh = [tree_map(partial(copied, how=torch.clone), call) for call in calls]
 
         def run() -> None:
             for args, kwargs in fresh:
@@ -367,7 +419,7 @@ class _Costs:
             )
         return Saving(
             model=type(self._model).__name__,
-            flops=sum(block.flops_saved for block in blocks) / step,
+            flops=sum(block.flops_saved for block in blocks) / (step or 1),
             time=seconds and sum(map(operator.mul, seconds[1], dropped)) / seconds[0],
             step_flops=int(step),
             step_seconds=seconds and seconds[0],
@@ -390,36 +442,11 @@ def _lies_in(name: str, other: str) -> bool:
 
 
 def _note(calls: list[Arguments], module: nn.Module, args: Any, kwargs: Any) -> None:
-    calls.append(tree_map(partial(_copied, how=_cut_off), (args, kwargs)))
+    calls.append(tree_map(partial(copied, how=_cut_off), (args, kwargs)))
 
 
 def _cut_off(value: Tensor) -> Tensor:
     return value.detach().requires_grad_(value.requires_grad)
-
-
-def _copied(leaf: Any, how: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of what a call may change: a tensor, or an object (a cache) that holds some."""
-    if isinstance(leaf, Tensor | nn.Module):
-        return how(leaf) if isinstance(leaf, Tensor) else leaf
-    tensors = _Tensors(leaf).found  # none of a graph, and none without values, can be copied
-    return copy.deepcopy(leaf, {id(tensor): how(tensor) for tensor in tensors})
-
-
-class _Tensors(pickle.Pickler):
-    """Finds the tensors in an object."""
-
-    def __init__(self, value: object) -> None:
-        super().__init__(io.BytesIO())
-        self.found: list[Tensor] = []
-        with suppress(Exception):  # what cannot be pickled is copied as it is
-            self.dump(value)
-
-    def persistent_id(self, value: Any) -> int | None:
-        """Says that a tensor lies elsewhere, and notes it."""
-        if not isinstance(value, Tensor):
-            return None
-        self.found.append(value)
-        return len(self.found)
 
 
 def _trains(leaf: Any) -> bool:

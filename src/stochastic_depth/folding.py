@@ -70,7 +70,7 @@ def scaled_parameters(model: nn.Module, plan: Plan) -> dict[Tensor, Tensor]:
     Raises:
         RefusedBlockError: A branch has none that could, or the result is not finite.
     """
-    factors = _fold_factors(plan)
+    factors = {name: by for name, by in _fold_factors(plan).items() if by != 1.0}
     parameters = {name: model.get_parameter(name) for name in factors}
     return {p: _scaled(name, p, factors[name]) for name, p in parameters.items()}
 

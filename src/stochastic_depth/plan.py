@@ -199,6 +199,8 @@ class Plan:
     def row_for(self, number: int) -> Row:
         """The decisions of the forward in which gates are called that were so many times before."""
         row = self.row = self.drawn(self.clock.step, number)
+        if self.tally.note(row):
+            self.count_calls()
         return row
 
     def _drawn(self, step: int, number: int) -> Row:
@@ -254,19 +256,35 @@ class Plan:
 
     def end_step(self) -> None:
         """Note how often the gates were called in the step that ends now."""
-        self.tally.end_step(self.clock.step, self._calls_now(), self.drawn)
+        self.tally.end_step(self.clock.step, self._calls_now(), self._row_of)
 
     def count_calls(self) -> dict[str, CallCount]:
         """Count all training calls so far, by unit."""
-        self.tally.count(self.clock.step, self._calls_now(), self.drawn)
+        self.tally.count(self.clock.step, self._calls_now(), self._row_of)
         counts = map(CallCount, self.tally.calls, self.tally.dropped)
         return dict(zip(self.units, counts, strict=True))
 
-    def _calls_now(self) -> list[int]:
-        """How often each unit was called in this step."""
+    def count_rows(self, gate: Counted, kept: Mapping[int, Rows | int], batch: int) -> None:
+        """Mode "sample": count the fraction of the rows that a call drops."""
+        for unit, rows in kept.items():
+            if self._caller(unit) is gate:
+                number = rows if isinstance(rows, int) else rows.count
+                self.tally.dropped[unit] += 1.0 - number / batch if batch else 0.0
+
+    def _row_of(self, step: int, number: int) -> Row:
+        row: Row | None = self.tally.rows.get((step, number))
+        return self.drawn(step, number) if row is None else row
+
+    def _caller(self, unit: int) -> Counted:
+        """The gate whose calls count as those of a unit: its first."""
         if not self._callers:
             first = {unit: gate for gate in self.gates[::-1] for unit in gate.units}
             self._callers = [first[unit] for unit in range(len(self.units))]
+        return self._callers[unit]
+
+    def _calls_now(self) -> list[int]:
+        """How often each unit was called in this step."""
+        self._caller(0)
         step = self.clock.step
         return [gate.calls if gate.step == step else 0 for gate in self._callers]
 
@@ -290,6 +308,7 @@ class Plan:
     def go_to(self, step: int, calls: Mapping[str, int]) -> None:
         """Go on from another place: an optimizer step, and the calls of gates in it so far."""
         self.gates_before = self.last_gates()
+        self.count_calls()
         self.clock.set(step)  # copies that follow this clock come along
         self.row = _NO_ROW
         self.drawn.cache_clear()

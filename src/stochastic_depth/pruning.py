@@ -7,8 +7,10 @@ its sum: it keeps the norm. The result is compared, bit for bit, with the same b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,19 +18,38 @@ from torch import Tensor, nn
 
 from stochastic_depth import folding
 from stochastic_depth.discovery.blocks import ResidualBlock
-from stochastic_depth.discovery.templates import Template
-from stochastic_depth.discovery.undisturbed import Arguments, is_unmaterialised, undisturbed
-from stochastic_depth.errors import OptionError, RefusedBlockError, matching, warn
+from stochastic_depth.discovery.templates import Argument, Constant, Opaque, Template
+from stochastic_depth.discovery.undisturbed import (
+    Arguments,
+    copied,
+    is_unmaterialised,
+    undisturbed,
+)
+from stochastic_depth.errors import (
+    ExampleInputsError,
+    OptionError,
+    RefusedBlockError,
+    as_number,
+    matching,
+    warn,
+)
 from stochastic_depth.gating.attach import detach, gated_modules
 from stochastic_depth.gating.gate import gate_of
 from stochastic_depth.gating.swap import swap_in
+from stochastic_depth.layer_numbers import configured, own_configs, tell, unlike, way
 from stochastic_depth.plan import Plan
-from stochastic_depth.torch_private.trees import tree_leaves
+from stochastic_depth.torch_private.trees import (
+    PLAIN_VALUES,
+    tensors_in,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+)
 
-_NUMBERS = ("layer_idx", "layer_id", "layer_index")  # as which a layer knows its place
-
-Keep = int | float | str | Sequence[str]
+Keep = int | float | str | Iterable[str]
 """How many blocks, which fraction of them, or their names."""
+Outputs = list[tuple[list[Tensor], bool]]
+"""Of each part of what a model returns its tensors, and whether it is an object (a cache)."""
 
 
 class PassThrough(nn.Module):
@@ -36,12 +57,15 @@ class PassThrough(nn.Module):
 
     Args:
         behind: Modules that the block ran on its input also when it was dropped.
-        template: What it returned then, where that is not just its first argument.
+        template: What it returned then, where that is not one tensor.
         positional: The names of the parameters of its forward.
     """
 
     def __init__(
-        self, behind: Sequence[nn.Module], template: Template | None, positional: tuple[str, ...]
+        self,
+        behind: Sequence[nn.Module] = (),
+        template: Template | None = None,
+        positional: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self.behind = nn.Sequential(*behind)
@@ -49,9 +73,10 @@ class PassThrough(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the block returned when it was dropped."""
-        if self._template is not None:
+        if self._template is not None and not len(self.behind):
             return self._template.build(args, kwargs, positional=self._positional)
-        return self.behind(args[0] if args else next(iter(kwargs.values())))
+        value = self.behind(args[0] if args else next(iter(kwargs.values())))
+        return value if self._template is None else self._template.build((value,), {})
 
 
 def chosen(plan: Plan, keep: Keep, trained: Mapping[str, float] | None) -> list[str]:
@@ -67,10 +92,11 @@ def chosen(plan: Plan, keep: Keep, trained: Mapping[str, float] | None) -> list[
         OptionError, SelectionError: `keep` stands for no blocks of this model.
         RefusedBlockError: A block that is not to be kept cannot be taken out.
     """
-    if isinstance(keep, int | float) and not isinstance(keep, bool):
-        return _all_but(plan, keep, trained)
+    number = as_number(keep)
+    if number is not None:
+        return _all_but(plan, number, trained)
     every = [block.name for block in plan.blocks]
-    names = [keep] if isinstance(keep, str) else list(keep) if isinstance(keep, Sequence) else []
+    names = [keep] if isinstance(keep, str) else list(keep) if isinstance(keep, Iterable) else []
     if not names:
         raise OptionError(
             f"keep is {keep!r}",
@@ -81,15 +107,20 @@ def chosen(plan: Plan, keep: Keep, trained: Mapping[str, float] | None) -> list[
     for block in plan.blocks:
         if block.name in kept:
             kept |= {plan.blocks[n].name for n, _ in block.branches_around(plan.blocks)}
+    out = []
     for block in plan.blocks:
-        if block.name not in kept and _is_stuck(block):
+        around = {plan.blocks[n].name for n, _ in block.branches_around(plan.blocks)}
+        if block.name in kept or not around <= kept:  # or goes with the one around it
+            continue
+        out.append(block.name)
+        if _is_stuck(block):
             raise RefusedBlockError(
                 f'block "{block.name}" cannot be taken out: its skip path computes something (a '
                 "projection, say)",
                 expected="blocks that come to their input when they are dropped",
                 instead="name it in keep, too",
             )
-    return [name for name in every if name not in kept]
+    return out
 
 
 def _all_but(plan: Plan, keep: float, trained: Mapping[str, float] | None) -> list[str]:
@@ -143,51 +174,66 @@ def prune(
     Raises:
         RefusedBlockError: The model computes something else without them; it is as it was then.
     """
-    if is_unmaterialised(model):
-        raise OptionError(
-            f"{type(model).__name__} is on the meta device",
-            expected="a model that can be run, to see that what is left computes the same",
-            instead="prune it when its weights are there",
-        )
+    _refuse(model, plan)
+    owners = configured(model, out)
     with torch.no_grad(), ExitStack() as undo:
         for parameter, value in folding.scaled_parameters(model, plan).items():
             undo.callback(parameter.copy_, parameter.clone())
             parameter.copy_(value)
         undo.callback(plan.scale_by, plan.scale)
         plan.scale_by("none")
-        standing_in, expected = _standing_in(model, plan, out, example, exact=exact)
+        standing_in, expected = _standing_in(model, plan, out, _moved(model, example), exact=exact)
         for _, module, gate in list(gated_modules(model)):
-            if gate.plan is plan:
-                undo.callback(swap_in, module, gate)
+            for key, value in {"_compiled_call_impl": None, **vars(module)}.items():
+                if key == "_compiled_call_impl" and value is not None:
+                    undo.callback(setattr, module, key, value)
+            undo.callback(swap_in, module, gate)
         detach(model, plan)
-        why = ""
-        for from_lists in (True, False):
-            with ExitStack() as attempt:
-                _replace(model, standing_in, attempt, from_lists=from_lists)
-                why = _differs(model, example, expected if exact else None)
-                if not why:
-                    attempt.pop_all()
-                    undo.pop_all()
-                    break
-        else:
-            raise RefusedBlockError(
-                f"without {', '.join(out[:3])} {type(model).__name__} {why}",
-                expected="a model that runs the blocks of a Sequential or ModuleList one by one, "
-                "or calls each by its name",
-                instead="keep those with something of their own around them",
-            )
-    if normed := [name for name, module in standing_in.items() if len(module.behind)]:
+        own_configs(model, undo)
+        _take_out(model, standing_in, _moved(model, example), expected if exact else None)
+        undo.pop_all()
+    why = next(filter(None, (unlike(owner, also_values=True) for owner in owners)), "")
+    if why:
+        normed = any(len(module.behind) for module in standing_in.values())
         warn(
-            f"{len(normed)} blocks leave what runs behind their sums ({normed[0]}.behind), which "
-            "the model's class does not know: its from_pretrained() would make such layers anew. "
-            "exact=False takes that out, too; or save the model itself"
+            f"what is left of {type(model).__name__} is not what its class makes of its "
+            f"configuration ({why}): from_pretrained() would load something else. Save the model "
+            "itself" + (", or take out the norms as well with exact=False" if normed else "")
         )
+
+
+def _refuse(model: nn.Module, plan: Plan) -> None:
+    if is_unmaterialised(model):
+        raise OptionError(
+            f"{type(model).__name__} is on the meta device",
+            expected="a model that can be run, to see that what is left computes the same",
+            instead="prune it when its weights are there",
+        )
+    if any(gate.plan is not plan for _, _, gate in gated_modules(model)):
+        raise OptionError(
+            f"stochastic depth was applied to {type(model).__name__} several times",
+            expected="one application, whose blocks may get other numbers",
+            instead="fold() or remove() the others first",
+        )
+
+
+def _moved(model: nn.Module, example: Arguments) -> Arguments:
+    """The example where the model's weights are now, in their precision."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.to(like.device, like.dtype if leaf.is_floating_point() else leaf.dtype)
+
+    args, kwargs = tree_map(move, example)
+    return args, kwargs
 
 
 def _standing_in(
     model: nn.Module, plan: Plan, out: Sequence[str], example: Arguments, *, exact: bool
-) -> tuple[dict[str, PassThrough], list[Tensor]]:
-    """What takes the place of each block, and what the model computes with them dropped."""
+) -> tuple[dict[str, PassThrough], Outputs]:
+    """What takes the place of each block, and what the model returns with them dropped."""
     blocks = [block for block in plan.blocks if block.name in out]
     units = [u for n, b in enumerate(plan.blocks) if b.name in out for u in plan.units_of(n)]
     found: dict[str, PassThrough] = {}
@@ -197,133 +243,202 @@ def _standing_in(
             module = model.get_submodule(block.name)
             gate = gate_of(module)
             if block.whole is not None and gate is not None:
-                template = None if gate.returns_first or gate.returns_copy else gate.whole
-                found[block.name] = PassThrough((), template, gate.known.positional)
+                found[block.name] = PassThrough((), gate.whole, gate.known.positional)
             elif block.name != block.block_module or not exact:  # a list may hold it all the same
-                found[block.name] = PassThrough((), None, ())
+                found[block.name] = PassThrough()
             else:
-                ways[block.name] = _Way(module, stack)
+                ways[block.name] = _Way(block.name, module, stack)
         stack.enter_context(plan.force({plan.units[unit]: False for unit in units}))
-        expected = _outputs(model, example)
-    for name, way in ways.items():
-        found[name] = PassThrough(way.modules(name), None, ())
+        try:
+            expected = _outputs(model, example)
+        except Exception as error:
+            raise ExampleInputsError(
+                f"the forward of {type(model).__name__} failed on the example: {error}",
+                expected="an example that the model takes, to see that the outcome is right",
+                instead="pass example_inputs=..., as to apply",
+            ) from error
+        with undisturbed(model):
+            found |= {name: way_through.standing_in() for name, way_through in ways.items()}
     return found, expected
 
 
 class _Way:
     """The modules that a block runs one after the other when its branches are dropped."""
 
-    def __init__(self, block: nn.Module, stack: ExitStack) -> None:
+    def __init__(self, name: str, block: nn.Module, stack: ExitStack) -> None:
+        self._name, self._block = name, block
         self._calls: list[tuple[Any, Any, Any]] = []
+        self._arguments: Arguments = (), {}
+        hook = block.register_forward_pre_hook(self._begin, with_kwargs=True)
+        stack.callback(hook.remove)
         for module in block.modules():
             if module is block or not any(module.children()):
                 stack.callback(module.register_forward_hook(self._note).remove)
 
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._arguments = _fresh((args, kwargs))
+
     def _note(self, module: nn.Module, args: Any, output: Any) -> None:
         self._calls.append((module, next(iter(args), None), output))
 
-    def modules(self, name: str) -> list[nn.Module]:
-        """Without the block itself.
+    def standing_in(self) -> PassThrough:
+        """What does the same.
 
         Raises:
-            RefusedBlockError: It does something else besides.
+            RefusedBlockError: The block does something else besides.
         """
-        *calls, (_, value, last) = self._calls or [(None, None, None)]
+        *calls, (_, _, last) = self._calls or [(None, None, None)]
+        args, kwargs = self._arguments
+        value = next(iter((*args, *kwargs.values())), None)
         for _, received, output in calls:
             value = output if _same(value, received) else None
-        if not _same(value, last):
+        leaves, spec = tree_flatten(last)
+        whole = [Argument(0) if _same(value, leaf) else _as_it_is(leaf) for leaf in leaves]
+        template = None if isinstance(last, Tensor) else Template(tuple(whole), spec)
+        found = PassThrough([module for module, *_ in calls], template)
+        place = whole.index(Argument(0)) if Argument(0) in whole else -1
+        if place < 0 or not self._holds(found.behind, place):
             raise RefusedBlockError(
-                f'block "{name}" cannot be taken out: dropped, it does more than call one module '
-                "after the other",
+                f'block "{self._name}" cannot be taken out: dropped, it does more than call one '
+                "module after the other",
                 expected="blocks that come to their input, or a norm of it",
                 instead="name it in keep, or pass exact=False to take it out all the same",
             )
-        return [module for module, _, _ in calls]
+        return found
+
+    def _holds(self, behind: nn.Module, place: int) -> bool:
+        """Whether it does the same with other inputs: small ones, large ones, of both signs."""
+        for size in (1.0, 100.0):
+            args, kwargs = _fresh(self._arguments)
+            values: list[Any] = [*args, *kwargs.values()]
+            values[0] = torch.randn_like(values[0]) * size
+            named = dict(zip(kwargs, values[len(args) :], strict=True))
+            leaves = tree_leaves(self._block(*values[: len(args)], **named))
+            if not _same(leaves[place], behind(values[0])):
+                return False
+        return True
+
+
+def _fresh(arguments: Arguments) -> Arguments:
+    """The same tensors, in objects (a cache) that no other call has changed."""
+    args, kwargs = tree_map(partial(copied, how=lambda tensor: tensor), arguments)
+    return args, kwargs
+
+
+def _as_it_is(leaf: Any) -> Constant | Opaque:
+    return Constant(leaf) if isinstance(leaf, PLAIN_VALUES) else Opaque(type(leaf).__name__)
 
 
 def _same(one: Any, other: Any) -> bool:
-    return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+    """Whether two tensors hold the same; NaN is the same as NaN."""
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor) or one.shape != other.shape:
+        return False
+    return torch.equal(one, other) or bool(((one == other) | (one != one) & (other != other)).all())
 
 
-def _outputs(model: nn.Module, example: Arguments) -> list[Tensor]:
+def _all_same(ones: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(ones) == len(others) and all(map(_same, ones, others))
+
+
+def _outputs(model: nn.Module, example: Arguments) -> Outputs:
     with undisturbed(model):
         output = model(*example[0], **example[1])
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    if is_dataclass(output) and not isinstance(output, Mapping):
+        output = [getattr(output, field.name) for field in fields(output)]
+    elif isinstance(output, Mapping):
+        output = list(output.values())
+    parts = output if isinstance(output, list | tuple) else [output]
+    plain = (Tensor, list, tuple, dict)
+    return [(tensors_in(part), not isinstance(part, plain)) for part in parts]
 
 
-def _differs(model: nn.Module, example: Arguments, expected: list[Tensor] | None) -> str:
-    """What is wrong with the model's outputs; nothing where each is one of the expected ones."""
-    try:
-        found = _outputs(model, example)
-    except Exception as error:
-        return f"fails: {type(error).__name__}: {error}"
-    # What there was of each layer (hidden states, say) there is now of fewer.
-    others = iter(expected or ())
-    is_same = all(any(_same(leaf, other) for other in others) for leaf in found)
-    return "" if expected is None or is_same else "does not compute what it does with them dropped"
+def _take_out(
+    model: nn.Module,
+    standing_in: Mapping[str, PassThrough],
+    example: Arguments,
+    expected: Outputs | None,
+) -> None:
+    """Take the blocks out of their lists; where that comes to something else, have them stood in.
+
+    Args:
+        model: The model without gates.
+        standing_in: What stands in for each of them.
+        example: What to call it with.
+        expected: What it has to return. None: what it does where they are stood in.
+    """
+    why = ""
+    for from_lists in (False, True, False) if expected is None else (True, False):
+        with ExitStack() as attempt:
+            sizes = _replace(model, standing_in, attempt, from_lists=from_lists)
+            try:
+                found = _outputs(model, example)
+            except Exception as error:
+                why = f"fails: {type(error).__name__}: {error}"
+                continue
+            if expected is None:
+                expected = found
+                continue
+            why = _differs(found, expected, sizes)
+            if not why:
+                attempt.pop_all()
+                return
+    raise RefusedBlockError(
+        f"without {', '.join(list(standing_in)[:3])} {type(model).__name__} {why}",
+        expected="a model that runs the blocks of a Sequential or ModuleList one by one, or calls "
+        "each by its name",
+        instead="keep those with something of their own around them",
+    )
+
+
+def _differs(found: Outputs, expected: Outputs, sizes: list[tuple[int, int]]) -> str:
+    """What is wrong with a model's outputs.
+
+    Args:
+        found: The outputs.
+        expected: What they should be. What there was of each layer (hidden states, a cache) there
+            is of fewer now.
+        sizes: Of each list that blocks were taken out of, how many it had, and lost.
+    """
+    if not any(tensors for tensors, _ in expected):
+        return "returns no tensor that could be compared"
+    if len(found) != len(expected):
+        return "returns less"
+    for (mine, _), (its, is_object) in zip(found, expected, strict=True):
+        less, others = len(its) - len(mine), iter(its)
+        by_layer = any(len(its) >= size and less % gone == 0 for size, gone in sizes)
+        is_part = less > 0 and bool(mine) and (is_object or by_layer)
+        is_part = is_part and all(any(_same(leaf, other) for other in others) for leaf in mine)
+        if not _all_same(mine, its) and not is_part:
+            return "does not compute what it does with them dropped"
+    return ""
 
 
 def _replace(
     model: nn.Module, standing_in: Mapping[str, PassThrough], undo: ExitStack, *, from_lists: bool
-) -> None:
-    """Take blocks out of the lists that they stand in; elsewhere put something in their place."""
+) -> list[tuple[int, int]]:
+    """Take blocks out of the lists that they stand in; elsewhere put something in their place.
+
+    Returns:
+        Of each list that has fewer now, how many it had, and lost.
+    """
     parents: dict[str, dict[str, PassThrough]] = {}
     for name, module in standing_in.items():
         parent, _, key = name.rpartition(".")
         parents.setdefault(parent, {})[key] = module
-    for path, (*around, holder) in {path: list(_way(model, path)) for path in parents}.items():
-        out, table, before = parents[path], holder._modules, dict(holder._modules)
+    sizes = []
+    for path, around in {path: list(way(model, path)) for path in parents}.items():
+        out, table, before = parents[path], around[-1]._modules, dict(around[-1]._modules)
         undo.callback(table.update, before)
         undo.callback(table.clear)
-        is_list = from_lists and isinstance(holder, nn.Sequential | nn.ModuleList)
+        is_list = from_lists and isinstance(around[-1], nn.Sequential | nn.ModuleList)
         gone = {key for key in out if is_list and not len(out[key].behind)}
         left = [key for key in before if key not in gone]
         is_numbered = bool(gone) and all(key.isdecimal() for key in before)
         table.clear()
         for number, key in enumerate(left):
             table[str(number) if is_numbered else key] = out.get(key, before[key])
+        if gone:
+            sizes.append((len(before), len(gone)))
         if is_numbered:
-            _tell_layers(holder, left, undo)
-            for config in (vars(module).get("config") for module in around):
-                _tell_config(config, path, list(before), left, undo)
-
-
-def _way(model: nn.Module, path: str) -> Iterator[nn.Module]:
-    """The modules around one, outermost first, and that one."""
-    names = path.split(".") if path else []
-    return (model.get_submodule(".".join(names[:end])) for end in range(len(names) + 1))
-
-
-def _tell_layers(holder: nn.Module, left: list[str], undo: ExitStack) -> None:
-    """Write each layer's new number where it keeps it: transformers' do, for their caches."""
-    for number, layer in enumerate(holder.children()):
-        for module in layer.modules():
-            for name in _NUMBERS:
-                if vars(module).get(name) == int(left[number]):
-                    _put(module, name, number, undo)
-
-
-def _tell_config(
-    config: Any, path: str, before: list[str], left: list[str], undo: ExitStack
-) -> None:
-    """Write the new number of layers, and lists with an entry for each, as transformers has it."""
-    for name in _counts(config, path):
-        value = vars(config)[name]
-        if type(value) is int and value == len(before):
-            _put(config, name, len(left), undo)
-        elif isinstance(value, list) and len(value) == len(before):
-            _put(config, name, [value[before.index(key)] for key in left], undo)
-
-
-def _put(holder: Any, name: str, value: Any, undo: ExitStack) -> None:
-    undo.callback(setattr, holder, name, vars(holder)[name])
-    setattr(holder, name, value)
-
-
-def _counts(config: Any, path: str) -> list[str]:
-    """The entries of a configuration that may say how many layers there are in a list."""
-    names = [name for name in getattr(config, "__dict__", ()) if "layer" in name]
-    of_decoder = [name for name in names if "decoder" in name]
-    if "decoder" in path and of_decoder:
-        return of_decoder
-    return [name for name in names if name not in of_decoder]
+            tell(model, path, around, list(map(int, left)), len(before), undo)
+    return sizes

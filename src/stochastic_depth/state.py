@@ -219,8 +219,9 @@ def load(plan: Plan, state: Mapping[str, Any]) -> None:
         more = f", and of {len(rates) - 1} more blocks" if len(rates) > 1 else ""
         warn(f"the state was saved with other rates: {rates[0]}{more}. Those of this run stand")
     plan.go_to(int(state["step"]), dict(state["calls"]))
-    if counts := state.get("statistics"):
-        plan.tally.start_from([calls for _, calls, _ in counts], [d for *_, d in counts])
+    if counts := {name: numbers for name, *numbers in state.get("statistics", ())}:
+        numbers = [counts.get(name, (0, 0.0)) for name in plan.units]
+        plan.tally.start_from([calls for calls, _ in numbers], [dropped for _, dropped in numbers])
 
 
 def _identity(plan: Plan) -> dict[str, Any]:

@@ -70,12 +70,19 @@ class ResidualBlock:
 
     def branches_around(self, blocks: Sequence[ResidualBlock]) -> list[tuple[int, int]]:
         """The branches that it is a part of: for each the number of its block, and its own."""
-        name = f"{self.block_module}."
+        mine = f"{self.block_module}."
+
+        def holds(other: ResidualBlock, place: int) -> bool:
+            modules = other.branches[place].modules
+            if other.explicit:  # what its branch is made of is known to it alone: of its layer
+                return other.name not in modules and mine.startswith(f"{other.name}.")
+            return any(mine.startswith(f"{part}.") for part in modules)
+
         return [
             (number, place)
             for number, other in enumerate(blocks)
-            for place, branch in enumerate(other.branches)
-            if other is not self and any(name.startswith(f"{part}.") for part in branch.modules)
+            for place in range(1 if other.explicit else len(other.branches))
+            if other is not self and holds(other, place)
         ]
 
     @property

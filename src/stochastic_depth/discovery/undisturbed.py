@@ -13,15 +13,15 @@ import random
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from stochastic_depth.torch_private.tracing import fake_mode
-from stochastic_depth.torch_private.trees import tree_map
+from stochastic_depth.torch_private.trees import tensors_in, tree_map
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """What a model or a module is called with: positional and keyword arguments."""
@@ -81,12 +81,12 @@ def undisturbed(model: nn.Module, mode: Mode = "eval") -> Iterator[None]:
 
 @contextmanager
 def put_back(model: nn.Module) -> Iterator[None]:
-    """Attributes, parameters and buffers are afterwards the same objects, and no others are there.
+    """Attributes, weights, buffers and hooks are afterwards the same, and no others are there.
 
     A scripted module keeps them where Python does not reach.
     """
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    tables: list[dict[str, Any]] = [table for m in modules for table in _tables(m)]
+    tables: list[dict[Any, Any]] = [table for m in modules for table in _tables(m)]
     before = [dict(table) for table in tables]
     try:
         yield
@@ -97,9 +97,11 @@ def put_back(model: nn.Module) -> Iterator[None]:
             table.update(were)
 
 
-def _tables(module: nn.Module) -> tuple[dict[str, Any], ...]:
+def _tables(module: nn.Module) -> tuple[dict[Any, Any], ...]:
     """Where a module keeps what it has."""
-    return vars(module), module._parameters, module._buffers
+    hooks = module._forward_hooks, module._forward_pre_hooks
+    flags = module._forward_hooks_with_kwargs, module._forward_pre_hooks_with_kwargs
+    return vars(module), module._parameters, module._buffers, *hooks, *flags
 
 
 @contextmanager
@@ -162,6 +164,18 @@ def without_values(model: nn.Module, example: Arguments) -> Iterator[Arguments]:
             for table in _tables(module):
                 table.update({key: fake(value) for key, value in table.items()})
         yield tree_map(fake, example)
+
+
+def copied(leaf: Any, how: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of what a call may change: a tensor, or an object (a cache) that holds some."""
+    if isinstance(leaf, Tensor):
+        return how(leaf)
+    if callable(leaf):  # a module, or a method of one
+        return leaf
+    # None of a graph, and none without values, can be copied.
+    with suppress(Exception):
+        return copy.deepcopy(leaf, {id(tensor): how(tensor) for tensor in tensors_in(leaf)})
+    return leaf
 
 
 class SingleBlock(nn.Module):

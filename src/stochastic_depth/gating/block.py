@@ -144,8 +144,7 @@ def _of_row(gate: Gate, row: Row, setup: Setup, batch: Callable[[], int]) -> Dec
     gate.last_batch = size = batch()
     setup.check_rows(plan, gate, size)
     drawn = {unit: plan.rows_kept(row, unit, size) for unit in dict.fromkeys(gate.units)}
-    for unit, rows in drawn.items():
-        plan.tally.dropped[unit] += 1.0 - (rows if isinstance(rows, int) else rows.count) / size
+    plan.count_rows(gate, drawn, size)
     return decision_of(gate, [drawn[unit] for unit in gate.units], factors, setup)
 
 

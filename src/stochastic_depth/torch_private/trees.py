@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import pickle
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -10,10 +13,40 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, register_pytree_node, tree_map, tree_unflatten
 from torch.utils._pytree import tree_flatten as _flatten
 
-__all__ = ["TreeSpec", "tree_flatten", "tree_leaves", "tree_map", "tree_outline", "tree_unflatten"]
+__all__ = [
+    "TreeSpec",
+    "tensors_in",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_outline",
+    "tree_unflatten",
+]
 
 _PLAIN_TREES = (tuple, list, dict)
 _LEAVES = (Tensor, bool, int, float, str, type(None))
+
+
+class _Tensors(pickle.Pickler):
+    """Finds the tensors in an object of any kind."""
+
+    def __init__(self, value: object) -> None:
+        super().__init__(io.BytesIO())
+        self.found: list[Tensor] = []
+        with suppress(Exception):  # what cannot be pickled holds none that could be found
+            self.dump(value)
+
+    def persistent_id(self, value: Any) -> int | None:
+        """Says that a tensor lies elsewhere, and notes it."""
+        if not isinstance(value, Tensor):
+            return None
+        self.found.append(value)
+        return len(self.found)
+
+
+def tensors_in(value: object) -> list[Tensor]:
+    """The tensors in an object, also in one that is no tree (a cache)."""
+    return _Tensors(value).found
 
 
 class _Fields:

@@ -1,0 +1,154 @@
+"""What a model keeps of the number of its layers, where some are taken out.
+
+Models of transformers do: a layer knows its place, for its cache; the configuration says how many
+layers there are, and has lists with an entry for each. Which of its entries that are, is tried: the
+class that is built from the configuration has to have the weights that are left.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from stochastic_depth.torch_private.trees import PLAIN_VALUES
+
+_NUMBERS = ("layer_idx", "layer_id", "layer_index")  # as which a layer knows its place
+_COUNTS = ("layer", "depth", "block")  # in the name of an entry that may say how many there are
+
+Change = dict[str, Any]
+"""New values of some entries of a configuration."""
+
+
+def configured(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """The outermost modules around these with a configuration that describes them."""
+    found = (next(filter(_config, way(model, name)), None) for name in names)
+    return [owner for owner in {id(o): o for o in found if o}.values() if not unlike(owner)]
+
+
+def way(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The modules around one, outermost first, and that one."""
+    names = name.split(".") if name else []
+    return (model.get_submodule(".".join(names[:end])) for end in range(len(names) + 1))
+
+
+def _config(module: nn.Module) -> Any:
+    config = vars(module).get("config")
+    return config if hasattr(config, "to_dict") else None
+
+
+def unlike(owner: nn.Module, *, also_values: bool = False) -> str:
+    """In what a module differs from what its class makes of its configuration; nothing: in none.
+
+    Args:
+        owner: The module.
+        also_values: Whether to look at the numbers that its parts keep, too.
+    """
+    try:
+        with torch.device("meta"):
+            twin = type(owner)(copy.deepcopy(_config(owner)))
+    except Exception as error:  # whatever a class does not take
+        return f"{type(error).__name__}: {error}"
+    sizes = [{k: v.shape for k, v in each.state_dict().items()} for each in (twin, owner)]
+    if other := sorted(sizes[0].items() ^ sizes[1].items()):
+        return f"{other[0][0]} is not the same"
+    parts = dict(owner.named_modules())
+    for name, part in twin.named_modules() if also_values else ():
+        mine = vars(parts.get(name, part))
+        for key, value in vars(part).items():
+            is_number = isinstance(value, PLAIN_VALUES) and key != "training" and key[0] != "_"
+            if is_number and mine.get(key) != value:
+                return f"{name}.{key} is {mine.get(key)}, not {value}"
+    return ""
+
+
+def own_configs(model: nn.Module, undo: ExitStack) -> None:
+    """Give a model configurations of its own: another may have the same."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        if config := _config(module):
+            put(module, {"config": copy.deepcopy(config, memo)}, undo)
+
+
+def put(holder: Any, change: Change, undo: ExitStack) -> None:
+    """Set attributes, which can be undone."""
+    for name, value in change.items():
+        undo.callback(setattr, holder, name, vars(holder)[name])
+        setattr(holder, name, value)
+
+
+def tell(
+    model: nn.Module, path: str, around: Sequence[nn.Module], left: list[int], size: int,
+    undo: ExitStack,
+) -> None:  # fmt: skip
+    """Write the new number of layers, and each layer's own, where a model keeps these.
+
+    Args:
+        model: The model, without the layers that are taken out.
+        path: Where their list was.
+        around: The modules around it, outermost first, and the list itself.
+        left: The old numbers of those that are left.
+        size: How many there were.
+        undo: Takes it back.
+    """
+    *holders, layers = around
+    for number, layer in enumerate(layers.children()):
+        for module in layer.modules():
+            mine = {n: number for n in _NUMBERS if vars(module).get(n) == left[number]}
+            put(module, mine, undo)
+    if holders and vars(holders[-1]).get("num_layers") == size:
+        put(holders[-1], {"num_layers": len(left)}, undo)
+    owner = next(filter(_config, holders), None)
+    if owner is None:
+        return
+    configs = list({id(c): c for c in map(_config, holders) if c}.values())
+    inside = path.split(".")[holders.index(owner) :]
+    for number in range(_MOST_GUESSES):
+        with ExitStack() as attempt:
+            guesses = [_guess(number, config, inside, left, size) for config in configs]
+            if not any(guesses):
+                continue
+            for config, change in zip(configs, guesses, strict=True):
+                put(config, change, attempt)
+            if not unlike(owner):
+                undo.push(attempt.pop_all())
+                return
+
+
+_MOST_GUESSES = 12
+
+
+def _guess(number: int, config: Any, path: list[str], left: list[int], size: int) -> Change:
+    """A change of a configuration that may be the right one: the likely ones first."""
+    entries = vars(config)
+    counts = [
+        name
+        for name, value in entries.items()
+        if type(value) is int and value == size and any(part in name for part in _COUNTS)
+    ]
+    of_decoder = [name for name in counts if "decoder" in name]
+    is_decoder = any("decoder" in part for part in path) and of_decoder
+    likely = of_decoder if is_decoder else [name for name in counts if name not in of_decoder]
+    lists: Change = {
+        name: [value[place] for place in left]
+        for name, value in entries.items()
+        if isinstance(value, list) and len(value) == size
+    }
+    stages: Change = {}  # of a model in stages: how many each has
+    for name, value in entries.items():
+        for place in (int(part) for part in path if part.isdecimal()):
+            if isinstance(value, list | tuple) and place < len(value) and value[place] == size:
+                changed = [*value[:place], len(left), *value[place + 1 :]]
+                stages[name] = type(value)(changed)
+    by_layer = {name: value for name, value in lists.items() if "layer" in name}
+    guesses = [
+        {**dict.fromkeys(likely, len(left)), **by_layer},
+        {**dict.fromkeys(likely, len(left)), **lists},
+        stages,
+        *({name: len(left), **some} for name in counts for some in (by_layer, lists)),
+    ]
+    return guesses[number] if number < len(guesses) else {}
