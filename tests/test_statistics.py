@@ -246,3 +246,15 @@ def test_a_state_without_numbers_loads() -> None:
     del state["statistics"]
     depth.load_state_dict(state)
     assert {count.calls for count in depth.statistics().values()} == {1}
+
+
+def test_looking_between_two_steps_changes_nothing() -> None:
+    model, x, depth = gated("resnet")
+    twin = Twin(depth)
+    for step in range(70):
+        train(model, x, twin, 1 + step % 2)
+        twin.check()
+        depth.step()
+        if step % 5 == 0:
+            depth.step()  # without a forward
+            twin.check()

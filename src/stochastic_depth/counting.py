@@ -62,7 +62,6 @@ class Tally:
     def end_step(self, step: int, calls: list[int], row_of: RowOf) -> None:
         """Note how often each unit was called in a step that is over."""
         self._waiting.append((step, self.counted, calls))
-        self.counted = None
         if len(self._waiting) >= _MANY:
             self._count(row_of)
             self.rows = {}

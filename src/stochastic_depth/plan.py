@@ -256,7 +256,9 @@ class Plan:
 
     def end_step(self) -> None:
         """Note how often the gates were called in the step that ends now."""
-        self.tally.end_step(self.clock.step, self._calls_now(), self._row_of)
+        if self.tally.rows:
+            self.tally.end_step(self.clock.step, self._calls_now(), self._row_of)
+        self.tally.counted = None  # none was called since, or all are noted
 
     def count_calls(self) -> dict[str, CallCount]:
         """Count all training calls so far, by unit."""
