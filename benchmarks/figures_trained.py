@@ -120,6 +120,11 @@ def _short(value_of: Callable[[dict[str, Any]], float], form: str) -> Callable[[
     return mean
 
 
+def _cut(way: str) -> Callable[[], str]:
+    """The loss of the residual MLP on digits when two of its blocks are left."""
+    return lambda: f"{read('cutting.json')['results']['digits']['loss'][way][-1]['mean']:.2f}"
+
+
 def _lost(run: dict[str, Any]) -> float:
     return 100 * (run["stochastic_depth"]["test_error"] - run["plain"]["test_error"])
 
@@ -128,6 +133,8 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "resnet110_half": _steps("resnet110-0.5"),
     "resnet50_half": _steps("resnet50-0.5"),
     "resnet50_fifth": _steps("resnet50-0.2"),
+    "cut_plain": _cut("plain"),
+    "cut_dropped": _cut("layer drop, 0.5"),
     "demo_images": lambda: str(read("demo/metrics.json")["test_images"]),
     "demo_errors": _errors("stochastic_depth"),
     "demo_errors_plain": _errors("plain"),

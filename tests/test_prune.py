@@ -566,7 +566,7 @@ def test_a_projection_goes_with_the_block_around_it() -> None:
 @pytest.mark.parametrize(
     "keep",
     [np.int64(4), np.float32(0.5), Fraction(1, 2), {"0", "2", "4", "7"}, iter(["0", "1", "[67]"])],
-    ids=str,
+    ids=["numpy's integer", "numpy's fraction", "fraction", "set", "iterator"],
 )
 def test_numbers_and_names_of_any_kind(keep: Any) -> None:
     pruned: Any = sd.prune(residuals(8), keep, example_inputs=vectors(2, WIDTH))
