@@ -86,6 +86,7 @@ class StochasticDepth(Algorithm):
         self._awaits_batch = False  # as no example is known
         self._seed = 0
         self._factor = Factor()
+        self._statistics: list[Any] = []  # of the training that is resumed
         self._modules: dict[str, nn.Module] = {}  # of the model at INIT, until it is complete
         self._waiting: Waiting | None = Waiting()
 
@@ -149,11 +150,14 @@ class StochasticDepth(Algorithm):
 
     def state_dict(self) -> dict[str, Any]:
         """The draws depend on the seed and the time, which Composer saves itself."""
-        return SavedState(super().state_dict(), factor=self._factor.value)
+        counts = self._depth.state_dict()["statistics"] if self._depth is not None else []
+        own = {"factor": self._factor.value, "statistics": counts}
+        return SavedState({**super().state_dict(), **own})
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = False) -> None:  # noqa: FBT001, FBT002
         """Take over the rate in force, for a model that is only evaluated."""
         self._factor.value = float(state.get("factor", 1.0))
+        self._statistics = state.get("statistics", [])
 
     # What is done at each event
 
@@ -271,8 +275,10 @@ class StochasticDepth(Algorithm):
     def _set_clock(self, state: State) -> None:
         """The draws of this batch, from their beginning."""
         saved, batch = self.depth.state_dict(), state.timestamp.batch.value
-        if saved["step"] != batch or saved["calls"]:
-            self.depth.load_state_dict({**saved, "step": batch, "calls": {}})
+        if saved["step"] != batch or saved["calls"] or self._statistics:
+            counts = self._statistics or saved["statistics"]
+            self.depth.load_state_dict({**saved, "step": batch, "calls": {}, "statistics": counts})
+            self._statistics = []
 
     def _judge_waiting(self) -> None:
         if self._waiting is None:
