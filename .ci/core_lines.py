@@ -8,7 +8,7 @@ import ast
 import pathlib
 import sys
 
-MOST_LINES = 6_678
+MOST_LINES = 6_659
 MOST_FILES = 54
 CORE = pathlib.Path("src/stochastic_depth")
 

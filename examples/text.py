@@ -29,7 +29,6 @@ from imagelib.checkpoints import Checkpoints
 from imagelib.flops import count_step_cost
 from imagelib.progress import Interruption, progress_bar
 from textlib.contender import Contender
-from textlib.flops import plain_step_cost
 from textlib.models import build_model
 from textlib.options import Options, parse
 from textlib.page import page_of
@@ -190,7 +189,7 @@ def enter(
         model,
         optimizer,
         depth,
-        count_step_cost(model, batch) if depth else plain_step_cost(model, batch),
+        count_step_cost(model, batch),
         blocks=len(sd.find_residual_blocks(start, windows.example(2))),
         total_steps=steps,
         peak=options.lr,

@@ -19,7 +19,7 @@ import stochastic_depth as sd
 from imagelib.cifar_resnet import CifarResNet
 from interleaved import RESULTS
 from networks import NETWORKS, images, make, nested, residuals, vectors
-from stochastic_depth.torch_private.flops import count_flops
+from stochastic_depth.measuring import count_flops
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(shallow networks|dropout is active)")
 

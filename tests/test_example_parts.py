@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import stochastic_depth as sd
 from imagelib import InputError
 from imagelib.batches import Batch, metered
 from imagelib.checkpoints import Checkpoints, replacing
 from imagelib.cifar_resnet import CifarResNet, PaddedShortcut, Shrink
-from imagelib.flops import count_step_cost
+from imagelib.flops import count_step_cost, counting
 from imagelib.models import build_model
 from imagelib.recipe import Time, learning_rate
 from imagelib.records import Records, Step
@@ -107,7 +106,7 @@ def gated(name: str) -> tuple[nn.Module, nn.Module, sd.StochasticDepth, Tensor]:
 
 
 def flops(model: nn.Module, example: Tensor) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with counting() as counter:
         model(example).sum().backward()
     return counter.get_total_flops()
 

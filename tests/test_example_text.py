@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import text
+from imagelib.flops import count_step_cost
 from textlib.contender import Contender
-from textlib.flops import plain_step_cost
 from textlib.gpt import GPT
 from textlib.models import build_model
 from textlib.options import parse
@@ -203,7 +203,7 @@ def test_flops_of_attention_are_counted_on_the_cpu() -> None:
     tokens = torch.zeros(sequences, context, dtype=torch.long)
     linear = 3 * 2 * (layers * 12 * width**2 + width * vocabulary)  # forward, and twice backward
     attention = (2 + 5) * 2 * layers * context * width  # products: 2 forward, 5 backward
-    assert plain_step_cost(model, tokens).everything == tokens.numel() * (linear + attention)
+    assert count_step_cost(model, tokens).everything == tokens.numel() * (linear + attention)
 
 
 def test_the_gpt_does_not_look_ahead() -> None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 import stochastic_depth as sd
 from networks import (
@@ -32,56 +30,9 @@ from networks import (
     settled,
     vectors,
 )
+from pruned import blocks_of, outputs, pruned_as_dropped, same, size
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(shallow networks|dropout is active)")
-
-
-def outputs(model: nn.Module, x: Any) -> list[Tensor]:
-    with torch.no_grad():
-        out = model.eval()(**x) if isinstance(x, dict) else model.eval()(x)
-    return [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-
-
-def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def size(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def pruned_as_dropped(model: Any, x: Any, keep: Any, scale: Any = "none", **options: Any) -> Any:
-    """Prunes a model, and compares with the folded one in which the same blocks are dropped."""
-    depth = sd.apply_stochastic_depth(model, 0.2, "uniform", example_inputs=x, scale=scale)
-    names = [block.name for block in depth.blocks]
-    before = size(model)
-    twin = copy.deepcopy(model)
-    pruned = depth.prune(keep, **options)
-    assert pruned is model
-    twin = sd.get_stochastic_depth(twin).fold()
-    reference = sd.apply_stochastic_depth(twin, 0.0, example_inputs=x, scale="none")
-    for left_out in _sets(names, len(names) - len(_blocks(pruned, x)), keep):
-        with reference.fixed(dict.fromkeys(left_out, False)):
-            if same(outputs(twin, x), outputs(pruned, x)):
-                assert size(pruned) < before or not left_out
-                return pruned
-    raise AssertionError("no choice of blocks computes the same")
-
-
-def _blocks(model: nn.Module, x: Any) -> list[str]:
-    try:
-        return [block.name for block in sd.find_residual_blocks(model, x)]
-    except sd.NoResidualBlocksError:
-        return []
-
-
-def _sets(names: list[str], count: int, keep: Any) -> list[list[str]]:
-    """Which blocks may have been left out: known where names were passed."""
-    if not isinstance(keep, int | float):
-        return [[name for name in names if name not in keep]]
-    kept = len(names) - count
-    places = {round(n * (len(names) - 1) / max(1, kept - 1)) for n in range(kept)}
-    return [[name for number, name in enumerate(names) if number not in places]]
 
 
 @pytest.mark.oldest
@@ -117,7 +68,7 @@ def test_the_first_and_the_last_are_kept_and_others_evenly() -> None:
 @pytest.mark.parametrize("name", [n for n in NETWORKS if n not in ("shared", "nested")])
 def test_of_each_kind_of_network(name: str) -> None:
     model, x = make(name)
-    names = _blocks(model, x)
+    names = blocks_of(model, x)
     stuck = {"resnet": ["stages.1.0"]}.get(name, [])
     keep = sorted({names[0], *stuck}, key=names.index)
     pruned = pruned_as_dropped(model, x, keep)
@@ -140,9 +91,9 @@ def test_a_projection_is_refused_by_name_and_nothing_is_changed() -> None:
 
 def test_of_a_number_what_cannot_be_taken_out_is_always_kept() -> None:
     model, x = make("resnet")
-    assert "stages.1.0" in _blocks(sd.prune(model, 2, example_inputs=x), x)
+    assert "stages.1.0" in blocks_of(sd.prune(model, 2, example_inputs=x), x)
     model, x = make("resnet")
-    total = len(_blocks(model, x))
+    total = len(blocks_of(model, x))
     for wrong in (0, total + 1, 0.0, 1.5, -1):
         with pytest.raises(sd.OptionError, match=f"keep is {wrong}"):
             sd.prune(model, wrong, example_inputs=x)
@@ -152,7 +103,7 @@ def test_of_a_number_what_cannot_be_taken_out_is_always_kept() -> None:
             sd.prune(model, kind, example_inputs=x)
     with pytest.raises(sd.SelectionError, match="keep names 'layer9'"):
         sd.prune(model, ["layer9"], example_inputs=x)
-    assert len(_blocks(model, x)) == total
+    assert len(blocks_of(model, x)) == total
 
 
 class Looped(nn.Module):
@@ -206,7 +157,7 @@ class Counting(Looped):
 @pytest.mark.parametrize("build", [Looped, Named, Counting])
 def test_elsewhere_a_module_stands_in(build: Callable[[], Any]) -> None:
     model, x = build(), vectors(2, 3)
-    names = _blocks(model, x)
+    names = blocks_of(model, x)
     pruned = pruned_as_dropped(model, x, [names[0], names[-1]])
     assert type(pruned.get_submodule(names[1])).__name__ == "PassThrough"
     assert not list(pruned.get_submodule(names[1]).parameters())
@@ -243,7 +194,7 @@ def test_where_a_block_is_needed_nothing_is_changed() -> None:
 def test_blocks_inside_of_blocks_go_with_them() -> None:
     model, x = make("nested")
     pruned: Any = sd.prune(model, 2, example_inputs=x)
-    assert _blocks(pruned, x) == [
+    assert blocks_of(pruned, x) == [
         f"{n}{inner}" for n in "12" for inner in (".inner.0", ".inner.1", "")
     ]
     model, x = make("nested")
@@ -304,18 +255,18 @@ TIMM: dict[str, tuple[dict[str, Any], int]] = {
 def test_models_of_timm(name: str) -> None:
     options, keep = TIMM[name]
     model = pytest.importorskip("timm").create_model(name, **options)
-    _library(model, torch.randn(2, 3, 32, 32), keep)
+    _assert_as_dropped(model, torch.randn(2, 3, 32, 32), keep)
 
 
 @pytest.mark.parametrize(("name", "keep"), [("resnet50", 8), ("vit_b_32", 4)])
 def test_models_of_torchvision(name: str, keep: int) -> None:
     options = {"image_size": 32} if name.startswith("vit") else {}
     model = pytest.importorskip("torchvision.models").get_model(name, **options)
-    _library(model, torch.randn(2, 3, 32, 32), keep)
+    _assert_as_dropped(model, torch.randn(2, 3, 32, 32), keep)
 
 
-def _library(model: nn.Module, x: Tensor, keep: int) -> None:
-    before, names = size(model), _blocks(model.eval(), x)
+def _assert_as_dropped(model: nn.Module, x: Tensor, keep: int) -> None:
+    before, names = size(model), blocks_of(model.eval(), x)
     twin = copy.deepcopy(model)
     modules = {id(module): name for name, module in model.named_modules()}
     pruned = sd.prune(model, keep, example_inputs=x)
@@ -328,109 +279,6 @@ def _library(model: nn.Module, x: Tensor, keep: int) -> None:
     assert size(pruned) < before
     keys = [key for key in pruned.state_dict() if key.split(".")[-2:-1]]
     assert len(keys) == len(set(keys))
-
-
-def small(kind: str, **more: Any) -> tuple[Any, Any]:
-    """A model of transformers with six layers, and its example."""
-    transformers = pytest.importorskip("transformers")
-    sizes = {
-        "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4,
-        "intermediate_size": 48, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-    }  # fmt: skip
-    if kind == "GPT2LMHeadModel":
-        sizes = {"vocab_size": 60, "n_embd": 32, "n_layer": 6, "n_head": 4}
-        sizes |= {"bos_token_id": 1, "eos_token_id": 2}
-    if kind == "ViTModel":
-        sizes = {n: sizes[n] for n in ("hidden_size", "num_hidden_layers", "intermediate_size")}
-        sizes |= {"num_attention_heads": 4, "image_size": 16, "patch_size": 4}
-    configs = {"GPT2LMHeadModel": "GPT2Config", "BertModel": "BertConfig", "ViTModel": "ViTConfig"}
-    configs |= {"LlamaForCausalLM": "LlamaConfig", "Gemma3ForCausalLM": "Gemma3TextConfig"}
-    configs |= {"Qwen3MoeForCausalLM": "Qwen3MoeConfig"}
-    config = getattr(transformers, configs[kind])(**sizes, **more)
-    if kind == "ViTModel":
-        return transformers.ViTModel(config).eval(), {"pixel_values": torch.randn(2, 3, 16, 16)}
-    model = getattr(transformers, kind)(config).eval()
-    return model, {"input_ids": torch.randint(3, 60, (2, 5))}
-
-
-@pytest.mark.parametrize("scale", ["none", "eval"])
-@pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "LlamaForCausalLM", "ViTModel"])
-def test_models_of_transformers_are_saved_as_smaller_ones(
-    kind: str, scale: Any, tmp_path: Path
-) -> None:
-    model, x = small(kind)
-    names = _blocks(model, x)
-    model = pruned_as_dropped(model, x, [names[0], names[2], names[5]], scale)
-    assert model.config.num_hidden_layers == 3
-    saved_and_loaded(model, x, tmp_path)
-    if hasattr(model, "generate") and "input_ids" in x:
-        generates(model, x["input_ids"])
-
-
-def saved_and_loaded(model: Any, x: Any, folder: Path) -> None:
-    model.save_pretrained(folder)
-    again = type(model).from_pretrained(folder).eval()
-    assert sorted(again.state_dict()) == sorted(model.state_dict())
-    assert torch.equal(outputs(again, x)[0], outputs(model, x)[0])
-
-
-def generates(model: Any, tokens: Tensor) -> None:
-    """With a cache the same tokens as without: each layer knows its new place in it."""
-    torch.manual_seed(0)
-    options = {"max_new_tokens": 6, "do_sample": False}
-    with torch.no_grad():
-        cached = model.generate(tokens, use_cache=True, **options)
-        assert torch.equal(cached, model.generate(tokens, use_cache=False, **options))
-    places = [m.layer_idx for m in model.modules() if getattr(m, "layer_idx", None) is not None]
-    assert set(places) == {0, 1, 2}
-
-
-def test_lists_with_an_entry_for_each_layer_are_shortened(tmp_path: Path) -> None:
-    kinds = ["sliding_attention", "full_attention"] * 3
-    model, x = small("Gemma3ForCausalLM", layer_types=kinds, head_dim=8, num_key_value_heads=2)
-    names = _blocks(model, x)
-    sd.prune(model, [names[0], names[1], names[3]], example_inputs=x)
-    assert model.config.layer_types == [kinds[0], kinds[1], kinds[3]]
-    saved_and_loaded(model, x, tmp_path)
-    generates(model, x["input_ids"])
-
-
-def test_a_bert_that_was_trained_with_layer_drop(tmp_path: Path) -> None:
-    """Where a layer of it is dropped its norms run: they stay, or the whole layer is taken out."""
-    model, x = small("BertModel")
-    depth = sd.apply_layer_drop(model, 0.2, example_inputs=x)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    depth.follow(optimizer)
-    for _ in range(3):
-        model.train()(**x).last_hidden_state.square().mean().backward()
-        optimizer.step()
-    other = copy.deepcopy(model)
-    keep = [f"encoder.layer.{number}" for number in (0, 2, 3, 5)]
-    with depth.fixed({"encoder.layer.1": False, "encoder.layer.4": False}):
-        expected = outputs(model, x)
-    with pytest.warns(sd.StochasticDepthWarning, match=r"not what its class makes.* exact=False"):
-        exact: Any = depth.prune(keep)
-    assert same(outputs(exact, x), expected)
-    behind = exact.encoder.layer[1].behind
-    assert [type(module).__name__ for module in behind] == ["LayerNorm", "LayerNorm"]
-    smaller: Any = sd.get_stochastic_depth(other).prune(keep, exact=False, example_inputs=x)
-    assert smaller.config.num_hidden_layers == len(smaller.encoder.layer) == 4
-    saved_and_loaded(smaller, x, tmp_path)
-
-
-def test_encoders_and_decoders_have_numbers_of_their_own(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.T5Config(
-        vocab_size=60, d_model=32, d_kv=8, d_ff=48, num_layers=4, num_heads=4, pad_token_id=0,
-        decoder_start_token_id=0,
-    )  # fmt: skip
-    model, tokens = transformers.T5ForConditionalGeneration(config).eval(), torch.ones(2, 5).long()
-    x = {"input_ids": tokens, "decoder_input_ids": tokens}
-    keep = ["encoder.*", "decoder.block.1", "decoder.block.3"]
-    blocks = ["!encoder.block.0", "!decoder.block.0"]
-    sd.prune(model, keep, example_inputs=x, blocks=blocks)
-    assert (model.config.num_layers, model.config.num_decoder_layers) == (4, 3)
-    saved_and_loaded(model, x, tmp_path)
 
 
 class Features(Looped):
@@ -585,98 +433,6 @@ def test_weights_that_are_computed_since() -> None:
     nn.utils.parametrizations.weight_norm(model.get_submodule("5.linear"))
     pruned: Any = depth.prune(4)
     assert len(pruned) == 4
-
-
-def test_a_configuration_that_two_models_share() -> None:
-    transformers = pytest.importorskip("transformers")
-    model, x = small("LlamaForCausalLM")
-    teacher = transformers.LlamaForCausalLM(model.config).eval()
-    before = outputs(teacher, x)
-    sd.prune(model, 3, example_inputs=x)
-    assert (model.config.num_hidden_layers, teacher.config.num_hidden_layers) == (3, 6)
-    assert model.config is model.model.config
-    assert same(outputs(teacher, x), before)
-
-
-def test_hidden_states_that_the_example_asks_for() -> None:
-    model, x = small("LlamaForCausalLM")
-    x = {**x, "output_hidden_states": True}
-    depth = sd.apply_stochastic_depth(model, 0.0, example_inputs=x)
-    assert len(model(**x).hidden_states) == 7
-    assert len(depth.prune(3)(**x).hidden_states) == 4
-
-
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        ("Bloom", {"n_layer": 6, "hidden_size": 32, "n_head": 4}),
-        ("GPTNeo", {"num_layers": 6, "hidden_size": 32, "num_heads": 4, "intermediate_size": 48,
-                    "attention_types": [[["global", "local"], 3]]}),
-    ],
-)  # fmt: skip
-def test_blocks_that_return_tuples(kind: str, options: Any, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=60, bos_token_id=1, eos_token_id=2, pad_token_id=0, **options
-    )
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    x = {"input_ids": torch.randint(3, 60, (2, 5))}
-    names = _blocks(model, x)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always", sd.StochasticDepthWarning)
-        pruned = pruned_as_dropped(model, x, [names[0], names[2], names[4]])
-    if not any("not what its class makes" in str(each.message) for each in said):
-        saved_and_loaded(pruned, x, tmp_path)
-
-
-def test_models_in_stages(tmp_path: Path) -> None:
-    """Their configuration says how many blocks each stage has."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.SwinConfig(
-        image_size=32, patch_size=2, embed_dim=16, depths=[2, 4, 2], num_heads=[2, 2, 4],
-        window_size=4, drop_path_rate=0.0,
-    )  # fmt: skip
-    model = transformers.SwinModel(config).eval()
-    x = {"pixel_values": torch.randn(2, 3, 32, 32)}
-    keep = ["encoder.layers.[02].*", "encoder.layers.1.blocks.[03]"]
-    sd.prune(model, keep, example_inputs=x)
-    assert list(model.config.depths) == [2, 2, 2]
-    assert model.config.num_layers == 3
-    saved_and_loaded(model, x, tmp_path)
-
-
-def test_numbers_that_only_happen_to_be_equal(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.Wav2Vec2Config(
-        vocab_size=30, hidden_size=32, num_attention_heads=4, intermediate_size=48,
-        num_hidden_layers=3, layerdrop=0.0, conv_dim=[8, 8, 8], conv_stride=[4, 2, 2],
-        conv_kernel=[8, 3, 3], num_feat_extract_layers=3, num_conv_pos_embeddings=8,
-        num_conv_pos_embedding_groups=2, do_stable_layer_norm=True, feat_extract_norm="layer",
-        mask_time_prob=0.0,
-    )  # fmt: skip
-    model = transformers.Wav2Vec2Model(config).eval()
-    x = {"input_values": torch.randn(2, 400)}
-    out = "encoder.layers.1"
-    sd.prune(model, [n for n in _blocks(model, x) if n != out], example_inputs=x)
-    assert model.config.num_hidden_layers == 2
-    assert model.config.num_feat_extract_layers == 3
-    saved_and_loaded(model, x, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("kind", "more"),
-    [
-        ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}),
-        ("Qwen3MoeForCausalLM", {"mlp_only_layers": [0, 2, 4], "num_key_value_heads": 2,
-                                 "num_experts": 2, "num_experts_per_tok": 1, "head_dim": 8}),
-    ],
-)  # fmt: skip
-def test_layers_whose_form_depends_on_their_number(kind: str, more: Any) -> None:
-    """What cannot be loaded again is said."""
-    model, x = small(kind, **more)
-    names = _blocks(model, x)
-    with pytest.warns(sd.StochasticDepthWarning, match="not what its class makes"):
-        pruned_as_dropped(model, x, [names[0], names[2]])
 
 
 @pytest.mark.parametrize("name", ["folded", "pruned", "plain"])

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from lightning.fabric import Fabric
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from imagelib.batches import Batch, Batches
+from imagelib.flops import counting
 from imagelib.ranks import Ranks
 from imagelib.records import NOT_MEASURED
 
@@ -61,7 +61,7 @@ class Contender:
         self, batch: Batch, learning_rate: float, seed: int, absent: Iterable[nn.Parameter] = ()
     ) -> Turn:
         """The same, while torch counts the FLOPs of every operation, which takes long."""
-        with FlopCounterMode(display=False) as counter:
+        with counting() as counter:
             turn = self.take_turn(batch, learning_rate, seed, absent)
         return turn._replace(flops=counter.get_total_flops())
 

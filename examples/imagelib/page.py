@@ -28,7 +28,7 @@ def page_of(
     rows = [(name, *cells) for name, cells in result_rows(results).items()]
     explained, *found = lines(results)
     return Page(
-        title=f"{configuration['model']}: {title(results)[0].lower()}{title(results)[1:]}",
+        title=f"{configuration['model']}: {title(results).lower()}",
         summary=[*found, explained],
         results=Table("Results", columns, rows),
         figures=_figures(results, records, depth, steps_per_epoch),

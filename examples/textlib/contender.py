@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from lightning.fabric import Fabric
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import stochastic_depth as sd
-from imagelib.flops import StepCost
+from imagelib.flops import StepCost, counting
 from textlib.recipe import learning_rate
 from textlib.records import NOT_COUNTED, HeldOut, Step
 from textlib.windows import Batch, Windows
@@ -62,7 +61,7 @@ class Contender:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         counted = number in self._counted
-        counter = FlopCounterMode(display=False)
+        counter = counting()
         with counter if counted else contextlib.nullcontext():
             start = self._now()
             loss = cross_entropy(self._wrapped_model(batch.tokens), batch.following)

@@ -28,7 +28,7 @@ def page_of(
     if all(seconds.values()):
         figures.append(step_times("How long a step took", seconds))
     return Page(
-        title=f"{configuration['model']}: {title(results)[0].lower()}{title(results)[1:]}",
+        title=f"{configuration['model']}: {title(results).lower()}",
         summary=remarks(results),
         results=Table("Results", ["", *results.variants], rows),
         figures=figures,

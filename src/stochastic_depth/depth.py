@@ -20,9 +20,8 @@ from stochastic_depth.gating.ranks import refuse, refuse_parts
 from stochastic_depth.handle import StochasticDepth
 from stochastic_depth.plan import Mode, Plan, Scale, Unit
 from stochastic_depth.proving import prove
-from stochastic_depth.pruning import Keep
 from stochastic_depth.schedules import ScheduleFunction, resolve_schedule
-from stochastic_depth.selection import Selector, allowed_counts, refuse_inexact, select
+from stochastic_depth.selection import Keep, Selector, allowed_counts, refuse_inexact, select
 from stochastic_depth.torch_private.tracing import is_wrapper
 
 Rates = tuple[DropRate, Spread] | None
@@ -220,14 +219,8 @@ def prune(
             instead="prune the model first, and wrap it afterwards",
         )
     with own_drops.switched_off(plain_model(model)):  # which act in training only
-        depth = apply_stochastic_depth(
-            model,
-            0.0,
-            example_inputs=example_inputs,
-            example_kwargs=example_kwargs,
-            blocks=blocks,
-            scale="none",
-        )
+        example, rates = (example_inputs, example_kwargs), (0.0, None)
+        depth = apply(model, rates, example, blocks, "block", "batch", "none", None, Draw())
     try:
         return depth.prune(keep, exact=exact)
     except BaseException:

@@ -1,47 +1,32 @@
 """What stochastic depth will save, before any training: FLOPs of each block, and its time here.
 
-Each block is called with what it is called with in a forward of the model, open and closed. What
-the difference comes to, times its drop rate, is saved on average.
+What a step takes less where a block is dropped, times its drop rate, is saved on average.
 """
 
 from __future__ import annotations
 
 import copy
-import operator
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
-from statistics import median
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from stochastic_depth.depth import apply_stochastic_depth
+from stochastic_depth.depth import Rates, apply
 from stochastic_depth.discovery import example_for, plain_model
-from stochastic_depth.discovery.undisturbed import (
-    Arguments,
-    copied,
-    is_unmaterialised,
-    undisturbed,
-    without_values,
-)
+from stochastic_depth.discovery.undisturbed import is_unmaterialised
 from stochastic_depth.distributions import Distribution, DropRate
-from stochastic_depth.errors import ExampleInputsError, Number, OptionError
+from stochastic_depth.draw import Draw
+from stochastic_depth.errors import Number, OptionError
 from stochastic_depth.gating.attach import detach, gated_modules
 from stochastic_depth.handle import StochasticDepth
-from stochastic_depth.plan import Mode, Unit
+from stochastic_depth.measuring import Costs
+from stochastic_depth.plan import Mode, Plan, Unit
 from stochastic_depth.selection import Selector
 from stochastic_depth.state import aligned, described
-from stochastic_depth.torch_private.flops import count_flops
-from stochastic_depth.torch_private.trees import tree_leaves, tree_map
 
-Measure = Callable[[Callable[[], None]], float]
-"""Of a run, forward and backward: its FLOPs, or seconds."""
-
-_ROUNDS = 9  # of timing, of which the median counts
 _HIGHEST = 1 - 1e-6  # of the rates that are tried
 
 
@@ -161,20 +146,8 @@ def estimate_saving(
         >>> round(saving.flops, 3), saving.blocks[0].flops, saving.step_flops
         (0.457, 768, 5888)
     """
-    twin = _twin(model, timed=timed)
-    depth = apply_stochastic_depth(
-        twin,
-        drop_rate,
-        drop_distribution,
-        example_inputs=example_inputs,
-        example_kwargs=example_kwargs,
-        blocks=blocks,
-        unit=unit,
-        mode=mode,
-        scale=scale,
-    )
-    example = example_for(twin, example_inputs, example_kwargs)
-    return _Costs(depth, example, timed=timed).saving()
+    rates, example = (drop_rate, drop_distribution), (example_inputs, example_kwargs)
+    return _saving(*_measured(model, rates, example, blocks, unit, mode, scale, timed=timed))
 
 
 def drop_rate_for(
@@ -230,23 +203,12 @@ def drop_rate_for(
         expected="a fraction of a step, from 0 to below 1",
         instead="pass 0.25 to save a quarter of it",
     ).read(saving, "saving")
-    twin = _twin(model, timed=timed)
-    depth = apply_stochastic_depth(
-        twin,
-        0.0,
-        drop_distribution,
-        example_inputs=example_inputs,
-        example_kwargs=example_kwargs,
-        blocks=blocks,
-        unit=unit,
-        mode=mode,
-        scale=scale,
-    )
-    costs = _Costs(depth, example_for(twin, example_inputs, example_kwargs), timed=timed)
+    rates, example = (0.0, drop_distribution), (example_inputs, example_kwargs)
+    depth, costs = _measured(model, rates, example, blocks, unit, mode, scale, timed=timed)
 
     def saved_at(rate: float) -> float:
         depth.set_drop_rate(rate, drop_distribution)
-        found = costs.saving()
+        found = _saving(depth, costs)
         return (found.time if timed else found.flops) or 0.0
 
     def is_allowed(rate: float) -> bool:
@@ -277,9 +239,25 @@ def _bisect(low: float, high: float, is_enough: Callable[[float], bool]) -> tupl
     return low, high
 
 
-def _twin(model: nn.Module, *, timed: bool) -> nn.Module:
-    """A copy of the model to measure."""
-    model = plain_model(model)
+def _measured(
+    model: nn.Module,
+    rates: Rates,
+    example: tuple[Any, Mapping[str, Any] | None],
+    blocks: Selector | Sequence[Selector] | None,
+    unit: Unit,
+    mode: Mode,
+    scale: Literal["auto", "eval", "train", "none"],
+    *,
+    timed: bool,
+) -> tuple[StochasticDepth, Costs]:
+    """The handle of a copy of the model, and what its blocks cost."""
+    twin = _plain_copy(plain_model(model), timed=timed)
+    depth = apply(twin, rates, example, blocks, unit, mode, scale, None, Draw())
+    return depth, Costs(depth, example_for(twin, *example), timed=timed)
+
+
+def _plain_copy(model: nn.Module, *, timed: bool) -> nn.Module:
+    """A copy without gates."""
     if timed and is_unmaterialised(model):
         raise OptionError(
             f"timed=True for a {type(model).__name__} on the meta device",
@@ -295,172 +273,56 @@ def _twin(model: nn.Module, *, timed: bool) -> nn.Module:
             expected="a model to measure a copy of",
             instead="estimate it as it was built, before it ran",
         ) from error
-    for plan in {id(gate.plan): gate.plan for _, _, gate in gated_modules(twin)}.values():
+    for plan in {gate.plan for _, _, gate in gated_modules(twin)}:
         detach(twin, plan)
     return twin
 
 
-class _Costs:
-    """What a training step costs, and what each unit adds to it.
+def _saving(depth: StochasticDepth, costs: Costs) -> Saving:
+    """What the rates of now save."""
+    plan, chances = depth._plan, _chances(depth._plan)
+    whole = {name for name, _, gate in gated_modules(depth.model) if gate.whole is not None}
+    found = described(depth.model, plan, whole)
 
-    Args:
-        depth: The handle of a model to measure.
-        example: What to call it with.
-        timed: Whether to time it, too.
-    """
+    def of_block(number: int, of_units: Sequence[float]) -> tuple[float, float]:
+        """What it costs, and what of that is saved on average."""
+        units = [unit for unit, block in enumerate(plan.block_of) if block == number]
+        saved = sum(of_units[unit] * chances[unit] for unit in units)
+        return sum(of_units[unit] for unit in units), saved
 
-    def __init__(self, depth: StochasticDepth, example: Arguments, *, timed: bool) -> None:
-        self._depth, self._plan, self._model = depth, depth._plan, depth.model
-        self._calls: dict[str, list[Arguments]] = {}
-        self._seconds: tuple[float, list[float]] | None = None
-        example = tree_map(partial(copied, how=_cut_off), example)
-        with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))  # noqa: FBT003
-            stack.enter_context(torch.enable_grad())
-            arguments = stack.enter_context(without_values(self._model, example))
-            stack.enter_context(undisturbed(self._model))
-            self._begin(arguments)
-            self._flops = self._costs(count_flops, arguments)
-            if timed:
-                rounds = [self._costs(_seconds, arguments) for _ in range(1 + _ROUNDS)][1:]
-                of_units = map(median, zip(*(units for _, units in rounds), strict=True))
-                self._seconds = median(step for step, _ in rounds), list(of_units)
-        if not timed and not any(self._flops[1]):
-            raise OptionError(
-                f"torch counts no FLOPs in the blocks of {type(self._model).__name__}",
-                expected="convolutions, matrix products or attention",
-                instead="pass timed=True, to measure their time",
+    (step, flops), seconds = costs.flops, costs.seconds
+    blocks = []
+    for number, (block, now, parameters, how) in enumerate(found):
+        count, saved = of_block(number, flops)
+        times = of_block(number, seconds[1]) if seconds else None
+        blocks.append(
+            BlockSaving(
+                name=block.name,
+                kind=block.kind,
+                drop_rate=now.drop_rate,
+                parameters=parameters,
+                flops=round(count),
+                flops_saved=saved,
+                seconds=times and times[0],
+                seconds_saved=times and times[1],
+                when_dropped=how,
             )
-
-    def _begin(self, example: Arguments) -> None:
-        """Have it train, and write down what the outermost blocks are called with."""
-        self._model.train()
-        try:
-            self._note_calls(example)
-        except ValueError:  # a BatchNorm needs several values, or a GPU
-            for module in self._model.modules():
-                if isinstance(module, nn.modules.batchnorm._NormBase):
-                    module.eval()
-            self._note_calls(example)
-
-    def _note_calls(self, example: Arguments) -> None:
-        names = sorted(gate.name for gate in self._plan.gates)
-        self._roots = {n: next(root for root in names if _lies_in(n, root)) for n in names}
-        with ExitStack() as stack:
-            stack.enter_context(self._depth.fixed({}))
-            for root in set(self._roots.values()):
-                calls = self._calls[root] = []
-                hook = self._model.get_submodule(root).register_forward_pre_hook
-                stack.callback(hook(partial(_note, calls), with_kwargs=True).remove)
-            output = self._model(*example[0], **example[1])
-        trains = any(parameter.requires_grad for parameter in self._model.parameters())
-        if trains and not any(map(_trains, tree_leaves(output))):
-            raise ExampleInputsError(
-                f"{type(self._model).__name__} returns nothing that has a gradient",
-                expected="an output that a loss is made of",
-                instead="pass a module around it that returns its scores, or example_kwargs "
-                "with which it does",
-            )
-
-    def _costs(self, measure: Measure, example: Arguments) -> tuple[float, list[float]]:
-        """What a step costs by this measure, and how much less where each unit is dropped."""
-        step = self._measured(measure, self._model, [example], {})
-        of_units = [0.0] * len(self._plan.units)
-        opened: dict[str, float] = {}
-        for gate in self._plan.gates:
-            root = self._roots[gate.name]
-            run = partial(self._measured, measure, self._model.get_submodule(root))
-            if root not in opened:
-                opened[root] = run(self._calls[root], {})
-            for unit in dict.fromkeys(gate.units):
-                closed = {self._plan.units[unit]: False}
-                of_units[unit] += opened[root] - run(self._calls[root], closed)
-        return step, of_units
-
-    def _measured(
-        self, measure: Measure, module: nn.Module, calls: list[Arguments], gates: dict[str, bool]
-    ) -> float:
-        self._model.zero_grad()
-        fresh = [tree_map(partial(copied, how=torch.clone), call) for call in calls]
-
-        def run() -> None:
-            for args, kwargs in fresh:
-                leaves = [leaf for leaf in tree_leaves(module(*args, **kwargs)) if _trains(leaf)]
-                torch.autograd.backward(leaves, [torch.ones_like(leaf) for leaf in leaves])
-
-        with self._depth.fixed(gates):
-            return measure(run)
-
-    def saving(self) -> Saving:
-        """What the rates of now save."""
-        dropped, ones = self._dropped(), [1.0] * len(self._plan.units)
-        (step, flops), seconds = self._flops, self._seconds
-        whole = {name for name, _, gate in gated_modules(self._model) if gate.whole is not None}
-        blocks = []
-        found = described(self._model, self._plan, whole)
-        for number, (block, now, parameters, how) in enumerate(found):
-            units = [unit for unit, of in enumerate(self._plan.block_of) if of == number]
-            cost, saved = (sum(flops[u] * by[u] for u in units) for by in (ones, dropped))
-            times = seconds and [
-                sum(seconds[1][u] * by[u] for u in units) for by in (ones, dropped)
-            ]
-            blocks.append(
-                BlockSaving(
-                    name=block.name,
-                    kind=block.kind,
-                    drop_rate=now.drop_rate,
-                    parameters=parameters,
-                    flops=round(cost),
-                    flops_saved=saved,
-                    seconds=times[0] if times else None,
-                    seconds_saved=times[1] if times else None,
-                    when_dropped=how,
-                )
-            )
-        return Saving(
-            model=type(self._model).__name__,
-            flops=sum(block.flops_saved for block in blocks) / (step or 1),
-            time=seconds and sum(map(operator.mul, seconds[1], dropped)) / seconds[0],
-            step_flops=int(step),
-            step_seconds=seconds and seconds[0],
-            blocks=tuple(blocks),
         )
-
-    def _dropped(self) -> list[float]:
-        """How often each unit is dropped, where it is not inside of one that is dropped."""
-        plan, rates = self._plan, self._plan.at(self._plan.clock.step).rates
-        chances = list(rates)
-        for unit, number in enumerate(plan.block_of):
-            for around, branch in plan.blocks[number].branches_around(plan.blocks):
-                chances[unit] *= 1.0 - rates[plan.units_of(around)[branch]]
-        return chances
-
-
-def _lies_in(name: str, other: str) -> bool:
-    """Whether a module is another one or a part of it."""
-    return f"{name}.".startswith(f"{other}." if other else "")
+    return Saving(
+        model=type(depth.model).__name__,
+        flops=sum(block.flops_saved for block in blocks) / (step or 1),
+        time=seconds and sum(block.seconds_saved or 0.0 for block in blocks) / seconds[0],
+        step_flops=int(step),
+        step_seconds=seconds and seconds[0],
+        blocks=tuple(blocks),
+    )
 
 
-def _note(calls: list[Arguments], module: nn.Module, args: Any, kwargs: Any) -> None:
-    calls.append(tree_map(partial(copied, how=_cut_off), (args, kwargs)))
-
-
-def _cut_off(value: Tensor) -> Tensor:
-    return value.detach().requires_grad_(value.requires_grad)
-
-
-def _trains(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.requires_grad
-
-
-def _seconds(run: Callable[[], None]) -> float:
-    _wait()
-    start = time.perf_counter()
-    run()
-    _wait()
-    return time.perf_counter() - start
-
-
-def _wait() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+def _chances(plan: Plan) -> list[float]:
+    """How often each unit is dropped, where it is not inside of one that is dropped."""
+    rates = plan.at(plan.clock.step).rates
+    chances = list(rates)
+    for unit, number in enumerate(plan.block_of):
+        for around, branch in plan.blocks[number].branches_around(plan.blocks):
+            chances[unit] *= 1.0 - rates[plan.units_of(around)[branch]]
+    return chances

@@ -24,6 +24,7 @@ from stochastic_depth.gating.attach import detach, gated_modules
 from stochastic_depth.gating.compiled import compile_blocks
 from stochastic_depth.gating.gate import KEY, Gate
 from stochastic_depth.plan import Plan
+from stochastic_depth.selection import Keep, taken_out
 from stochastic_depth.torch_private.tracing import WRAPPED
 
 
@@ -258,7 +259,7 @@ class StochasticDepth:
 
     def prune(
         self,
-        keep: pruning.Keep,
+        keep: Keep,
         *,
         order: Literal["even", "least_dropped"] = "even",
         exact: bool = True,
@@ -295,12 +296,10 @@ class StochasticDepth:
         """
         check_choice("order=", order, ("even", "least_dropped"))
         self._check_gates()
-        trained = None
-        if order == "least_dropped":
-            trained = state.times_trained(self._plan)
-        out = pruning.chosen(self._plan, keep, trained)
-        passed = example_inputs is not None or example_kwargs
-        example = None if passed else self._example
+        trained = state.times_trained(self._plan) if order == "least_dropped" else None
+        out = taken_out(self._plan, keep, trained)
+        is_passed = example_inputs is not None or example_kwargs
+        example = None if is_passed else self._example
         if example is None:
             example = example_for(self.model, example_inputs, example_kwargs)
         pruning.prune(self.model, self._plan, out, example, exact=exact)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -107,23 +108,18 @@ def tell(
         return
     configs = list({id(c): c for c in map(_config, holders) if c}.values())
     inside = path.split(".")[holders.index(owner) :]
-    for number in range(_MOST_GUESSES):
+    guesses = [_guesses(config, inside, left, size) for config in configs]
+    for changes in zip_longest(*guesses, fillvalue={}):
         with ExitStack() as attempt:
-            guesses = [_guess(number, config, inside, left, size) for config in configs]
-            if not any(guesses):
-                continue
-            for config, change in zip(configs, guesses, strict=True):
+            for config, change in zip(configs, changes, strict=True):
                 put(config, change, attempt)
             if not unlike(owner):
                 undo.push(attempt.pop_all())
                 return
 
 
-_MOST_GUESSES = 12
-
-
-def _guess(number: int, config: Any, path: list[str], left: list[int], size: int) -> Change:
-    """A change of a configuration that may be the right one: the likely ones first."""
+def _guesses(config: Any, path: list[str], left: list[int], size: int) -> list[Change]:
+    """Changes of a configuration, of which one may be the right one: the likely ones first."""
     entries = vars(config)
     counts = [
         name
@@ -145,10 +141,9 @@ def _guess(number: int, config: Any, path: list[str], left: list[int], size: int
                 changed = [*value[:place], len(left), *value[place + 1 :]]
                 stages[name] = type(value)(changed)
     by_layer = {name: value for name, value in lists.items() if "layer" in name}
-    guesses = [
+    return [
         {**dict.fromkeys(likely, len(left)), **by_layer},
         {**dict.fromkeys(likely, len(left)), **lists},
         stages,
         *({name: len(left), **some} for name in counts for some in (by_layer, lists)),
     ]
-    return guesses[number] if number < len(guesses) else {}

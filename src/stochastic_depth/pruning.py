@@ -7,7 +7,7 @@ its sum: it keeps the norm. The result is compared, bit for bit, with the same b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, is_dataclass
 from functools import partial
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth import folding
-from stochastic_depth.discovery.blocks import ResidualBlock
 from stochastic_depth.discovery.templates import Argument, Constant, Opaque, Template
 from stochastic_depth.discovery.undisturbed import (
     Arguments,
@@ -29,8 +28,6 @@ from stochastic_depth.errors import (
     ExampleInputsError,
     OptionError,
     RefusedBlockError,
-    as_number,
-    matching,
     warn,
 )
 from stochastic_depth.gating.attach import detach, gated_modules
@@ -46,8 +43,6 @@ from stochastic_depth.torch_private.trees import (
     tree_map,
 )
 
-Keep = int | float | str | Iterable[str]
-"""How many blocks, which fraction of them, or their names."""
 Outputs = list[tuple[list[Tensor], bool]]
 """Of each part of what a model returns its tensors, and whether it is an object (a cache)."""
 
@@ -79,86 +74,6 @@ class PassThrough(nn.Module):
         return value if self._template is None else self._template.build((value,), {})
 
 
-def chosen(plan: Plan, keep: Keep, trained: Mapping[str, float] | None) -> list[str]:
-    """The names of the blocks to take out.
-
-    Args:
-        plan: What the gates share.
-        keep: What to keep.
-        trained: How often each block ran in training: those that ran most are kept. None: evenly
-            spaced ones, the first and the last among them.
-
-    Raises:
-        OptionError, SelectionError: `keep` stands for no blocks of this model.
-        RefusedBlockError: A block that is not to be kept cannot be taken out.
-    """
-    number = as_number(keep)
-    if number is not None:
-        return _all_but(plan, number, trained)
-    every = [block.name for block in plan.blocks]
-    names = [keep] if isinstance(keep, str) else list(keep) if isinstance(keep, Iterable) else []
-    if not names:
-        raise OptionError(
-            f"keep is {keep!r}",
-            expected="a number of blocks, a fraction of them, or the names of some",
-            instead="pass 6, 0.5 or a list of names",
-        )
-    kept = {name for each in names for name in matching(each, every, argument="keep")}
-    for block in plan.blocks:
-        if block.name in kept:
-            kept |= {plan.blocks[n].name for n, _ in block.branches_around(plan.blocks)}
-    out = []
-    for block in plan.blocks:
-        around = {plan.blocks[n].name for n, _ in block.branches_around(plan.blocks)}
-        if block.name in kept or not around <= kept:  # or goes with the one around it
-            continue
-        out.append(block.name)
-        if _is_stuck(block):
-            raise RefusedBlockError(
-                f'block "{block.name}" cannot be taken out: its skip path computes something (a '
-                "projection, say)",
-                expected="blocks that come to their input when they are dropped",
-                instead="name it in keep, too",
-            )
-    return out
-
-
-def _all_but(plan: Plan, keep: float, trained: Mapping[str, float] | None) -> list[str]:
-    """All but so many blocks: a number (int), or a fraction (float)."""
-    blocks = [block for block in plan.blocks if not block.branches_around(plan.blocks)]
-    stuck = [block.name for block in blocks if _is_stuck(block)]
-    free = [block.name for block in blocks if block.name not in stuck]
-    count = keep if isinstance(keep, int) else round(keep * len(blocks))
-    least = max(1, len(stuck))
-    if not least <= count <= len(blocks):
-        why = f" ({len(stuck)} cannot be taken out: {', '.join(stuck[:3])} ...)" if stuck else ""
-        raise OptionError(
-            f"keep is {keep!r}, {count} of {len(blocks)} blocks",
-            expected=f"{least} to {len(blocks)} of them{why}",
-            instead="pass such a number, such a fraction (0.5), or the names of those to keep",
-        )
-    wanted = count - len(stuck)
-    if trained is None:
-        kept = {free[place] for place in _evenly(wanted, len(free))}
-    else:
-        kept = set(sorted(free, key=lambda name: -trained[name])[:wanted])
-    return [name for name in free if name not in kept]
-
-
-def _evenly(count: int, among: int) -> list[int]:
-    """So many places, the first and the last among them.
-
-    Example:
-        >>> _evenly(4, 12), _evenly(1, 12), _evenly(0, 12)
-        ([0, 4, 7, 11], [0], [])
-    """
-    return [round(place * (among - 1) / max(1, count - 1)) for place in range(count)]
-
-
-def _is_stuck(block: ResidualBlock) -> bool:
-    return block.whole is None and not block.explicit and block.projects
-
-
 def prune(
     model: nn.Module, plan: Plan, out: Sequence[str], example: Arguments, *, exact: bool
 ) -> None:
@@ -184,9 +99,8 @@ def prune(
         plan.scale_by("none")
         standing_in, expected = _standing_in(model, plan, out, _moved(model, example), exact=exact)
         for _, module, gate in list(gated_modules(model)):
-            for key, value in {"_compiled_call_impl": None, **vars(module)}.items():
-                if key == "_compiled_call_impl" and value is not None:
-                    undo.callback(setattr, module, key, value)
+            if compiled := vars(module).get("_compiled_call_impl"):
+                undo.callback(setattr, module, "_compiled_call_impl", compiled)
             undo.callback(swap_in, module, gate)
         detach(model, plan)
         own_configs(model, undo)

@@ -1,19 +1,28 @@
-"""Which of the found blocks to gate (`blocks=`), whether these options allow it, on which rows."""
+"""Which of the found blocks to gate (`blocks=`), on which rows, and which to keep (`keep=`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from stochastic_depth.discovery import none_found
 from stochastic_depth.discovery.blocks import Discovery, ResidualBlock
-from stochastic_depth.errors import OptionError, RefusedBlockError, SelectionError, matching
+from stochastic_depth.errors import (
+    OptionError,
+    RefusedBlockError,
+    SelectionError,
+    as_number,
+    matching,
+)
 from stochastic_depth.plan import Plan
 from stochastic_depth.rows import Counts
 
 Selector = str | type | ResidualBlock | Callable[[ResidualBlock], bool]
+
+Keep = int | float | str | Iterable[str]
+"""How many blocks, which fraction of them, or their names."""
 
 # The least part of a batch to drop, where any: what is dropped has to pay for moving the others.
 # That costs the more the less a branch computes for each value, and convolutions compute little.
@@ -149,3 +158,83 @@ def refuse(
     )
     error.reasons = reasons
     return error
+
+
+def taken_out(plan: Plan, keep: Keep, trained: Mapping[str, float] | None) -> list[str]:
+    """The names of the blocks to take out.
+
+    Args:
+        plan: What the gates share.
+        keep: What to keep.
+        trained: How often each block ran in training: those that ran most are kept. None: evenly
+            spaced ones, the first and the last among them.
+
+    Raises:
+        OptionError, SelectionError: `keep` stands for no blocks of this model.
+        RefusedBlockError: A block that is not to be kept cannot be taken out.
+    """
+    number = as_number(keep)
+    if number is not None:
+        return _all_but(plan, number, trained)
+    every = [block.name for block in plan.blocks]
+    names = [keep] if isinstance(keep, str) else list(keep) if isinstance(keep, Iterable) else []
+    if not names:
+        raise OptionError(
+            f"keep is {keep!r}",
+            expected="a number of blocks, a fraction of them, or the names of some",
+            instead="pass 6, 0.5 or a list of names",
+        )
+    kept = {name for each in names for name in matching(each, every, argument="keep")}
+    for block in plan.blocks:
+        if block.name in kept:
+            kept |= {plan.blocks[n].name for n, _ in block.branches_around(plan.blocks)}
+    out = []
+    for block in plan.blocks:
+        around = {plan.blocks[n].name for n, _ in block.branches_around(plan.blocks)}
+        if block.name in kept or not around <= kept:  # or goes with the one around it
+            continue
+        out.append(block.name)
+        if _is_stuck(block):
+            raise RefusedBlockError(
+                f'block "{block.name}" cannot be taken out: its skip path computes something (a '
+                "projection, say)",
+                expected="blocks that come to their input when they are dropped",
+                instead="name it in keep, too",
+            )
+    return out
+
+
+def _all_but(plan: Plan, keep: float, trained: Mapping[str, float] | None) -> list[str]:
+    """All but so many blocks: a number (int), or a fraction (float)."""
+    blocks = [block for block in plan.blocks if not block.branches_around(plan.blocks)]
+    stuck = [block.name for block in blocks if _is_stuck(block)]
+    free = [block.name for block in blocks if block.name not in stuck]
+    count = keep if isinstance(keep, int) else round(keep * len(blocks))
+    least = max(1, len(stuck))
+    if not least <= count <= len(blocks):
+        why = f" ({len(stuck)} cannot be taken out: {', '.join(stuck[:3])} ...)" if stuck else ""
+        raise OptionError(
+            f"keep is {keep!r}, {count} of {len(blocks)} blocks",
+            expected=f"{least} to {len(blocks)} of them{why}",
+            instead="pass such a number, such a fraction (0.5), or the names of those to keep",
+        )
+    wanted = count - len(stuck)
+    if trained is None:
+        kept = {free[place] for place in _evenly(wanted, len(free))}
+    else:
+        kept = set(sorted(free, key=lambda name: -trained[name])[:wanted])
+    return [name for name in free if name not in kept]
+
+
+def _evenly(count: int, among: int) -> list[int]:
+    """So many places, the first and the last among them.
+
+    Example:
+        >>> _evenly(4, 12), _evenly(1, 12), _evenly(0, 12)
+        ([0, 4, 7, 11], [0], [])
+    """
+    return [round(place * (among - 1) / max(1, count - 1)) for place in range(count)]
+
+
+def _is_stuck(block: ResidualBlock) -> bool:
+    return block.whole is None and not block.explicit and block.projects

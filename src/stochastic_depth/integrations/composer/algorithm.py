@@ -274,8 +274,10 @@ class StochasticDepth(Algorithm):
 
     def _set_clock(self, state: State) -> None:
         """The draws of this batch, from their beginning."""
-        saved, batch = self.depth.state_dict(), state.timestamp.batch.value
-        if saved["step"] != batch or saved["calls"] or self._statistics:
+        batch, plan = state.timestamp.batch.value, self.depth._plan
+        was_begun = any(gate.calls and gate.step == batch for gate in plan.gates)
+        if plan.clock.step != batch or was_begun or self._statistics:
+            saved = self.depth.state_dict()
             counts = self._statistics or saved["statistics"]
             self.depth.load_state_dict({**saved, "step": batch, "calls": {}, "statistics": counts})
             self._statistics = []
