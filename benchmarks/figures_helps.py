@@ -16,7 +16,7 @@ def errors() -> str:
     """Test errors at the end of long trainings on few images, of all runs that were begun."""
     content = read("errors.json")
     settings, runs = content["results"]["settings"], content["results"]["runs"]
-    whole = settings["epochs"]
+    epochs = {int(images): number for images, number in settings["epochs"].items()}
     groups: dict[tuple[str, int], dict[str, list[dict[str, Any]]]] = defaultdict(dict)
     for run in runs.values():
         ways = groups[run["network"], run["images"]]
@@ -27,6 +27,7 @@ def errors() -> str:
         "|---|---|---|---|---|---|",
     ]
     for (network, images), ways in groups.items():
+        whole = epochs[images]
         for way, found in ways.items():
             done = [run for run in found if run["epochs"] == whole]
             plain = {run["seed"]: run for run in ways.get("plain", ()) if run["epochs"] == whole}
@@ -36,13 +37,16 @@ def errors() -> str:
                 f"| {_time(way, pairs)} | {_ahead(way, pairs)} | {len(done)} of {len(found)} |"
             )
     return (
-        "\n".join(lines)
-        + f"\n\n{settings['epochs']} epochs on so many images of CIFAR-10, {settings['pixels']} "
-        f"pixels, batch {settings['batch']}; drop rate {settings['drop_rate']} linear (the ViT's: "
-        "0.2). Means over the seeds with their standard error; at the end of the training, on "
-        "10,000 test images. A run that is not at its end says nothing yet "
+        "\n".join(lines) + f"\n\n{_epochs(epochs)} of CIFAR-10, {settings['pixels']} pixels, "
+        f"batch {settings['batch']}, bfloat16; drop rate {settings['drop_rate']} linear "
+        "(the ViT's: 0.2). Means over the seeds with their standard error, at the end of the training, on "
+        "10,000 test images; the time is a core's. A run that is not at its end says nothing yet "
         f"(`python benchmarks/errors.py`; {machine(content)}).\n"
     )
+
+
+def _epochs(epochs: dict[int, int]) -> str:
+    return ", ".join(f"{number} epochs on {images:,} images" for images, number in epochs.items())
 
 
 def _way(way: str) -> str:

@@ -31,7 +31,7 @@ _IMAGES = 2, 3, 224, 224  # of torchvision's models
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise OptionError(message, expected="options as --help shows", instead="mend that one")
+        raise OptionError(message, expected="what --help lists", instead="correct that option")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,8 +1,8 @@
 """What a model keeps of the number of its layers, where some are taken out.
 
 Models of transformers do: a layer knows its place, for its cache; the configuration says how many
-layers there are, and has lists with an entry for each. Which of its entries that are, is tried: the
-class that is built from the configuration has to have the weights that are left.
+layers there are, and has lists with an entry for each. Which entries these are is found by trying:
+what the class builds of the new configuration has to have the weights that are left.
 """
 
 from __future__ import annotations
