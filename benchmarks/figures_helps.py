@@ -40,8 +40,8 @@ def errors() -> str:
         "\n".join(lines) + f"\n\n{_epochs(epochs)} of CIFAR-10, {settings['pixels']} pixels, "
         f"batch {settings['batch']}, bfloat16; drop rate {settings['drop_rate']} linear "
         "(the ViT's: 0.2). Means over the seeds with their standard error, at the end of the "
-        "training, on 10,000 test images; the time is a core's. A run that is not at its end says nothing yet "
-        f"(`python benchmarks/errors.py`; {machine(content)}).\n"
+        "training, on 10,000 test images; the time is a core's. A run that is not at its end says "
+        f"nothing yet (`python benchmarks/errors.py`; {machine(content)}).\n"
     )
 
 
