@@ -8,8 +8,8 @@ import ast
 import pathlib
 import sys
 
-MOST_LINES = 6_659
-MOST_FILES = 54
+MOST_LINES = 7_040
+MOST_FILES = 56
 CORE = pathlib.Path("src/stochastic_depth")
 
 

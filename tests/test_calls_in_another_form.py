@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import enum
 import warnings
 from typing import Any
 
@@ -296,3 +297,70 @@ def test_what_lies_inside_of_an_argumentassert_handed_on() -> None:
         assert torch.equal(found["b"][1][0], 4 * others["b"][1][0])
         assert found["b"][1][1] == 3
         assert found["c"] is None
+
+
+class Kind(enum.Enum):
+    PLAIN = 0
+    SQUASHED = 1
+
+
+class Flagged(Masked):
+    def inner(self, x: Tensor, flag: Any) -> Tensor:
+        x = super().forward(x)
+        is_on = flag in (True, Kind.SQUASHED, (True,)) or flag == {"on": True}
+        return x.tanh() if is_on else x
+
+    def forward(self, x: Tensor, flag: Any) -> Tensor:  # type: ignore[override]
+        return self.inner(x, flag)
+
+
+class Passing(Flagged):
+    """Declares nothing of what it takes."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.inner(*args, **kwargs)
+
+
+class Behind(Flagged):
+    """Takes more streams than it names, and a flag behind them."""
+
+    def forward(self, x: Tensor, *rest: Tensor, flag: Any = False) -> Tensor:  # type: ignore[override]
+        return self.inner(x + 0.0 * sum(rest), flag)
+
+
+class Flags(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(kind() for _ in range(6))
+
+    def forward(self, x: Tensor, flag: Any) -> Tensor:
+        more = (x, x) if isinstance(self.layers[0], Behind) else ()
+        for layer in self.layers:
+            x = layer(x, *more, flag=flag)
+        return x
+
+
+@pytest.mark.parametrize("kind", [Flagged, Passing, Behind])
+@pytest.mark.parametrize(
+    ("shown", "passed"),
+    [
+        (False, True),
+        (Kind.PLAIN, Kind.SQUASHED),
+        ((False,), (True,)),
+        ({"on": False}, {"on": True}),
+    ],
+    ids=["bool", "enum", "tuple", "dict"],
+)
+@pytest.mark.filterwarnings("ignore:.*unlike in the example")
+def test_flags_of_any_kind(kind: type[nn.Module], shown: Any, passed: Any) -> None:
+    torch.manual_seed(0)
+    plain: Any = Flags(kind).train()
+    model, x = copy.deepcopy(plain), torch.randn(2, 8)
+    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=(x, shown), scale="none")
+    for flag in (shown, passed):
+        with depth.fixed({"layers.1": False, "layers.5": False}):
+            found = model(x, flag)
+        twin = copy.deepcopy(plain)
+        for number in (1, 5):
+            twin.layers[number].branch.register_forward_hook(lambda module, args, out: out * 0)
+        assert torch.equal(found, twin(x, flag))

@@ -190,3 +190,32 @@ def test_affine_branches_are_gated_only_where_a_name_says_so() -> None:
     with pytest.raises(sd.NoResidualBlocksError) as caught:
         gate(positions(), example_inputs=example)
     assert chosen(pasted(caught.value), positions, example_inputs=example) == ["0", "1"]
+
+
+class Straight(nn.Module):
+    """A branch without a nonlinearity, and maybe one with."""
+
+    def __init__(self, *, bent: bool) -> None:
+        super().__init__()
+        self.straight, self.bent = nn.Linear(8, 8), None
+        if bent:
+            self.bent = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.straight(x)
+        return x if self.bent is None else x + self.bent(x)
+
+
+@pytest.mark.oldest
+def test_affine_branches_are_named_and_gated_where_there_are_no_others() -> None:
+    x = torch.randn(2, 8)
+    model = nn.Sequential(*(Straight(bent=False) for _ in range(6)))
+    with pytest.raises(sd.NoResidualBlocksError, match=r'affine \(0, 1, 2, 3 and 2 more\).*"\*"'):
+        sd.apply_stochastic_depth(model, 0.2, example_inputs=x)
+    for chosen in ("*", Straight):
+        depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=x, blocks=chosen)
+        assert len(depth.blocks) == 6
+        depth.remove()
+    beside = nn.Sequential(*(Straight(bent=True) for _ in range(6)))
+    depth = sd.apply_stochastic_depth(beside, 0.2, example_inputs=x, unit="branch")
+    assert str(depth).count("straight, which is affine, always runs") == 6

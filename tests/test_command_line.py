@@ -6,6 +6,7 @@ Bad input: one line, exit code 2, and no traceback.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,43 @@ def three() -> tuple[nn.Module, torch.Tensor, int]:
 
 def nothing_made() -> None:
     return None
+
+
+def chatters() -> tuple[nn.Module, torch.Tensor]:
+    sys.stdout.write("I am built\n")
+    return small_with_example()
+
+
+def foreign() -> tuple[nn.Module, torch.Tensor]:
+    kind = type("Größe", (nn.Sequential,), {})
+    return kind(*residuals(6)), vectors(2, 8)
+
+
+class Untold(nn.Module):
+    """A model of tokens, without an example of its own."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return ids
+
+
+def untold() -> nn.Module:
+    return Untold()
+
+
+class Leaking(nn.Module):
+    """A block that hands out what is made inside of its branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x).tanh()
+        return (x + self.second(h)) * h.exp()
+
+
+def all_refused() -> tuple[nn.Module, torch.Tensor]:
+    return residuals(3, Leaking), vectors(2, 8)
 
 
 def leaves() -> nn.Module:
@@ -137,6 +175,8 @@ def test_models_of_transformers_and_what_of_them_is_refused(
         ([f"{__name__}:small_with_example", "--unit", "layer"], "--unit"),
         ([f"{__name__}:small_with_example", "--fast"], "--fast"),
         ([], "model"),
+        ([f"{__name__}:untold"], "package.module:function that returns the model and a dict"),
+        ([f"{__name__}:all_refused"], "computes with a value made inside of it"),
         (["timm:resnet_one"], "timm:resnet_one"),
         (["torchvision:resnet_one"], "torchvision:resnet_one"),
         (["transformers:bort"], "transformers:bort"),
@@ -151,6 +191,7 @@ def test_bad_input_is_one_line(
     assert err.startswith("stochastic_depth: ")
     assert err.count("\n") == 1
     assert why in err
+    assert len(err) < 1100  # of a library that lists all that it knows
 
 
 def test_as_a_command() -> None:
@@ -163,3 +204,33 @@ def test_as_a_command() -> None:
     assert "It saves" in run.stdout.splitlines()[-1]
     run = subprocess.run([*command, "networks:none"], cwd=folder, capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
+
+
+def run(command: str, *, encoding: str = "utf-8") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    program = f"{sys.executable} -W ignore -m stochastic_depth {Path(__file__).stem}"
+    return subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {program}:{command}"],
+        cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_whoever_reads_may_stop_and_what_cannot_be_written_is_said() -> None:
+    stopped = run("small_with_example --json | true")
+    assert (stopped.returncode, stopped.stderr) == (0, "")
+    full = run("small_with_example > /dev/full")
+    assert (full.returncode, full.stderr.count("\n")) == (2, 1)
+    assert "cannot write" in full.stderr
+
+
+def test_letters_that_the_terminal_does_not_know() -> None:
+    found = run("foreign", encoding="ascii")
+    assert (found.returncode, found.stderr) == (0, "")
+    assert "Gr\\xf6\\xdfe" in found.stdout
+
+
+def test_what_a_model_prints_is_no_part_of_the_numbers() -> None:
+    found = run("chatters --json")
+    assert json.loads(found.stdout)["blocks"]
+    assert found.stderr == "I am built\n"

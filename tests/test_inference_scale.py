@@ -349,3 +349,30 @@ def test_a_dropped_module_that_is_called_twice_hands_out_zeros_where_they_are_re
     for twice, last in zip(model[::2], model[1::2], strict=True):
         expected = last(twice.skip(expected))
     assert torch.equal(model(x), expected)
+
+
+class FusedInInference(nn.Module):
+    """In inference its last layer's weights are used in line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        if self.training:
+            out: Tensor = self.out(h)
+            return x + out
+        return x + h @ self.out.weight.T + self.out.bias
+
+
+@pytest.mark.oldest
+def test_a_branch_that_ends_otherwise_in_inference_is_refused() -> None:
+    x = torch.randn(2, 8)
+    model = nn.Sequential(*(FusedInInference() for _ in range(6)))
+    with pytest.raises(sd.RefusedBlockError, match=r'runs without "0\.out", which scale="eval"'):
+        sd.apply_stochastic_depth(model, 0.2, example_inputs=x)
+    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=x, scale="train")
+    expected = depth.remove().eval()(x)
+    sd.apply_stochastic_depth(model, 0.2, example_inputs=x, scale="train")
+    assert torch.equal(model.eval()(x), expected)

@@ -122,3 +122,72 @@ def test_the_rows_of_an_example_have_to_lie_side_by_side(together: bool) -> None
     assert isinstance(kept, tuple)
     assert 0 < len(kept) < 8
     assert [bool((out[row] != x[row]).any()) for row in range(8)] == [n in kept for n in range(8)]
+
+
+class Mixing(Pointwise):
+    """Its rows see each other, in training only."""
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        h = self.norm(x)
+        h = h + h.flip(0) if self.training else h
+        return x + self.out(h.tanh())
+
+
+class Normed(Pointwise):
+    """A BatchNorm of one's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = OwnBatchNorm()
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        return x + self.out(self.inner(x).tanh())
+
+
+class OwnBatchNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return F.batch_norm(x, None, None, training=True)
+        return x - self.mean
+
+
+class Averaging(Pointwise):
+    """Its rows see each other always."""
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        return x + self.out((self.norm(x) + x.mean(0)).tanh())
+
+
+class Stacked(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.embed, self.blocks = nn.Embedding(20, WIDTH), nn.ModuleList(kind() for _ in range(6))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x, ids)
+        return x
+
+
+@pytest.mark.parametrize("kind", [Mixing, Normed])
+def test_rows_that_meet_in_training_only(kind: type[nn.Module]) -> None:
+    model = settled(lambda: Stacked(kind))
+    with pytest.raises(
+        sd.RefusedBlockError, match="in training it computes something else on some"
+    ):
+        sd.apply_stochastic_depth(model, 0.2, mode="sample", example_inputs=torch.arange(6))
+
+
+@pytest.mark.parametrize("ids", [[0, 0, 0, 0], [3, 3], [1, 2, 3, 4]])
+def test_rows_that_are_alike_hide_nothing(ids: list[int]) -> None:
+    model = settled(lambda: Stacked(Averaging))
+    with pytest.raises(sd.RefusedBlockError, match="its rows depend on each other"):
+        sd.apply_stochastic_depth(model, 0.2, mode="sample", example_inputs=torch.tensor(ids))
+    fine = settled(lambda: Stacked(Pointwise))
+    sd.apply_stochastic_depth(fine, 0.2, mode="sample", example_inputs=torch.tensor(ids))

@@ -348,6 +348,30 @@ def test_taking_norms_out_changes_nothing_else() -> None:
     assert same(outputs(exact, x), outputs(other, x))
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_sum_in_the_models_own_loop_is_left_out_once(exact: bool) -> None:
+    torch.manual_seed(0)
+    model, x = OwnLoop().eval(), vectors(2, 8)
+    depth = sd.apply_stochastic_depth(model, 0.2, scale="none", example_inputs=x)
+    first, *inner, last = [block.name for block in depth.blocks]
+    with depth.fixed(dict.fromkeys(inner, False)):
+        expected = model(x)
+    assert torch.equal(depth.prune([first, last], exact=exact)(x), expected)
+
+
+class OwnLoop(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(6)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for branch in self.branches:
+            x = x + branch(x)
+        return x
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_a_refusal_keeps_what_was_compiled() -> None:
     model, x = make("resnet")

@@ -213,3 +213,48 @@ def test_layers_whose_form_depends_on_their_number(kind: str, more: Any) -> None
     names = blocks_of(model, x)
     with pytest.warns(sd.StochasticDepthWarning, match="not what its class makes"):
         pruned_as_dropped(model, x, [names[0], names[2]])
+
+
+def test_strides_that_are_as_many_as_layers_stay(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    configs = [
+        transformers.PoolFormerConfig(hidden_sizes=[16, 16, 32, 32], drop_path_rate=0.0),
+        transformers.SegformerConfig(hidden_sizes=[16, 32, 40, 64], drop_path_rate=0.0),
+    ]
+    kinds = ["PoolFormerForImageClassification", "SegformerForImageClassification"]
+    out = ["poolformer.encoder.block.1.1", "segformer.stages.3.blocks.1"]
+    x = torch.randn(2, 3, 64, 64)
+    for config, kind, name in zip(configs, kinds, out, strict=True):
+        model = getattr(transformers, kind)(config).eval()
+        strides = list(config.strides)
+        sd.prune(model, [block for block in blocks_of(model, x) if block != name], example_inputs=x)
+        assert list(model.config.strides) == strides
+        assert sum(model.config.depths) == sum(config.depths) - 1
+        model.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path).eval()
+        assert same(outputs(loaded, x), outputs(model, x))
+
+
+def test_a_model_that_makes_a_cache_in_inference() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes: dict[str, Any] = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 6}
+    torch.manual_seed(0)
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes, state_size=4)).eval()
+    x = {"input_ids": torch.randint(3, 60, (2, 8))}
+    twin = copy.deepcopy(model)
+    pruned: Any = sd.prune(model, 4, example_inputs=x)
+    assert pruned.config.num_hidden_layers == 4
+    for layer in (2, 4):  # which of them is what the even spacing says
+        twin.backbone.layers[layer].mixer.register_forward_hook(lambda module, args, out: out * 0)
+    left = [n for n, layer in enumerate(twin.backbone.layers) if n not in (2, 4)]
+    assert len(left) == 4
+    assert pruned(**x, use_cache=True).logits.shape == (2, 8, 60)
+
+
+def test_a_configuration_that_could_not_be_read_again_is_named() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = transformers.Dinov2Config(**sizes, image_size=32, patch_size=8)
+    model = transformers.Dinov2Model(config).eval()
+    with pytest.warns(sd.StochasticDepthWarning, match="from_pretrained.. would load something"):
+        sd.prune(model, 2, example_inputs={"pixel_values": torch.randn(2, 3, 32, 32)})

@@ -23,8 +23,9 @@ def test_resnet50_is_watched_in_at_most_five_forwards() -> None:
         sd.apply_stochastic_depth(model, 0.5, example_inputs=x)
     name = "convolution.default"
     assert one.counts[name] == 53
-    # Two: one with every gate open, one with every gate closed, in which only skip paths run.
-    assert all_of_them.counts[name] < 2 * one.counts[name]
+    # Three: one with every gate open, one with every gate closed, in which only skip paths run, and
+    # one in inference.
+    assert all_of_them.counts[name] < 3 * one.counts[name]
 
 
 def test_a_thousand_layers_take_seconds() -> None:

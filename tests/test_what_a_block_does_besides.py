@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import deque
 from typing import Any
 
 import pytest
@@ -165,3 +167,158 @@ def test_a_kept_value_of_the_branch_warns() -> None:
         sd.apply_stochastic_depth(
             network(AveragesItsBranch), 0.2, example_inputs=torch.randn(4, 3), scale="none"
         )
+
+
+class Appends(Plain):
+    """Puts its output into a list, or an object, that it is given."""
+
+    def forward(self, x: Tensor, seen: Any) -> Tensor:  # type: ignore[override]
+        x = super().forward(x)
+        if isinstance(seen, list):
+            seen.append(x)
+        else:
+            seen.last = x + getattr(seen, "last", 0.0)
+        return x
+
+
+class Holder:
+    """Something with attributes."""
+
+
+class Pyramid(nn.Module):
+    def __init__(self, kind: type[nn.Module], make: Any) -> None:
+        super().__init__()
+        self.stem, self.make = nn.Linear(3, 8), make
+        self.blocks = nn.ModuleList(kind() for _ in range(6))
+
+    def forward(self, x: Tensor) -> Any:
+        seen, x = self.make(), self.stem(x)
+        for block in self.blocks:
+            x = block(x, seen)
+        return sum(seen) if isinstance(seen, list) else seen.last
+
+
+@pytest.mark.parametrize("mode", ["batch", "sample"])
+@pytest.mark.parametrize("make", [list, Holder])
+def test_what_is_put_into_an_argument_is_put_there(make: Any, mode: Any) -> None:
+    torch.manual_seed(0)
+    plain: Any = Pyramid(Appends, make).train()
+    model, x = copy.deepcopy(plain), torch.randn(4, 3)
+    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=x, mode=mode, scale="none")
+    with depth.fixed({"blocks.1": False, "blocks.4": False}):
+        found = model(x)
+    for number in (1, 4):
+        plain.blocks[number].linear.register_forward_hook(lambda module, args, out: out * 0)
+    assert torch.equal(found, plain(x))
+
+
+class InAnObject(Plain):
+    """A norm behind the sum, of a stream that lies in an object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.behind = nn.LayerNorm(8)
+
+    def forward(self, graph: Any) -> Any:
+        graph.x = self.behind(graph.x + self.branch(graph.x)).tanh()
+        return graph
+
+
+class Graphs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks = nn.Linear(3, 8), nn.ModuleList(InAnObject() for _ in range(6))
+
+    def forward(self, x: Tensor) -> Any:
+        graph: Any = Holder()
+        graph.x = self.stem(x)
+        for block in self.blocks:
+            graph = block(graph)
+        return graph
+
+
+def test_a_stream_in_an_object() -> None:
+    torch.manual_seed(0)
+    plain: Any = Graphs().train()
+    model, x = copy.deepcopy(plain), torch.randn(4, 3)
+    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=x, scale="none")
+    for number in (5, 2):
+        with depth.fixed({f"blocks.{number}": False}):
+            found = model(x).x
+        twin = copy.deepcopy(plain)
+        twin.blocks[number].linear.register_forward_hook(lambda module, args, out: out * 0)
+        assert torch.equal(found, twin(x).x)
+
+
+class Counting(Plain):
+    """In what its attributes hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers, self.things, self.other = {"calls": 0}, deque([0], maxlen=9), Holder()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.numbers["calls"] += 1
+        self.things.append(self.numbers["calls"])
+        return super().forward(x)
+
+
+def test_what_attributes_hold_is_counted_on_and_left_as_it_was_by_apply() -> None:
+    model, x = network(Counting), torch.randn(4, 3)
+    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=x)
+    assert [block.numbers["calls"] for block in model[1:]] == [0] * 6
+    assert [len(block.things) for block in model[1:]] == [1] * 6
+    with depth.fixed({"3": False}):
+        model(x)
+    assert [block.numbers["calls"] for block in model[1:]] == [1] * 6
+
+
+class Clipped(Plain):
+    def __call__(self, x: Tensor) -> Tensor:
+        result: Tensor = super().__call__(x).clamp(-0.5, 0.5)
+        return result
+
+
+def test_what_surrounds_a_forward_is_not_skipped_silently() -> None:
+    x = torch.randn(4, 3)
+    with pytest.raises(sd.RefusedBlockError, match='"1": what its hooks, or its `__call__`, do'):
+        sd.apply_stochastic_depth(network(Clipped), 0.2, example_inputs=x)
+    hooked = network(Plain)
+    hooked[3].register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
+    for mode in ("batch", "sample"):
+        with pytest.raises(sd.RefusedBlockError, match="'!3'"):
+            sd.apply_stochastic_depth(hooked, 0.2, example_inputs=x, mode=mode)
+    looked_at = network(Plain)
+    looked_at[3].register_forward_pre_hook(lambda module, args: None)
+    depth = sd.apply_stochastic_depth(looked_at, 0.2, example_inputs=x)
+    assert len(depth.blocks) == 6
+
+
+class Experts(nn.Module):
+    """Leaves a loss in an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.expert = nn.Linear(8, 2), nn.Linear(8, 8)
+        self.loss = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        chances = self.router(x).softmax(-1)
+        self.loss = chances.mean(0).square().sum()
+        out: Tensor = chances[:, :1] * self.expert(x)
+        return out
+
+
+class Routed(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = Experts()
+
+    def branch(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(self.experts(self.norm(x)))
+        return out
+
+
+def test_a_loss_that_a_branch_leaves_behind_is_named() -> None:
+    with pytest.warns(sd.StochasticDepthWarning, match=r'"1\.experts\.loss" .* 5 others'):
+        sd.apply_stochastic_depth(network(Routed), 0.2, example_inputs=torch.randn(4, 3))

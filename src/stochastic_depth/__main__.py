@@ -11,22 +11,32 @@ The table of blocks with how each would be skipped, what is refused and why, and
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import inspect
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from stochastic_depth.discovery.own_drops import switched_off
-from stochastic_depth.errors import OptionError, RefusedBlockError, StochasticDepthError
+from stochastic_depth.errors import (
+    ExampleInputsError,
+    OptionError,
+    RefusedBlockError,
+    SelectionError,
+    StochasticDepthError,
+)
 from stochastic_depth.estimating import Saving, estimate_saving
 
 _IMAGES = 2, 3, 224, 224  # of torchvision's models
+_LONG = 1000  # characters of an error: some libraries list all that they know
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,17 +48,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; 2 where something cannot be used, in one line."""
     try:
         options = _parser().parse_args(arguments)
-        model, example = _loaded(options.model, options.input, options.timed)
-        saving, refused = _estimate(model, example, options)
+        with contextlib.redirect_stdout(sys.stderr):  # what the model's own code prints
+            model, example = _loaded(options.model, options.input, options.timed)
+            saving, refused = _estimate(model, example, options)
     except StochasticDepthError as error:
-        print("stochastic_depth:", " ".join(str(error).split()), file=sys.stderr)
+        line = " ".join(str(error).split())
+        print("stochastic_depth:", line[:_LONG], "..." * (len(line) > _LONG), file=sys.stderr)
         return 2
+    lines = [str(saving), *(f"Refused: {name}: {why}" for name, why in refused.items())]
     if options.json:
-        print(json.dumps({**dataclasses.asdict(saving), "refused": refused}, indent=2))
-        return 0
-    print(saving)
-    for name, why in refused.items():
-        print(f"Refused: {name}: {why}")
+        lines = [json.dumps({**dataclasses.asdict(saving), "refused": refused}, indent=2)]
+    return _show("\n".join(lines))
+
+
+def _show(text: str) -> int:
+    """Print it; to whoever closes the output before the end, as much as it wants."""
+    try:
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError as error:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  (Python flushes it at its end)
+        if not isinstance(error, BrokenPipeError):
+            print(f"stochastic_depth: cannot write: {error}", file=sys.stderr)
+            return 2
     return 0
 
 
@@ -127,7 +149,18 @@ def _estimate(
     except RefusedBlockError as error:
         if not error.reasons.keys() - refused.keys():
             raise
-        return _estimate(model, example, options, {**refused, **error.reasons})
+        try:
+            return _estimate(model, example, options, {**refused, **error.reasons})
+        except SelectionError:  # nothing is left
+            raise error from None
+    except ExampleInputsError as error:
+        if example is not None:
+            raise
+        raise ExampleInputsError(
+            error.arrived,
+            expected="a model with an example of its own, or one of images",
+            instead="pass --input, or package.module:function that returns the model and a dict",
+        ) from error
     return saving, refused
 
 

@@ -263,6 +263,14 @@ def _warn(model: nn.Module, plan: Plan) -> None:
             f'block "{keeping[0].name}" keeps a value of its branch: {keeping[0].keeps}{others}. '
             "Where the branch is dropped that is zero"
         )
+    left = [block.left_behind for block in plan.blocks if block.left_behind]
+    if left:
+        others = f", as do {len(left) - 1} others" if len(left) > 1 else ""
+        warn(
+            f'"{left[0]}" holds a value of the last call of its module{others}: where a branch is '
+            "dropped that of an earlier step. Set it to zero, or None, before each forward if a "
+            "loss or a log reads it"
+        )
     rate = max(plan.rates)
     if len(plan.blocks) < _FEW_BLOCKS and rate > _HIGH_RATE:
         blocks = "1 block" if len(plan.blocks) == 1 else f"{len(plan.blocks)} blocks"

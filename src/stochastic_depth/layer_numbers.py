@@ -51,7 +51,7 @@ def unlike(owner: nn.Module, *, also_values: bool = False) -> str:
     """
     try:
         with torch.device("meta"):
-            twin = type(owner)(copy.deepcopy(_config(owner)))
+            twin = type(owner)(_as_loaded(_config(owner)))
     except Exception as error:  # whatever a class does not take
         return f"{type(error).__name__}: {error}"
     sizes = [{k: v.shape for k, v in each.state_dict().items()} for each in (twin, owner)]
@@ -61,10 +61,17 @@ def unlike(owner: nn.Module, *, also_values: bool = False) -> str:
     for name, part in twin.named_modules() if also_values else ():
         mine = vars(parts.get(name, part))
         for key, value in vars(part).items():
-            is_number = isinstance(value, PLAIN_VALUES) and key != "training" and key[0] != "_"
-            if is_number and mine.get(key) != value:
+            values = value if isinstance(value, tuple) else (value,)  # the sizes of a kernel
+            is_number = all(isinstance(each, PLAIN_VALUES) for each in values)
+            if is_number and key != "training" and key[0] != "_" and mine.get(key) != value:
                 return f"{name}.{key} is {mine.get(key)}, not {value}"
     return ""
+
+
+def _as_loaded(config: Any) -> Any:
+    """A configuration as it is when it was saved and is read again."""
+    read = getattr(type(config), "from_dict", copy.deepcopy)
+    return read(copy.deepcopy(config.to_dict() if read is not copy.deepcopy else config))
 
 
 def own_configs(model: nn.Module, undo: ExitStack) -> None:
@@ -134,16 +141,18 @@ def _guesses(config: Any, path: list[str], left: list[int], size: int) -> list[C
         for name, value in entries.items()
         if isinstance(value, list) and len(value) == size
     }
-    stages: Change = {}  # of a model in stages: how many each has
+    stages: list[Change] = []  # of a model in stages: how many each has
     for name, value in entries.items():
         for place in (int(part) for part in path if part.isdecimal()):
-            if isinstance(value, list | tuple) and place < len(value) and value[place] == size:
+            is_list = isinstance(value, list | tuple) and place < len(value)
+            if is_list and type(value[place]) is int and value[place] == size:
                 changed = [*value[:place], len(left), *value[place + 1 :]]
-                stages[name] = type(value)(changed)
+                is_count = any(part in name for part in _COUNTS)
+                stages.insert(0 if is_count else len(stages), {name: type(value)(changed)})
     by_layer = {name: value for name, value in lists.items() if "layer" in name}
     return [
         {**dict.fromkeys(likely, len(left)), **by_layer},
         {**dict.fromkeys(likely, len(left)), **lists},
-        stages,
+        *stages,
         *({name: len(left), **some} for name in counts for some in (by_layer, lists)),
     ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from statistics import median
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.discovery.undisturbed import Arguments, copied, undisturbed, without_values
-from stochastic_depth.errors import ExampleInputsError, OptionError
+from stochastic_depth.errors import ExampleInputsError, OptionError, StochasticDepthError
 from stochastic_depth.handle import StochasticDepth
 from stochastic_depth.torch_private.trees import tree_leaves, tree_map
 
@@ -67,13 +67,22 @@ class Costs:
     def _begin(self, example: Arguments) -> None:
         """Have it train, and write down what the outermost blocks are called with."""
         self._model.train()
+        with suppress(Exception):  # a BatchNorm needs several values, or a GPU
+            self._note_calls(example)
+            return
+        for module in self._model.modules():
+            if isinstance(module, nn.modules.batchnorm._NormBase):
+                module.eval()
         try:
             self._note_calls(example)
-        except ValueError:  # a BatchNorm needs several values, or a GPU
-            for module in self._model.modules():
-                if isinstance(module, nn.modules.batchnorm._NormBase):
-                    module.eval()
-            self._note_calls(example)
+        except StochasticDepthError:
+            raise
+        except Exception as error:
+            raise ExampleInputsError(
+                f"{type(self._model).__name__} does not train on its example: {error}",
+                expected="an example that it takes in training (with the targets, say)",
+                instead="pass example_inputs=... as for a training step",
+            ) from error
 
     def _note_calls(self, example: Arguments) -> None:
         names = sorted(gate.name for gate in self._plan.gates)

@@ -7,8 +7,9 @@ it is in the open call, a dropped one to what it is in the closed call.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,14 +24,13 @@ from stochastic_depth.discovery.undisturbed import (
     undisturbed,
     without_values,
 )
-from stochastic_depth.gating.batch import MORE, with_more_rows
-from stochastic_depth.gating.block import carry_out, decision_of, run_in_part
+from stochastic_depth.gating.attach import gated_modules
+from stochastic_depth.gating.batch import cannot_tell, with_more_rows
 from stochastic_depth.gating.gate import ModuleCall, running
-from stochastic_depth.gating.ranks import LOCAL
 from stochastic_depth.plan import Plan
-from stochastic_depth.rows import Rows
 from stochastic_depth.selection import refuse
-from stochastic_depth.torch_private.trees import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from stochastic_depth.torch_private.trees import tree_flatten, tree_unflatten
+from stochastic_depth.trial import Trial, acts_around, under
 
 Called = tuple[nn.Module, Arguments]
 """A module, and what to call it with."""
@@ -59,15 +59,14 @@ def prove(model: nn.Module, found: Discovery, plan: Plan, example: Arguments) ->
 
     def look(call: ModuleCall) -> Any:
         """Try a block; returns what the model goes on with, where not with the open block."""
-        units, together = list(dict.fromkeys(call.gate.units)), {}
+        units, why = list(dict.fromkeys(call.gate.units)), ""
         if plan.mode == "batch":
-            try:
-                closed = _under(call, units, runs=False)
+            closed, why = _dropped(call, units)
+            if not why:
                 return None if is_nested else closed
-            except Exception as error:
-                together = {name_of[units[0]]: f"with it dropped the forward fails: {error}"}
-        by_unit = {name_of[unit]: why for unit in units if (why := _differs(call, unit))}
-        reasons.update({**(by_unit or together), **reasons})
+        together = {name_of[units[0]]: why} if why else {}
+        found = {name_of[unit]: no for unit in units if (no := Trial(call, [unit]).why_not())}
+        reasons.update({**(found or together), **reasons})
         return None
 
     is_meta = is_unmaterialised(model)
@@ -76,10 +75,41 @@ def prove(model: nn.Module, found: Discovery, plan: Plan, example: Arguments) ->
             _at_each_call(tried, plan, inputs, mode, look)
     except Exception as error:
         if plan.mode == "sample":
-            raise
+            raise cannot_tell(model, f"fails on more rows: {error}") from error
         reasons[name_of[0]] = f"with all blocks dropped the forward fails: {error}"
+    reasons = {**_out_of_reach(model, plan, example), **reasons}
     if reasons:
         raise refuse(reasons, plan.blocks, found=found)
+
+
+def _dropped(call: ModuleCall, units: Sequence[int]) -> tuple[Any, str]:
+    """What a block comes to when it is dropped; or why it cannot be."""
+    try:
+        return under(call, units, runs=False), acts_around(call)
+    except Exception as error:
+        return None, f"with it dropped the forward fails: {error}"
+
+
+def _out_of_reach(model: nn.Module, plan: Plan, example: Arguments) -> dict[str, str]:
+    """The blocks that in inference run without the ends of their branches, which are scaled."""
+    if plan.scale != "eval" or is_unmaterialised(model):
+        return {}
+    gates = [(n, module, gate) for n, module, gate in gated_modules(model) if gate.plan is plan]
+    called: set[str] = set()
+    with ExitStack() as stack:
+        stack.enter_context(suppress(Exception))  # it may want other arguments there
+        for name, module, _ in gates:
+            note = partial(lambda name, *_: called.add(name), name)
+            stack.callback(module.register_forward_hook(note).remove)
+        _at_each_call(model, plan, example, "eval", lambda call: None)
+    return {
+        owner.name: f'in inference it runs without "{name}", which scale="eval" multiplies there '
+        '(scale="train" needs nothing in inference)'
+        for name, _, gate in gates
+        for owner in gate.owners
+        if owner.name in called and name not in called
+        if any(role is not None and role.ends for role in gate.roles[owner.name])
+    }
 
 
 def _telling(example: Arguments) -> Arguments:
@@ -125,7 +155,7 @@ def _at_each_call(
         running.trial = None
         instead = look(call) if call.gate.plan is plan else None
         running.trial = trial
-        return _under(call, (), runs=True) if instead is None else instead
+        return under(call, (), runs=True) if instead is None else instead
 
     running.trial = trial
     try:
@@ -134,87 +164,3 @@ def _at_each_call(
             model(*example[0], **example[1])
     finally:
         running.trial = None
-
-
-def _under(call: ModuleCall, units: Sequence[int], *, runs: Rows | bool) -> Any:
-    """What a block's call comes to where these units run, are dropped, or run on these rows."""
-    gate = call.gate
-    chosen = [runs if unit in units else True for unit in gate.units]
-    # Where some of its units may be dropped, its branches are left out one by one.
-    in_part = runs is not True and len(set(gate.units)) > 1
-    return (run_in_part if in_part else carry_out)(call, decision_of(gate, chosen, None, LOCAL))
-
-
-def _differs(call: ModuleCall, unit: int) -> str | None:
-    """Why a unit of a block cannot be dropped, or run on some rows."""
-    plan, batch = call.gate.plan, call.gate.batch
-
-    def outcome(*, runs: Rows | bool) -> Any:
-        args, kwargs = tree_map(_apart, (call.args, call.kwargs))
-        return _under(call._replace(args=args, kwargs=kwargs), [unit], runs=runs)
-
-    doing = "with it dropped the forward fails"
-    try:
-        closed = outcome(runs=False)
-        if batch is None:
-            return None
-        doing = 'mode="sample": it fails on some rows of the batch alone'
-        opened, size = outcome(runs=True), batch.size(call.args, call.kwargs)
-        for leaf, dim, each in batch.leaves(call.args, call.kwargs):
-            if each > 1 and leaf.shape[dim] == each * size:  # the first example comes twice
-                twice = [leaf.narrow(dim, n * each, each) for n in (0, size - MORE)]
-                if not _close(*twice):
-                    return 'mode="sample": the rows of an example do not lie side by side'
-        for rows in _windows(size, lone=plan.counts[plan.block_of[unit]].lone):
-            if why := _unlike(batch.outputs, rows, opened, closed, outcome(runs=rows)):
-                return f'mode="sample": {why}'
-    except Exception as error:
-        return f"{doing}: {error}"
-    return None
-
-
-def _windows(size: int, *, lone: bool) -> Iterator[Rows]:
-    """Some rows: a window that wraps around the end, two inside, and a single row."""
-    for start, count in [(size - 1, 2), (1, 2), (0, 3), (1, 1)]:
-        if size > 3 and (count > 1 or lone):
-            yield Rows(size, start, count)
-
-
-def _apart(leaf: Any) -> Any:
-    """A copy of what a call may change: caches, and tensors in place."""
-    if isinstance(leaf, Tensor):
-        return leaf.clone()
-    return leaf if isinstance(leaf, nn.Module) else copy.deepcopy(leaf)
-
-
-def _unlike(
-    outputs: Mapping[int, int], rows: Rows, opened: Any, closed: Any, found: Any
-) -> str | None:
-    """How an output on some rows is not what the open and the closed ones say."""
-    leaves = [tree_leaves(output) for output in (opened, closed, found)]
-    if len(set(map(len, leaves))) > 1:
-        return "it runs otherwise on some rows of the batch alone"
-    for number, (runs, skipped, ours) in enumerate(zip(*leaves, strict=True)):
-        if not isinstance(runs, Tensor):
-            continue
-        expected = runs
-        if number in outputs:
-            dim = outputs[number]
-            expected = rows.join(rows.cut(runs, dim)[0], dim, rows.cut(skipped, dim)[1])
-        if not bool(expected.isfinite().all()):
-            return "with these weights it computes inf or NaN, which tells nothing about its rows"
-        if not _close(ours, expected):
-            return (
-                "it computes something else on some rows of the batch alone: its rows depend on "
-                "each other, or something that holds the batch reaches it unseen"
-            )
-    return None
-
-
-def _close(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two results are the same but for the rounding of other batch sizes."""
-    if ours.shape != theirs.shape or not ours.is_floating_point():
-        return torch.equal(ours, theirs)
-    # Other batch sizes take other kernels; a mix-up of rows is as large as the values themselves.
-    bound = 1e-3 if ours.dtype.itemsize >= 4 else 5e-2
-    return bool((ours - theirs).norm() <= bound * theirs.norm())

@@ -7,7 +7,7 @@ its sum: it keeps the norm. The result is compared, bit for bit, with the same b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, is_dataclass
 from functools import partial
@@ -20,11 +20,13 @@ from stochastic_depth import folding
 from stochastic_depth.discovery.templates import Argument, Constant, Opaque, Template
 from stochastic_depth.discovery.undisturbed import (
     Arguments,
+    Mode,
     copied,
     is_unmaterialised,
     undisturbed,
 )
 from stochastic_depth.errors import (
+    ChangedModelError,
     ExampleInputsError,
     OptionError,
     RefusedBlockError,
@@ -74,6 +76,10 @@ class PassThrough(nn.Module):
         return value if self._template is None else self._template.build((value,), {})
 
 
+class Approximate(PassThrough):
+    """Stands where a block had a norm behind its sum, which is taken out as well."""
+
+
 def prune(
     model: nn.Module, plan: Plan, out: Sequence[str], example: Arguments, *, exact: bool
 ) -> None:
@@ -97,14 +103,20 @@ def prune(
             parameter.copy_(value)
         undo.callback(plan.scale_by, plan.scale)
         plan.scale_by("none")
-        standing_in, expected = _standing_in(model, plan, out, _moved(model, example), exact=exact)
+        outputs = partial(_outputs, model, _moved(model, example))
+        try:
+            standing_in, expected = _standing_in(model, plan, out, outputs, exact=exact)
+        except ChangedModelError:  # in inference it calls its blocks otherwise: with a cache
+            outputs = partial(outputs, mode="train but BatchNorm")
+            standing_in, expected = _standing_in(model, plan, out, outputs, exact=exact)
         for _, module, gate in list(gated_modules(model)):
             if compiled := vars(module).get("_compiled_call_impl"):
                 undo.callback(setattr, module, "_compiled_call_impl", compiled)
             undo.callback(swap_in, module, gate)
         detach(model, plan)
         own_configs(model, undo)
-        _take_out(model, standing_in, _moved(model, example), expected if exact else None)
+        is_approximate = any(isinstance(each, Approximate) for each in standing_in.values())
+        _take_out(model, standing_in, outputs, None if is_approximate else expected)
         undo.pop_all()
     why = next(filter(None, (unlike(owner, also_values=True) for owner in owners)), "")
     if why:
@@ -145,7 +157,12 @@ def _moved(model: nn.Module, example: Arguments) -> Arguments:
 
 
 def _standing_in(
-    model: nn.Module, plan: Plan, out: Sequence[str], example: Arguments, *, exact: bool
+    model: nn.Module,
+    plan: Plan,
+    out: Sequence[str],
+    outputs: Callable[[], Outputs],
+    *,
+    exact: bool,
 ) -> tuple[dict[str, PassThrough], Outputs]:
     """What takes the place of each block, and what the model returns with them dropped."""
     blocks = [block for block in plan.blocks if block.name in out]
@@ -158,13 +175,17 @@ def _standing_in(
             gate = gate_of(module)
             if block.whole is not None and gate is not None:
                 found[block.name] = PassThrough((), gate.whole, gate.known.positional)
-            elif block.name != block.block_module or not exact:  # a list may hold it all the same
+            elif block.name != block.block_module:  # a list may hold it all the same
                 found[block.name] = PassThrough()
+            elif not exact:
+                found[block.name] = Approximate()
             else:
                 ways[block.name] = _Way(block.name, module, stack)
         stack.enter_context(plan.force({plan.units[unit]: False for unit in units}))
         try:
-            expected = _outputs(model, example)
+            expected = outputs()
+        except ChangedModelError:
+            raise
         except Exception as error:
             raise ExampleInputsError(
                 f"the forward of {type(model).__name__} failed on the example: {error}",
@@ -254,8 +275,8 @@ def _all_same(ones: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     return len(ones) == len(others) and all(map(_same, ones, others))
 
 
-def _outputs(model: nn.Module, example: Arguments) -> Outputs:
-    with undisturbed(model):
+def _outputs(model: nn.Module, example: Arguments, mode: Mode = "eval") -> Outputs:
+    with undisturbed(model, mode):
         output = model(*example[0], **example[1])
     if is_dataclass(output) and not isinstance(output, Mapping):
         output = [getattr(output, field.name) for field in fields(output)]
@@ -269,7 +290,7 @@ def _outputs(model: nn.Module, example: Arguments) -> Outputs:
 def _take_out(
     model: nn.Module,
     standing_in: Mapping[str, PassThrough],
-    example: Arguments,
+    outputs: Callable[[], Outputs],
     expected: Outputs | None,
 ) -> None:
     """Take the blocks out of their lists; where that comes to something else, have them stood in.
@@ -277,7 +298,7 @@ def _take_out(
     Args:
         model: The model without gates.
         standing_in: What stands in for each of them.
-        example: What to call it with.
+        outputs: Calls it.
         expected: What it has to return. None: what it does where they are stood in.
     """
     why = ""
@@ -285,7 +306,7 @@ def _take_out(
         with ExitStack() as attempt:
             sizes = _replace(model, standing_in, attempt, from_lists=from_lists)
             try:
-                found = _outputs(model, example)
+                found = outputs()
             except Exception as error:
                 why = f"fails: {type(error).__name__}: {error}"
                 continue

@@ -36,7 +36,8 @@ def select(model: nn.Module, found: Discovery, blocks: Any) -> tuple[ResidualBlo
         model: The model that was watched.
         found: All that was found.
         blocks: None for all; or names, globs ("!layer1.*" leaves out), classes, found blocks or
-            predicates, one or several. Affine branches are gated only where a name says so.
+            predicates, one or several. Affine branches are gated where a name says so, or where the
+            model has no others.
 
     Raises:
         SelectionError: One of them matches nothing, or nothing is left.
@@ -47,6 +48,7 @@ def select(model: nn.Module, found: Discovery, blocks: Any) -> tuple[ResidualBlo
         raise none_found(model, found)
     if blocks is None:
         return tuple(usual)
+    usual = usual or list(found.blocks)
     is_one = isinstance(blocks, str) or not isinstance(blocks, Iterable)
     chosen: set[str] = set()
     left_out: set[str] = set()

@@ -128,6 +128,8 @@ def _how(plan: Plan, number: int, now: GatedBlock, *, is_whole: bool) -> str:
             notes.append(f"{', '.join(in_line)} may get zero gradients")
     if block.left_out:
         notes.append(f"{', '.join(block.left_out)} inside of its branch is left out")
+    if block.affine_too:
+        notes.append(f"{', '.join(block.affine_too)}, which is affine, always runs")
     if plan.scale == "eval" and any(branch.fold.obstacle for branch in block.branches):
         notes.append("cannot be folded")
     return "; ".join([how, *notes])

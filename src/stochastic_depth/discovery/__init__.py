@@ -224,14 +224,19 @@ def _refuse_lazy(model: nn.Module) -> None:
 
 def none_found(model: nn.Module, found: Discovery) -> NoResidualBlocksError:
     """The error for a model without a block to gate."""
-    affine = [block.name for block in found.blocks]
-    but = f" but for affine ones ({', '.join(affine[:4])})" if affine else ""
+    if found.blocks:
+        names = ", ".join([block.name for block in found.blocks[:4]])
+        more = f" and {len(found.blocks) - 4} more" if len(found.blocks) > 4 else ""
+        return NoResidualBlocksError(
+            f"all branches of {type(model).__name__} are affine ({names}{more}): a branch without "
+            "a nonlinearity makes one affine map of its block",
+            expected="blocks that compute more where their branch runs",
+            instead='pass blocks=["*"] to gate them all the same',
+        )
     return NoResidualBlocksError(
-        f"{type(model).__name__} has no residual block{but}: no addition in its forward joins a "
+        f"{type(model).__name__} has no residual block: no addition in its forward joins a "
         "value with a branch of modules computed from it",
         expected="a model with skip connections, y = x + branch(x)",
-        instead=f"name them, blocks={affine[:4]}, to gate them all the same"
-        if affine
-        else "train it as it is; stochastic depth needs a skip connection to fall back on "
+        instead="train it as it is; stochastic depth needs a skip connection to fall back on "
         "(concatenation, as in DenseNet, is none)",
     )

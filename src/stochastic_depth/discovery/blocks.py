@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from stochastic_depth.discovery import skips
 from stochastic_depth.discovery.additions import Addition, Search
-from stochastic_depth.discovery.grouping import Grouping, Site
+from stochastic_depth.discovery.grouping import Grouping, Site, has_modules
 from stochastic_depth.discovery.operations import Kind
 from stochastic_depth.discovery.recording import Call, Recording
 from stochastic_depth.discovery.scaling import Fold, Folding, ends_of, parameters_at
@@ -63,10 +63,14 @@ class ResidualBlock:
     """Whether it then returns a copy: others refer to its input, or change it later."""
     left_out: tuple[str, ...] = field(default=(), repr=False, compare=False)
     """The modules of branches inside of its own branches: those are not gated."""
+    affine_too: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    """The modules of affine branches beside its own: those are not gated either."""
     projects: bool = field(default=False, repr=False, compare=False)
     """Whether its skip path does more than hand its input to the sum."""
     keeps: str | None = field(default=None, repr=False, compare=False)
     """Where it keeps a value of its branch, which is zero when that is dropped."""
+    left_behind: str | None = field(default=None, repr=False, compare=False)
+    """An attribute of a module of its branch, which stays as it was when that is dropped."""
 
     def branches_around(self, blocks: Sequence[ResidualBlock]) -> list[tuple[int, int]]:
         """The branches that it is a part of: for each the number of its block, and its own."""
@@ -124,20 +128,27 @@ def discover(recording: Recording, model: nn.Module) -> Discovery:
     ]
     sums = {addition.node for addition in additions}
     nesting = Counter(node for a in additions for node in a.path if node in sums)
+    modules = dict(model.named_modules())
+    followed = {addition.node for addition in additions if has_modules(addition, modules)}
     sites: dict[str, list[Site]] = {}
+    affine_too: dict[str, list[str]] = {}
     for affine in (False, True):
         kept = [addition for addition in additions if addition.affine is affine]
         for site in Grouping(recording, model, kept).sites:
             calls = sites.setdefault(site.name, [])
             if not calls or calls[0].additions[0].affine is affine:
                 calls.append(site)
+            else:
+                affine_too.setdefault(site.name, []).extend(site.times)
     folding = Folding(recording, model)
     found: list[tuple[int, ResidualBlock]] = []  # with the place in the forward
     for name, calls in sites.items():
-        unknown = next(filter(None, map(skips.unknown_sum, calls)), None)
+        unknown = next(filter(None, (skips.unknown_sum(site, followed) for site in calls)), None)
         if unknown is None:
             first = calls[0].additions[0].node
-            found.append((first, _block(model, calls, nesting[first], folding)))
+            block = _block(modules, calls, nesting[first], folding)
+            beside = tuple(dict.fromkeys(affine_too.get(name, ())))
+            found.append((first, replace(block, affine_too=beside)))
             continue
         warn(
             f'block "{name}" is left out: {unknown} may add a branch that cannot be followed; '
@@ -148,7 +159,9 @@ def discover(recording: Recording, model: nn.Module) -> Discovery:
     return Discovery(recording, tuple(block for _, block in found), sites)
 
 
-def _block(model: nn.Module, calls: list[Site], nesting: int, folding: Folding) -> ResidualBlock:
+def _block(
+    modules: Mapping[str, nn.Module], calls: list[Site], nesting: int, folding: Folding
+) -> ResidualBlock:
     first, count = calls[0], max(len(site.additions) for site in calls)
     folds = folding.folds(
         [[a for s in calls for a in s.additions[n : n + 1]] for n in range(count)]
@@ -162,7 +175,7 @@ def _block(model: nn.Module, calls: list[Site], nesting: int, folding: Folding) 
     return ResidualBlock(
         name=first.name,
         branches=shown[0],
-        kind=type(model.get_submodule(first.name)).__name__,
+        kind=type(modules[first.name]).__name__,
         block_module=first.call.module,
         nesting=nesting,
         refusal=refusal,
@@ -173,6 +186,7 @@ def _block(model: nn.Module, calls: list[Site], nesting: int, folding: Folding) 
         projects=any(not _is_handed_on(first.recording, a) for a in first.additions),
         left_out=tuple(module for a in first.additions for module in a.left_out),
         keeps=next(filter(None, map(skips.keeps_branch, calls)), None),
+        left_behind=skips.left_behind(first, modules),
     )
 
 

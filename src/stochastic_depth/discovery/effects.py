@@ -5,20 +5,23 @@ Constants that a module makes once and keeps (position tables) are no effects.
 
 from __future__ import annotations
 
+import gc
 import sys
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from operator import is_
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stochastic_depth.discovery.memory import memory_of
 from stochastic_depth.discovery.operations import Kind
 from stochastic_depth.discovery.recording import Call, Recording
 
-_PLAIN = (int, float, str, bool, tuple, type(None), torch.dtype, torch.device)
-_SIZED = (list, dict, set)
+_PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device)
+_LISTS = (list, tuple, set, deque)
 
 
 class Before:
@@ -33,7 +36,10 @@ class Before:
     def __init__(self, call: Call, module: nn.Module, arguments: Sequence[Any]) -> None:
         self.call, self.module, self.arguments = call, module, arguments
         self.made: list[weakref.ref[Tensor]] = []  # the values that are made in its own forward
-        self._kept, self._sizes = _kept(module)
+        self.changed: set[int] = set()  # what calls inside of it have changed already
+        self._kept = _kept(module)
+        self._held = {key: _content(value) for key, value in self._kept.items()}
+        self._filled = [_content(value) for value in arguments]
         self._references = _references(arguments)
 
     def effects(
@@ -45,33 +51,62 @@ class Before:
             results: The tensors in its output.
             is_constant: Whether a tensor was made of weights and constants alone.
         """
-        now, sizes = _kept(self.module)
-        same = len(now) == len(self._kept) and all(map(is_, now.values(), self._kept.values()))
-        for key in {**self._kept, **now} if not same or sizes != self._sizes else ():
-            old, new = self._kept.get(key), now.get(key)
-            if old is None and isinstance(new, Tensor) and is_constant(new):
-                continue
-            changed = old is not new and not _is_equal(old, new)
-            is_own = key[0] != "_" or key in self.module._buffers
-            if is_own and (changed or self._sizes.get(key) != sizes.get(key)):
-                yield key, new if isinstance(new, Tensor) else None
+        yield from self._changes(is_constant)
         memories = {memory_of(tensor) for tensor in results}
         for reference in self.made:
             tensor = reference()
             if tensor is None or memory_of(tensor) in memories or is_constant(tensor):
                 continue
-            yield "a value that somebody keeps", tensor
-            return
+            del tensor
+            gc.collect(0)  # an error that was caught inside may hold the frames of this call
+            if (kept := reference()) is not None:
+                yield "a value that somebody keeps", kept
+                return
         counts = zip(self.arguments, _references(self.arguments), self._references, strict=True)
         for value, after, before in counts:
             if after > before and memory_of(value) not in memories:
                 yield "its input, which somebody keeps", value
 
+    def _changes(
+        self, is_constant: Callable[[Tensor], bool]
+    ) -> Iterator[tuple[str, Tensor | None]]:
+        """The attributes of the module, and the arguments, that hold something else now."""
+        now = _kept(self.module)
+        for key in {**self._kept, **now}:
+            old, new = self._kept.get(key), now.get(key)
+            if old is None and isinstance(new, Tensor) and is_constant(new):
+                continue
+            is_own = key[0] != "_" or key in self.module._buffers
+            if is_own and not (_is_equal(old, new) and _same(self._held.get(key), new)):
+                yield key, new if isinstance(new, Tensor) else None
+        for value, content in zip(self.arguments, self._filled, strict=True):
+            if not _same(content, value):
+                if id(value) not in self.changed:
+                    yield f"its argument, a {type(value).__name__}", None
+                self.changed.add(id(value))
 
-def _kept(module: nn.Module) -> tuple[dict[str, Any], dict[str, int]]:
-    """Attributes and buffers, and how many values are in those that hold some."""
-    kept = {**vars(module), **module._buffers}
-    return kept, {key: len(value) for key, value in kept.items() if isinstance(value, _SIZED)}
+
+def _kept(module: nn.Module) -> dict[str, Any]:
+    """Attributes and buffers."""
+    return {**vars(module), **module._buffers}
+
+
+def _content(value: Any) -> dict[Any, Any] | None:
+    """What a container, or an object with attributes, holds; None for anything else."""
+    if isinstance(value, dict):
+        return dict(value)
+    if isinstance(value, _LISTS):
+        return dict(enumerate(value))
+    is_other = isinstance(value, Tensor | nn.Module) or callable(value)
+    return None if is_other or is_dataclass(value) else dict(getattr(value, "__dict__", {}))
+
+
+def _same(before: dict[Any, Any] | None, value: Any) -> bool:
+    """Whether something holds what it held before."""
+    now = _content(value)
+    if before is None or now is None:
+        return True
+    return before.keys() == now.keys() and all(_is_equal(before[key], now[key]) for key in now)
 
 
 def _references(arguments: Sequence[Any]) -> list[int]:
@@ -80,15 +115,11 @@ def _references(arguments: Sequence[Any]) -> list[int]:
 
 
 def _is_equal(old: Any, new: Any) -> bool:
-    return isinstance(old, _PLAIN) and type(old) is type(new) and bool(old == new)
-
-
-def memory_of(tensor: Tensor) -> int:
-    """The memory that a tensor lies in; others that lie there, too, have the same."""
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
-        return -id(tensor)  # sparse tensors and their like share no storage
+    if old is new or type(old) is not type(new):
+        return old is new
+    if isinstance(old, tuple):
+        return len(old) == len(new) and all(map(_is_equal, old, new))
+    return isinstance(old, _PLAIN) and bool(old == new)
 
 
 def effects_of(recording: Recording, call: Call, parts: Sequence[Call]) -> list[tuple[str, int]]:

@@ -8,6 +8,7 @@ each addition is a block of its own, named after the modules of its branch.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -63,7 +64,7 @@ class Grouping:
         self.modules = dict(model.named_modules())
         kinds = {call.module: call.kind for call in recording.calls}
         self.uses = Counter(kinds.values())
-        additions = [a for a in additions if any(map(self._has_parameters, a.branch_calls))]
+        additions = [addition for addition in additions if has_modules(addition, self.modules)]
         additions = self._without_global_skips(additions)
         for addition in additions:
             addition.put_in(self._block_module(addition), recording)
@@ -75,9 +76,6 @@ class Grouping:
         found = [Site(recording, n, recording.calls[c], sums) for (c, n), sums in gathered.items()]
         self.sites = sorted(found, key=lambda site: site.additions[0].node)
 
-    def _has_parameters(self, call: Call) -> bool:
-        return next(self.modules[call.module].parameters(), None) is not None
-
     def _block_module(self, addition: Addition) -> Call:
         """The call that is gated: the innermost one, or one around it that stands for it.
 
@@ -88,7 +86,7 @@ class Grouping:
         gate beneath it would never be asked.
         """
         calls, found = self.recording.calls, addition.block_call
-        while found.parent is not None and not self._has_parameters(found):
+        while found.parent is not None and not _has_parameters(found, self.modules):
             if all(_is_below(call.module, found.module) for call in addition.branch_calls):
                 break
             found = calls[found.parent]
@@ -184,3 +182,12 @@ def _without_inner(additions: list[Addition]) -> list[Addition]:
 
 def _is_below(name: str, around: str) -> bool:
     return not around or name.startswith(f"{around}.")
+
+
+def has_modules(addition: Addition, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a branch has modules with weights, which can be left out."""
+    return any(_has_parameters(call, modules) for call in addition.branch_calls)
+
+
+def _has_parameters(call: Call, modules: Mapping[str, nn.Module]) -> bool:
+    return next(modules[call.module].parameters(), None) is not None

@@ -117,11 +117,13 @@ SPELLINGS = frozenset(("add", "sub", "rsub", "lerp", *_WITH_A_PRODUCT))
 """Operations that may be a sum of two terms."""
 MERGES = frozenset(
     "where maximum minimum logaddexp index_add scatter_add index_put scatter scatter_reduce "
-    "masked_scatter slice_scatter select_scatter copy".split()
+    "masked_scatter slice_scatter select_scatter copy stack _foreach_add".split()
 )
 """Operations that may join a branch to its skip connection, as a sum does: nobody can tell."""
 _STAYS = frozenset("alias clone contiguous _to_copy lift_fresh add sum".split())
-_DEPENDING = SPELLINGS | FILLED | {"div", "constant_pad_nd", "masked_fill", "stack", "sum", "mean"}
+_DEPENDING = (
+    SPELLINGS | FILLED | {"div", "constant_pad_nd", "masked_fill", "cat", "stack", "sum", "mean"}
+)
 
 
 class Operation:

@@ -9,12 +9,13 @@ run, and returns that input. A ReLU may lie on the way where the input is the ou
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from itertools import permutations
 
 import torch
+from torch import nn
 
 from stochastic_depth.discovery.effects import within
 from stochastic_depth.discovery.grouping import Site
@@ -99,7 +100,7 @@ class Skip:
         )
 
     def _must_copy(self) -> bool:
-        """Whether an output is written to later, or the input is the model's own or its output."""
+        """Whether either is written to later, or the input is the model's own or its output."""
         recording, inputs = self.recording, self.walked.intersection(self.call.inputs)
         if any(not inputs.isdisjoint(recording.nodes[index].overwrites) for index in self.walked):
             return False  # the block itself hands out its very input
@@ -107,7 +108,7 @@ class Skip:
         if self._memories(inputs) & self._memories((*root.inputs, *root.outputs)):
             return True
         later = [i for node in writes if node.index >= self.call.end for i in node.overwrites]
-        return bool(self._memories(self.call.outputs) & self._memories(later))
+        return bool(self._memories((*self.call.outputs, *inputs)) & self._memories(later))
 
     def _memories(self, values: Iterable[int | None]) -> set[int]:
         """The values whose memory these lie in: they are these or views of them."""
@@ -230,17 +231,63 @@ def keeps_branch(site: Site) -> str | None:
     return None
 
 
-def unknown_sum(site: Site) -> str | None:
+def left_behind(site: Site, modules: Mapping[str, nn.Module]) -> str | None:
+    """An attribute of a module of a branch that holds a value of its last call, or None."""
+    for number in sorted(within(site.branch_calls)):
+        call = site.recording.calls[number]
+        for text, value in call.effects:
+            key = text.partition(" (in ")[0]
+            if value >= 0 and key.isidentifier() and key not in modules[call.module]._buffers:
+                return f"{call.module}.{key}"
+    return None
+
+
+def unknown_sum(site: Site, followed: Container[int]) -> str | None:
     """An operation that may add one more branch, in a way that is not understood; or None.
 
-    It joins a value of the stream with what modules outside of the known branches made of it.
+    It joins a value of the stream, or a part or a multiple of one, with what weights outside of the
+    known branches made of it.
+
+    Args:
+        site: A call of the block.
+        followed: The residual sums whose branches have modules.
     """
     recording, nodes = site.recording, site.recording.nodes
-    merges = [i for i in range(site.call.start, site.call.end) if nodes[i].op in MERGES]
+    merges = [
+        node.index
+        for node in nodes[site.call.start : site.call.end]
+        if node.op in MERGES or (node.kind is Kind.SUM and node.call == site.call.index)
+        if node.index not in followed and node.index not in site.path
+    ]
     for index in recording.outside(merges, site.branch_calls):
-        data = recording.data_of(nodes[index])
-        for one, other in permutations(data, 2) if index not in site.sums else ():
-            between = recording.between(one, other) if recording.reaches(one, other) else []
-            if any(nodes[i].meets_parameter for i in recording.outside(between, site.branch_calls)):
-                return f"{nodes[index].op} in {recording.module_at(index)}"
+        for one, other in permutations(recording.data_of(nodes[index]), 2):
+            for source in _in_parts(recording, one):
+                if recording.reaches(source, other) and _adds(site, index, source, other):
+                    return f"{nodes[index].op} in {recording.module_at(index)}"
     return None
+
+
+def _adds(site: Site, merge: int, source: int, other: int) -> bool:
+    """Whether what is merged comes from modules that are in no known branch, or a matrix."""
+    recording, nodes = site.recording, site.recording.nodes
+    between = recording.outside(recording.between(source, other), site.branch_calls)
+    return any(
+        nodes[merge].op in MERGES
+        or nodes[index].call != site.call.index
+        or (nodes[index].kind in PRODUCTS and nodes[index].op != "mul")
+        for index in between
+        if nodes[index].meets_parameter
+    )
+
+
+def _in_parts(recording: Recording, value: int) -> Iterator[int]:
+    """The value, and those that it is a part or a multiple of."""
+    nodes, kinds = recording.nodes, (Kind.MOVE, Kind.PART)
+    return reached(
+        [value],
+        lambda index: (
+            recording.data_of(nodes[index])
+            if nodes[index].kind in kinds or nodes[index].op == "mul"
+            else ()
+        ),
+    )

@@ -15,7 +15,13 @@ from torch import Tensor
 from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.torch_private import trees
 from stochastic_depth.torch_private.tracing import autocasts
-from stochastic_depth.torch_private.trees import PLAIN_VALUES, tree_flatten, tree_leaves
+from stochastic_depth.torch_private.trees import (
+    NO_FLAG,
+    PLAIN_VALUES,
+    as_flag,
+    tree_flatten,
+    tree_leaves,
+)
 
 Place = int | str  # where an argument stands in a call: its position or its keyword
 
@@ -188,7 +194,8 @@ def _autocast(kind: str) -> torch.dtype | None:
 
 def kind_of_value(value: object) -> object:
     """The class of a value; of a flag its value, too."""
-    return (type(value), value) if isinstance(value, PLAIN_VALUES) else type(value)
+    flag = as_flag(value)
+    return type(value) if flag is NO_FLAG else (type(value), flag)
 
 
 def named(place: Place, positional: Sequence[str]) -> Place:

@@ -13,6 +13,7 @@ import random
 import sys
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Literal
@@ -83,18 +84,31 @@ def undisturbed(model: nn.Module, mode: Mode = "eval") -> Iterator[None]:
 def put_back(model: nn.Module) -> Iterator[None]:
     """Attributes, weights, buffers and hooks are afterwards the same, and no others are there.
 
+    So is what is in the lists and dicts among the attributes.
+
     A scripted module keeps them where Python does not reach.
     """
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     tables: list[dict[Any, Any]] = [table for m in modules for table in _tables(m)]
     before = [dict(table) for table in tables]
+    held = [(value, copy.copy(value)) for module in modules for value in _containers(module)]
     try:
         yield
     finally:
+        for value, content in held:
+            value.clear()
+            (value.extend if isinstance(value, list | deque) else value.update)(content)
         for table, were in zip(tables, before, strict=True):
             for added in table.keys() - were.keys():
                 del table[added]
             table.update(were)
+
+
+def _containers(module: nn.Module) -> Iterator[Any]:
+    """What its attributes hold values in."""
+    for key, value in vars(module).items():
+        if key[0] != "_" and isinstance(value, list | deque | dict | set):
+            yield value
 
 
 def _tables(module: nn.Module) -> tuple[dict[Any, Any], ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from stochastic_depth.discovery import operations
-from stochastic_depth.discovery.effects import Before, memory_of
+from stochastic_depth.discovery.effects import Before
+from stochastic_depth.discovery.memory import Writes
 from stochastic_depth.discovery.operations import Kind, Term, tensors_in
 from stochastic_depth.discovery.recording import RECURRENT, Call, Node, Recording
 from stochastic_depth.discovery.templates import describe, kind_of_value, placed_leaves, signature
@@ -31,7 +33,7 @@ class Watcher(TorchDispatchMode):
 
     Tensors are not kept alive: a value is known by its tensor object while that lives. An
     operation in place makes a new value, which from then on stands for every tensor on that
-    memory: a tensor's value is the newer of its own and the last that was written there.
+    memory; where it changed a part of one, for that part.
     """
 
     def __init__(self, model: nn.Module, mode: Mode) -> None:
@@ -42,7 +44,7 @@ class Watcher(TorchDispatchMode):
         self._parameters: dict[int, str | None] = {id(b): None for b in model.buffers()}
         self._parameters |= {id(p): name for name, p in model.named_parameters()}
         self._values: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self._writes: dict[int, int] = {}
+        self._writes = Writes()
         self._stacked: dict[int, int] = {}  # what `stack` made: along which dimension
 
     @classmethod
@@ -64,9 +66,21 @@ class Watcher(TorchDispatchMode):
             node.of_parameters = node.parameter is not None
             node.fixed = id(tensor) in self._parameters
             return node.index
-        if not self._writes:
-            return known[1]
-        return max(known[1], self._writes.get(memory_of(tensor), -1))
+        last, parts = self._writes.since(tensor, known[1])
+        if parts:
+            last = self._add(tensor, "slice_scatter", Kind.OTHER, (last, *parts)).index
+            self.recording.nodes[last].is_view = True
+        elif last > known[1] and self.recording.nodes[last].shape != tensor.shape:
+            last = self._seen_otherwise(tensor, last).index
+        return last
+
+    def _seen_otherwise(self, tensor: Tensor, written: int) -> Node:
+        """A tensor's value, all of which was written by way of another view."""
+        like = self.recording.nodes[written]
+        is_part = like.shape.numel() > tensor.numel()
+        node = self._add(tensor, "view", Kind.PART if is_part else Kind.MOVE, (written,))
+        node.is_view, node.replay = True, partial(torch.reshape, shape=tensor.shape)
+        return node
 
     def _add(self, tensor: Tensor, op: str, kind: Kind, inputs: tuple[int, ...]) -> Node:
         """The tensor's value from now on."""
@@ -112,7 +126,7 @@ class Watcher(TorchDispatchMode):
             node.operation, node.overwrites = first, overwrites
             node.is_view, node.replay = operation.is_view, replay
         for tensor in written:
-            self._writes[memory_of(tensor)] = self._values[id(tensor)][1]
+            self._writes.note(tensor, self._values[id(tensor)][1])
         if self._open and not written:
             self._open[-1].made += [self._values[id(tensor)][0] for tensor in made]
         return out
@@ -124,8 +138,11 @@ class Watcher(TorchDispatchMode):
         nodes = self.recording.nodes
         if name in operations.FILLED and not all(nodes[index].of_parameters for index in inputs):
             return name, Kind.OTHER, ()  # as large as a weight is: made of weights alone
-        if name == "stack":
-            self._stacked[len(nodes)] = (*args, 0)[1] % out.ndim
+        if name in ("cat", "stack"):
+            along = kwargs.get("dim", (*args, 0)[1]) % out.ndim
+            if name == "stack" or all(nodes[index].shape[along:][:1] == (1,) for index in inputs):
+                self._stacked[len(nodes)] = along
+                return "stack", Kind.JOIN, inputs
         if name in ("sum", "mean") and inputs[0] in self._stacked:
             total = self._unstacked(inputs[0], (*args, ())[1], out)
             if total is not None:
@@ -160,10 +177,18 @@ class Watcher(TorchDispatchMode):
         stacked, ndim = self.recording.nodes[stack], out.ndim + 1
         if [d % ndim for d in along or ()] != [self._stacked[stack]] or len(stacked.shape) != ndim:
             return None
-        total, *parts = stacked.inputs
+        total, *parts = [self._squeezed(part, out) for part in stacked.inputs]
         for part in parts:
             total = self._node(out, "add", Kind.SUM, (total, part)).index
         return total
+
+    def _squeezed(self, part: int, out: Tensor) -> int:
+        """A tensor that was joined with others, in the form of their sum."""
+        if self.recording.nodes[part].shape == out.shape:
+            return part
+        node = self._node(out, "squeeze", Kind.MOVE, (part,))
+        node.replay = partial(torch.reshape, shape=out.shape)
+        return node.index
 
     def note_functions(self) -> Callable[[], None]:
         """Have every `torch.autograd.Function` show: it may do something else in the backward.
@@ -237,4 +262,6 @@ class Watcher(TorchDispatchMode):
             for effect, v in before.effects(results, self._is_constant)
         )
         self._open.pop()
+        if self._open:
+            self._open[-1].changed |= before.changed
         return output

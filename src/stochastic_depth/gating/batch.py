@@ -78,9 +78,9 @@ def watch_more_rows(model: nn.Module, recording: Recording, example: Arguments) 
         many = watch_once(model, more)
     except Exception as error:
         why = f"fails on {rows + MORE} rows instead of {rows}: {error}"
-        raise _cannot_tell(model, why) from error
+        raise cannot_tell(model, why) from error
     if [node.op for node in many.nodes] != [node.op for node in recording.nodes]:
-        raise _cannot_tell(model, f"takes another way for {rows + MORE} rows than for {rows}")
+        raise cannot_tell(model, f"takes another way for {rows + MORE} rows than for {rows}")
     return Batches(recording, many, rows)
 
 
@@ -102,7 +102,8 @@ def with_more_rows(example: Arguments) -> tuple[Arguments, int]:
     return tree_unflatten([longer(leaf) for leaf in leaves], spec), few
 
 
-def _cannot_tell(model: nn.Module, why: str) -> ExampleInputsError:
+def cannot_tell(model: nn.Module, why: str) -> ExampleInputsError:
+    """The error for an example that does not show which dimension is the batch."""
     return ExampleInputsError(
         f'mode="sample" looks for the batch dimension, but {type(model).__name__} {why}',
         expected="example inputs whose first dimension is the batch, of a size unlike the others",

@@ -15,9 +15,11 @@ from stochastic_depth.discovery.templates import Argument, Template, named
 from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.gating.batch import BatchDims
 from stochastic_depth.plan import Counted, Plan
-from stochastic_depth.torch_private.trees import PLAIN_VALUES
+from stochastic_depth.torch_private.trees import NO_FLAG, PLAIN_VALUES, as_flag
 
 KEY = "_stochastic_depth"  # where a gated module keeps its gate
+_BY_POSITION = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+_COLLECTING = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 _MANY_FORMS = 256  # of calls of one block that are remembered
 
 Original = Callable[..., Any]
@@ -87,7 +89,10 @@ class KnownCalls:
 
     def __init__(self, gate: Gate, module: nn.Module, calls: Sequence[Call]) -> None:
         parameters = inspect.signature(module.forward).parameters
-        self.name, self.positional = gate.name, tuple(parameters)
+        kinds = {name: parameter.kind for name, parameter in parameters.items()}
+        self.positional = tuple([name for name in kinds if kinds[name] in _BY_POSITION])
+        self._declared = {name for name in kinds if kinds[name] not in _COLLECTING}
+        self.name = gate.name
         forms: list[Any] = [{named(p, self.positional): v for p, v in call.form} for call in calls]
         leaves = gate.whole.leaves if gate.whole else ()
         handed_on = [leaf.place for leaf in leaves if isinstance(leaf, Argument)]
@@ -121,8 +126,8 @@ class KnownCalls:
         known = self._known.get(kinds)
         if known is not None:  # most calls: none of these is a plain value
             return known
-        values = (value for value in (*args, *kwargs.values()) if value is not None)
-        plain = [value for value in values if isinstance(value, PLAIN_VALUES)]
+        flags = map(as_flag, (*args, *kwargs.values()))
+        plain = [flag for flag in flags if flag is not None and flag is not NO_FLAG]
         key = (kinds, *plain) if plain else kinds
         known = self._known.get(key)
         if known is None:
@@ -138,20 +143,21 @@ class KnownCalls:
     def flags(self, args: Any, kwargs: Any) -> dict[int | str, Any]:
         """The plain values among the arguments."""
         values = {named(n, self.positional): value for n, value in enumerate(args)} | kwargs
-        return {p: v for p, v in values.items() if self._is_flag(p) and isinstance(v, PLAIN_VALUES)}
+        flags = {place: as_flag(value) for place, value in values.items() if self._is_flag(place)}
+        return {place: flag for place, flag in flags.items() if flag is not NO_FLAG}
 
     def _is_flag(self, place: int | str) -> bool:
-        # What the forward takes as **kwargs is handed on to its modules.
-        return place not in self.tensors and place in self.positional
+        # What the forward takes as **kwargs it hands on, unless that is all it takes.
+        return place not in self.tensors and (place in self._declared or not self._declared)
 
     def _refuse_unseen(self, args: Any, kwargs: Any) -> None:
         for place, value in [*enumerate(args), *kwargs.items()]:
             name = named(place, self.positional)
             # A number that goes through as one of **kwargs (a Trainer's count of tokens, say).
             is_number = isinstance(value, Tensor) and value.ndim == 0
-            if name in self.tensors or isinstance(value, PLAIN_VALUES):
+            if name in self.tensors or as_flag(value) is not NO_FLAG:
                 continue
-            if name in self.positional or not is_number:
+            if name in self._declared or not is_number:
                 raise ChangedModelError(
                     f'block "{self.name}" is called with a {type(value).__name__} as "{name}", '
                     "where the example had none",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import io
 import pickle
+import sys
 from contextlib import suppress
 from typing import Any
 
@@ -108,5 +110,23 @@ register_pytree_node(
     _together,
 )
 
-PLAIN_VALUES = (type(None), bool, int, float, str, torch.dtype, torch.device)
+_numpy: Any = sys.modules.get("numpy")  # torch loads it, where it is installed
+PLAIN_VALUES = (
+    *(type(None), bool, int, float, str, torch.dtype, torch.device, enum.Enum),
+    *([_numpy.generic] if _numpy else ()),
+)
 """What a flag may be: an argument that is no tensor and no object."""
+_SWITCHES = (bool, str, enum.Enum)
+NO_FLAG = object()
+
+
+def as_flag(value: Any) -> Any:
+    """A plain value; what stands for a tuple, list or dict of switches, hashable; else `NO_FLAG`.
+
+    Numbers in a tuple are most often the size of an image, which may be another one each time.
+    """
+    if isinstance(value, PLAIN_VALUES):
+        return value
+    leaves = tree_leaves(value) if type(value) in _PLAIN_TREES else ()
+    is_flag = leaves and all(isinstance(leaf, _SWITCHES) for leaf in leaves)
+    return (tree_outline(value), *leaves) if is_flag else NO_FLAG

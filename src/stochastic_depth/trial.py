@@ -1,0 +1,197 @@
+"""What is tried at one call of a block: dropped, open, and on some rows of the batch alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stochastic_depth.gating.batch import MORE
+from stochastic_depth.gating.block import carry_out, decision_of, run_in_part
+from stochastic_depth.gating.gate import ModuleCall
+from stochastic_depth.gating.ranks import LOCAL
+from stochastic_depth.rows import Rows
+from stochastic_depth.torch_private.tracing import is_wrapper
+from stochastic_depth.torch_private.trees import tree_leaves, tree_map
+
+
+class Trial:
+    """One call of a block, which can be repeated.
+
+    Args:
+        call: The call.
+        units: Which of the block's may be dropped, or run on some rows.
+    """
+
+    def __init__(self, call: ModuleCall, units: Sequence[int]) -> None:
+        self.call, self.units, self.gate = call, units, call.gate
+
+    def outcome(self, *, runs: Rows | bool) -> Any:
+        """What it comes to where these units run, are dropped, or run on these rows."""
+        args, kwargs = tree_map(_apart, (self.call.args, self.call.kwargs))
+        return under(self.call._replace(args=args, kwargs=kwargs), self.units, runs=runs)
+
+    def why_not(self) -> str | None:
+        """Why they cannot be dropped, or run on some rows; None: they can."""
+        doing = "with it dropped the forward fails"
+        try:
+            if around := acts_around(self.call):
+                return around
+            if self.gate.batch is None:
+                self.outcome(runs=False)
+                return None
+            self.call = _with_unlike_rows(self.call)
+            closed = self.outcome(runs=False)
+            doing = 'mode="sample": it fails on some rows of the batch alone'
+            why = self._of_rows(closed) or self._of_rows_in_training()
+            return why and f'mode="sample": {why}'
+        except Exception as error:
+            return f"{doing}: {error}"
+
+    def _of_rows(self, closed: Any) -> str | None:
+        """In inference, on several windows."""
+        plan, batch = self.gate.plan, self.gate.batch
+        args, kwargs = self.call.args, self.call.kwargs
+        opened, size = self.outcome(runs=True), batch.size(args, kwargs)
+        for leaf, dim, each in batch.leaves(args, kwargs):
+            if each > 1 and leaf.shape[dim] == each * size:  # the first example comes twice
+                twice = [leaf.narrow(dim, n * each, each) for n in (0, size - MORE)]
+                if not _close(*twice):
+                    return "the rows of an example do not lie side by side"
+        for rows in _windows(size, lone=plan.counts[plan.block_of[self.units[0]]].lone):
+            if why := self._unlike(rows, opened, closed):
+                return why
+        return None
+
+    def _of_rows_in_training(self) -> str | None:
+        """On one window, where training does not depend on chance."""
+        size = self.gate.batch.size(self.call.args, self.call.kwargs)
+        rows = next(_windows(size, lone=False), None)
+        with _training(self.call.module):
+            try:
+                opened = self.outcome(runs=True)
+            except Exception:  # it was watched as in inference, as it does not train by itself
+                return None
+            if rows is None or not _all_close(opened, self.outcome(runs=True)):
+                return None
+            why = self._unlike(rows, opened, self.outcome(runs=False))
+            return why and f"in training {why}"
+
+    def _unlike(self, rows: Rows, opened: Any, closed: Any) -> str | None:
+        return _unlike(self.gate.batch.outputs, rows, opened, closed, self.outcome(runs=rows))
+
+
+def under(call: ModuleCall, units: Sequence[int], *, runs: Rows | bool) -> Any:
+    """What a block's call comes to where these units run, are dropped, or run on these rows."""
+    gate = call.gate
+    chosen = [runs if unit in units else True for unit in gate.units]
+    # Where some of its units may be dropped, its branches are left out one by one.
+    in_part = runs is not True and len(set(gate.units)) > 1
+    return (run_in_part if in_part else carry_out)(call, decision_of(gate, chosen, None, LOCAL))
+
+
+def acts_around(call: ModuleCall) -> str:
+    """What a block that is skipped whole does before its forward, or behind it; "" is nothing."""
+    gate, module = call.gate, call.module
+    kind = getattr(type(module), "gated_from", type(module))
+    is_plain = kind.__call__ is nn.Module.__call__ and not module._forward_pre_hooks
+    if gate.whole is None or is_plain or is_wrapper(module):
+        return ""
+    outcomes = []
+    for run, warned in ((carry_out, gate.warned), (run_in_part, True)):
+        gate.warned = warned
+        args, kwargs = tree_map(_apart, (call.args, call.kwargs))
+        closed = decision_of(gate, [False] * len(gate.units), None, LOCAL)
+        outcomes.append(run(call._replace(args=args, kwargs=kwargs), closed))
+    gate.warned = False
+    is_same = _all_close(*outcomes)
+    return "" if is_same else "what its hooks, or its `__call__`, do would be skipped with it"
+
+
+def _all_close(one: Any, other: Any) -> bool:
+    """Whether all tensors in two results are the same."""
+    pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
+    return all(_close(*pair) for pair in pairs if isinstance(pair[0], Tensor))
+
+
+def _with_unlike_rows(call: ModuleCall) -> ModuleCall:
+    """The same call, with noise on its largest values where all of its rows are alike."""
+    args, kwargs = call.args, call.kwargs
+    found = list(call.gate.batch.leaves(args, kwargs))
+    floats = [each for each in found if each[0].is_floating_point() and not each[0].is_meta]
+    main, dim, each = max(floats, key=lambda leaf: leaf[0].numel(), default=(None, 0, 1))
+    if main is None or not bool((main == main.narrow(dim, 0, 1)).all()):
+        return call
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(main.shape, generator=generator, device="cpu").to(main)
+    if each > 1:  # the first example comes twice
+        again = call.gate.batch.size(args, kwargs) - MORE
+        noise.narrow(dim, again * each, each).copy_(noise.narrow(dim, 0, each))
+    shown = main + noise
+    args, kwargs = tree_map(lambda leaf: shown if leaf is main else leaf, (args, kwargs))
+    return call._replace(args=args, kwargs=kwargs)
+
+
+@contextmanager
+def _training(module: nn.Module) -> Iterator[None]:
+    """A module trains for a while, but for its parts whose rows meet, or which draw."""
+    quiet = nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd
+    modes = {part: part.training for part in module.modules()}
+    for part in modes:
+        part.training = not isinstance(part, quiet)
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+def _windows(size: int, *, lone: bool) -> Iterator[Rows]:
+    """Some rows: a window that wraps around the end, two inside, and a single row."""
+    for start, count in [(size - 1, 2), (1, 2), (0, 3), (1, 1)]:
+        if size > 3 and (count > 1 or lone):
+            yield Rows(size, start, count)
+
+
+def _apart(leaf: Any) -> Any:
+    """A copy of what a call may change: caches, and tensors in place."""
+    if isinstance(leaf, Tensor):
+        return leaf.clone()
+    return leaf if isinstance(leaf, nn.Module) else copy.deepcopy(leaf)
+
+
+def _unlike(
+    outputs: Mapping[int, int], rows: Rows, opened: Any, closed: Any, found: Any
+) -> str | None:
+    """How an output on some rows is not what the open and the closed ones say."""
+    leaves = [tree_leaves(output) for output in (opened, closed, found)]
+    if len(set(map(len, leaves))) > 1:
+        return "it runs otherwise on some rows of the batch alone"
+    for number, (runs, skipped, ours) in enumerate(zip(*leaves, strict=True)):
+        if not isinstance(runs, Tensor):
+            continue
+        expected = runs
+        if number in outputs:
+            dim = outputs[number]
+            expected = rows.join(rows.cut(runs, dim)[0], dim, rows.cut(skipped, dim)[1])
+        if not bool(expected.isfinite().all()):
+            return "with these weights it computes inf or NaN, which tells nothing about its rows"
+        if not _close(ours, expected):
+            return (
+                "it computes something else on some rows of the batch alone: its rows depend on "
+                "each other, or something that holds the batch reaches it unseen"
+            )
+    return None
+
+
+def _close(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two results are the same but for the rounding of other batch sizes."""
+    if ours.shape != theirs.shape or not ours.is_floating_point():
+        return torch.equal(ours, theirs)
+    # Other batch sizes take other kernels; a mix-up of rows is as large as the values themselves.
+    bound = 1e-3 if ours.dtype.itemsize >= 4 else 5e-2
+    return bool((ours - theirs).norm() <= bound * theirs.norm())
