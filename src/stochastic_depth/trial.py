@@ -68,18 +68,20 @@ class Trial:
         return None
 
     def _of_rows_in_training(self) -> str | None:
-        """On one window, where training does not depend on chance."""
+        """As it trains, where that does not depend on chance."""
         size = self.gate.batch.size(self.call.args, self.call.kwargs)
-        rows = next(_windows(size, lone=False), None)
         with _training(self.call.module):
             try:
                 opened = self.outcome(runs=True)
             except Exception:  # it was watched as in inference, as it does not train by itself
                 return None
-            if rows is None or not _all_close(opened, self.outcome(runs=True)):
+            if not _all_close(opened, self.outcome(runs=True)):
                 return None
-            why = self._unlike(rows, opened, self.outcome(runs=False))
-            return why and f"in training {why}"
+            closed = self.outcome(runs=False)
+            for rows in _windows(size, lone=False):
+                if why := self._unlike(rows, opened, closed):
+                    return f"in training {why}"
+        return None
 
     def _unlike(self, rows: Rows, opened: Any, closed: Any) -> str | None:
         return _unlike(self.gate.batch.outputs, rows, opened, closed, self.outcome(runs=rows))
