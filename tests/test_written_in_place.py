@@ -125,28 +125,24 @@ def test_all_blocks_are_found_and_exact(run: Callable[[Any, Tensor], Tensor]) ->
         assert torch.equal(found, twin(x))
 
 
-class Both(nn.Module):
-    """Two branches, of which the second is added to a part of the stream."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = mlp(), mlp()
+class InPart(Layer):
+    """Its second branch is added to a part of the stream."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.first(x)
+        x = x + self.attn(x)
         y = x.clone()
-        y[:, 1:] += self.second(x)[:, 1:]
+        y[:, 1:] += self.mlp(x)[:, 1:]
         return y
 
 
 def test_a_branch_that_is_added_to_a_part() -> None:
-    plain: Any = settled(lambda: nn.Sequential(nn.Linear(4, 8), Both(), Both(), Both())).train()
-    model, x = copy.deepcopy(plain), torch.randn(2, 4, 4)
+    plain: Any = settled(lambda: nn.Sequential(nn.Linear(4, 8), InPart(), InPart(), InPart()))
+    model, x = copy.deepcopy(plain.train()), torch.randn(2, 4, 4)
     depth = sd.apply_stochastic_depth(
         model, 0.1, example_inputs=x, scale="none", unit="branch", blocks="*"
     )
     assert [len(block.branches) for block in depth.blocks] == [2, 2, 2]
     with depth.fixed({"2:1": False}):
         found = model(x)
-    plain[2].second.register_forward_hook(lambda module, args, output: output * 0)
+    plain[2].mlp.register_forward_hook(lambda module, args, output: output * 0)
     assert torch.equal(found, plain(x))

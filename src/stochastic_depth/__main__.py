@@ -18,6 +18,7 @@ import inspect
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -52,8 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             model, example = _loaded(options.model, options.input, options.timed)
             saving, refused = _estimate(model, example, options)
     except StochasticDepthError as error:
-        line = " ".join(str(error).split())
-        print("stochastic_depth:", line[:_LONG], "..." * (len(line) > _LONG), file=sys.stderr)
+        print(textwrap.shorten(f"stochastic_depth: {error}", _LONG), file=sys.stderr)
         return 2
     lines = [str(saving), *(f"Refused: {name}: {why}" for name, why in refused.items())]
     if options.json:

@@ -76,10 +76,6 @@ class PassThrough(nn.Module):
         return value if self._template is None else self._template.build((value,), {})
 
 
-class Approximate(PassThrough):
-    """Stands where a block had a norm behind its sum, which is taken out as well."""
-
-
 def prune(
     model: nn.Module, plan: Plan, out: Sequence[str], example: Arguments, *, exact: bool
 ) -> None:
@@ -97,6 +93,9 @@ def prune(
     """
     _refuse(model, plan)
     owners = configured(model, out)
+    chosen = [block for block in plan.blocks if block.name in out]
+    norms_go = any(each.whole is None and each.name == each.block_module for each in chosen)
+    norms_go = norms_go and not exact
     with torch.no_grad(), ExitStack() as undo:
         for parameter, value in folding.scaled_parameters(model, plan).items():
             undo.callback(parameter.copy_, parameter.clone())
@@ -115,8 +114,7 @@ def prune(
             undo.callback(swap_in, module, gate)
         detach(model, plan)
         own_configs(model, undo)
-        is_approximate = any(isinstance(each, Approximate) for each in standing_in.values())
-        _take_out(model, standing_in, outputs, None if is_approximate else expected)
+        _take_out(model, standing_in, outputs, None if norms_go else expected)
         undo.pop_all()
     why = next(filter(None, (unlike(owner, also_values=True) for owner in owners)), "")
     if why:
@@ -175,10 +173,8 @@ def _standing_in(
             gate = gate_of(module)
             if block.whole is not None and gate is not None:
                 found[block.name] = PassThrough((), gate.whole, gate.known.positional)
-            elif block.name != block.block_module:  # a list may hold it all the same
+            elif block.name != block.block_module or not exact:  # a list may hold it all the same
                 found[block.name] = PassThrough()
-            elif not exact:
-                found[block.name] = Approximate()
             else:
                 ways[block.name] = _Way(block.name, module, stack)
         stack.enter_context(plan.force({plan.units[unit]: False for unit in units}))

@@ -15,7 +15,7 @@ from stochastic_depth.discovery.templates import Argument, Template, named
 from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.gating.batch import BatchDims
 from stochastic_depth.plan import Counted, Plan
-from stochastic_depth.torch_private.trees import NO_FLAG, PLAIN_VALUES, as_flag
+from stochastic_depth.torch_private.trees import MAY_BE_FLAGS, NO_FLAG, PLAIN_VALUES, as_flag
 
 KEY = "_stochastic_depth"  # where a gated module keeps its gate
 _BY_POSITION = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -126,8 +126,9 @@ class KnownCalls:
         known = self._known.get(kinds)
         if known is not None:  # most calls: none of these is a plain value
             return known
-        flags = map(as_flag, (*args, *kwargs.values()))
-        plain = [flag for flag in flags if flag is not None and flag is not NO_FLAG]
+        values = (value for value in (*args, *kwargs.values()) if value is not None)
+        flags = [as_flag(value) for value in values if isinstance(value, MAY_BE_FLAGS)]
+        plain = [flag for flag in flags if flag is not NO_FLAG]
         key = (kinds, *plain) if plain else kinds
         known = self._known.get(key)
         if known is None:

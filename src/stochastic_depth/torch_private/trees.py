@@ -117,6 +117,7 @@ PLAIN_VALUES = (
 )
 """What a flag may be: an argument that is no tensor and no object."""
 _SWITCHES = (bool, str, enum.Enum)
+MAY_BE_FLAGS = (*PLAIN_VALUES, *_PLAIN_TREES)
 NO_FLAG = object()
 
 
