@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -49,10 +50,15 @@ def launch(
     if done.returncode:
         raise AssertionError(done.stdout[-2000:] + done.stderr[-12000:])
     found: dict[str, str] = {}
-    for rank in range(ranks):
-        for case, wrong in json.loads((folder / f"{rank}.json").read_text()).items():
+    for rank, file in enumerate(_files(folder, ranks)):
+        for case, wrong in json.loads(file.read_text()).items():
             found[case] = found.get(case, "") or (wrong and f"rank {rank}: {wrong}")
     return found
+
+
+def _files(folder: Path, ranks: int) -> list[Path]:
+    """Where each of so many ranks leaves its results."""
+    return [folder / f"{rank}-of-{ranks}.json" for rank in range(ranks)]
 
 
 def report(cases: Callable[[], Mapping[str, Callable[[], None]]]) -> None:
@@ -72,8 +78,12 @@ def report(cases: Callable[[], Mapping[str, Callable[[], None]]]) -> None:
         except (Exception, pytest.fail.Exception):
             results[name] = traceback.format_exc()[-1500:]
         dist.barrier()
-    Path(folder, f"{dist.get_rank()}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
+    files = _files(Path(folder), dist.get_world_size())
+    files[dist.get_rank()].write_text(json.dumps(results))
+    # Not `destroy_process_group`: in torch 2.6 it waits forever for gloo, once in a while. Who goes
+    # first would cut the barrier of the others, so all wait until the last has written.
+    while not all(file.exists() for file in files):
+        time.sleep(0.01)
     # Threads of torch's that still let go of a tensor abort a Python that is ending under them.
     sys.stdout.flush()
     os._exit(0)
