@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import operator
 import random
 import sys
 import threading
@@ -16,6 +17,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -29,6 +31,9 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Mode = Literal["train", "train but BatchNorm", "eval"]
 
 _MARKS = ("gated_from", "_is_stochastic_depth_residual")  # of the classes of modules that may draw
+_CONTAINERS = list, deque, dict, set
+_OF_MODULES = frozenset(vars(nn.Module()))  # what torch keeps: see `_tables`
+_PACKAGE = __name__.partition(".")[0]
 _inside: list[Any] = []  # the stance, once for each caller who wants it
 _lock = threading.Lock()
 
@@ -84,20 +89,21 @@ def undisturbed(model: nn.Module, mode: Mode = "eval") -> Iterator[None]:
 def put_back(model: nn.Module) -> Iterator[None]:
     """Attributes, weights, buffers and hooks are afterwards the same, and no others are there.
 
-    So is what is in the lists and dicts among the attributes.
+    So is what is in the lists and dicts among the attributes, and in objects among them: there a
+    module may keep what it has computed.
 
     A scripted module keeps them where Python does not reach.
     """
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     tables: list[dict[Any, Any]] = [table for m in modules for table in _tables(m)]
     before = [dict(table) for table in tables]
-    held = [(value, copy.copy(value)) for module in modules for value in _containers(module)]
+    containers = {id(value): value for module in modules for value in _containers(module)}
+    contents = [(value, _content(value)) for value in containers.values()]
     try:
         yield
     finally:
-        for value, content in held:
-            value.clear()
-            (value.extend if isinstance(value, list | deque) else value.update)(content)
+        for value, content in contents:
+            _refill(value, content)
         for table, were in zip(tables, before, strict=True):
             for added in table.keys() - were.keys():
                 del table[added]
@@ -105,10 +111,42 @@ def put_back(model: nn.Module) -> Iterator[None]:
 
 
 def _containers(module: nn.Module) -> Iterator[Any]:
-    """What its attributes hold values in."""
-    for key, value in vars(module).items():
-        if key[0] != "_" and isinstance(value, list | deque | dict | set):
-            yield value
+    """What its attributes hold values in, and what is directly inside of these."""
+    for key, attribute in vars(module).items():
+        outer = None if key in _OF_MODULES else _container(attribute)
+        if outer is not None:
+            yield outer
+            inside = outer.values() if isinstance(outer, dict) else outer
+            yield from (value for value in inside if isinstance(value, _CONTAINERS))
+
+
+def _container(value: Any) -> Any:
+    """A container, or the attributes of an object; None: neither."""
+    if isinstance(value, _CONTAINERS):
+        return value
+    package = type(value).__module__.partition(".")[0]
+    if isinstance(value, Tensor | nn.Module | type | ModuleType) or package == _PACKAGE:
+        return None
+    attributes = getattr(value, "__dict__", None)
+    return attributes if isinstance(attributes, dict) else None
+
+
+def _content(container: Any) -> list[Any]:
+    """Its values; of a dict its keys before them."""
+    return [*container, *container.values()] if isinstance(container, dict) else [*container]
+
+
+def _refill(container: Any, content: list[Any]) -> None:
+    """Give a container its content back, where it has another."""
+    now = _content(container)
+    if len(now) == len(content) and all(map(operator.is_, now, content)):
+        return
+    container.clear()
+    if isinstance(container, dict):
+        number = len(content) // 2
+        container.update(zip(content[:number], content[number:], strict=True))
+    else:
+        (container.update if isinstance(container, set) else container.extend)(content)
 
 
 def _tables(module: nn.Module) -> tuple[dict[Any, Any], ...]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.discovery.templates import Made, Template, describe, signature
+from stochastic_depth.discovery.undisturbed import put_back
 from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.gating.gate import Gate, Original, Role, running
 from stochastic_depth.torch_private.processes import is_part
@@ -72,6 +73,7 @@ def stand_in(gate: Gate, module: nn.Module, args: Any, kwargs: Any, role: Role) 
 
 def _without_values(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> Template:
     """The template of the output of one run under fake tensors."""
+    # A module may keep what it has computed: no fake must stay.
     # The counters of BatchNorm hold real numbers under fake tensors, too, and count.
     counters = [(buffer, buffer.clone()) for buffer in module.buffers() if buffer.numel() == 1]
     mode = fake_mode()
@@ -81,7 +83,7 @@ def _without_values(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> Te
 
     with without_modes(), torch.no_grad():
         args, kwargs = tree_map(fake, (args, kwargs))
-    with without_modes(), mode, _full_parameters(module), torch.no_grad():
+    with put_back(module), without_modes(), mode, _full_parameters(module), torch.no_grad():
         running.open_all = True  # gated modules in it run as plain ones
         try:
             output = module.forward(*args, **kwargs)
