@@ -8,8 +8,8 @@ import ast
 import pathlib
 import sys
 
-MOST_LINES = 7_040
-MOST_FILES = 56
+MOST_LINES = 7_300
+MOST_FILES = 57
 CORE = pathlib.Path("src/stochastic_depth")
 
 

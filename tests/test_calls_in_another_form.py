@@ -307,7 +307,9 @@ class Kind(enum.Enum):
 class Flagged(Masked):
     def inner(self, x: Tensor, flag: Any) -> Tensor:
         x = super().forward(x)
-        is_on = flag in (True, Kind.SQUASHED, (True,)) or flag == {"on": True}
+        is_on = flag in (True, Kind.SQUASHED, (True,), (2.0, True)) or (
+            isinstance(flag, dict) and flag["on"]
+        )
         return x.tanh() if is_on else x
 
     def forward(self, x: Tensor, flag: Any) -> Tensor:  # type: ignore[override]
@@ -348,8 +350,10 @@ class Flags(nn.Module):
         (Kind.PLAIN, Kind.SQUASHED),
         ((False,), (True,)),
         ({"on": False}, {"on": True}),
+        ({"on": False, "size": 3}, {"on": True, "size": 4}),
+        ((1.0, False), (2.0, True)),
     ],
-    ids=["bool", "enum", "tuple", "dict"],
+    ids=["bool", "enum", "tuple", "dict", "dict of several kinds", "tuple of several kinds"],
 )
 @pytest.mark.filterwarnings("ignore:.*unlike in the example")
 def test_flags_of_any_kind(kind: type[nn.Module], shown: Any, passed: Any) -> None:

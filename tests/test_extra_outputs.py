@@ -360,3 +360,96 @@ def test_weights_that_a_module_has_used_itself_are_put_back_in_mode_sample() -> 
         torch.testing.assert_close(found, mask * its_weights)
         expected = torch.where(mask > 0, ran, expected)
     torch.testing.assert_close(output, expected)
+
+
+class Numbers(nn.Module):
+    """Hands a number out beside its sum."""
+
+    def __init__(self, number: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+        self.number = number
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        return x + self.branch(x), self.number(x)
+
+
+class OfNumbers(nn.Module):
+    def __init__(self, number: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Numbers(number) for _ in range(6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Any]]:
+        numbers = []
+        for block in self.blocks:
+            x, number = block(x)
+            numbers.append(number)
+        return x, numbers
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        lambda x: x.shape[1],
+        lambda x: tuple(x.shape[1:]),
+        lambda x: bool(x.abs().max() > 10),
+        lambda x: {"largest": x.max().item()},
+    ],
+    ids=["length", "size", "flag", "value"],
+)
+def test_a_number_beside_the_sum_is_that_of_this_call(number: Callable[[Tensor], Any]) -> None:
+    model = OfNumbers(number)
+    depth = sd.apply_stochastic_depth(model, 0.1, example_inputs=torch.randn(2, 5, 4), scale="none")
+    x = 100 * torch.randn(2, 7, 4)
+    with depth.fixed({block.name: False for block in depth.blocks}):
+        output, numbers = model(x)
+    assert torch.equal(output, x)
+    assert numbers == [number(x)] * 6
+
+
+def test_a_number_of_rows_is_that_of_all_rows_in_mode_sample() -> None:
+    model, x = OfNumbers(len), torch.randn(4, 4)
+    depth = sd.apply_stochastic_depth(model, 0.5, "uniform", example_inputs=x, mode="sample")
+    for _ in range(3):
+        _, numbers = model.train()(x)
+        assert numbers == [4] * 6
+    assert any(len(rows) < 4 for rows in depth.last_gates.values())
+
+
+class WithALoss(nn.Module):
+    """Its branch hands a number out that it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.router = nn.LayerNorm(4), Balancing()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, float]:
+        y, loss = self.router(x)
+        return self.norm(x + y), loss
+
+
+class Balancing(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, float]:  # type: ignore[override]
+        y = super().forward(x).tanh()
+        return y, y.square().mean().item()
+
+
+class OfLosses(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(WithALoss() for _ in range(6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, float]:
+        total = 0.0
+        for block in self.blocks:
+            x, loss = block(x)
+            total += loss
+        return x, total
+
+
+def test_a_number_that_a_branch_computes_is_not_repeated() -> None:
+    with pytest.raises(sd.RefusedBlockError, match="hands out a number that it computes"):
+        sd.apply_stochastic_depth(OfLosses(), 0.1, example_inputs=torch.randn(4, 4), scale="none")

@@ -191,3 +191,19 @@ def test_rows_that_are_alike_hide_nothing(ids: list[int]) -> None:
         sd.apply_stochastic_depth(model, 0.2, mode="sample", example_inputs=torch.tensor(ids))
     fine = settled(lambda: Stacked(Pointwise))
     sd.apply_stochastic_depth(fine, 0.2, mode="sample", example_inputs=torch.tensor(ids))
+
+
+class Tossing(Pointwise):
+    """Leaves its branch out by a coin of its own, now and then."""
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        y = self.out(self.norm(x).tanh())
+        return x + (0.0 * y if self.training and torch.rand(()) < 0.3 else y)
+
+
+@pytest.mark.filterwarnings("ignore::stochastic_depth.StochasticDepthWarning")
+def test_a_coin_of_a_blocks_own_is_not_taken_for_rows_that_meet() -> None:
+    for seed in range(10):
+        model = settled(lambda: Stacked(Tossing))
+        torch.manual_seed(seed)
+        sd.apply_stochastic_depth(model, 0.2, mode="sample", example_inputs=torch.arange(6))

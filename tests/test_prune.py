@@ -340,6 +340,38 @@ def test_what_the_example_does_not_show() -> None:
         sd.prune(model, ["3"], example_inputs=x / x.abs().max())
 
 
+class Growing(nn.Module):
+    """Multiplies by the number of the block: zeros do not show it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(WithoutBias() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, block in enumerate(self.blocks, start=1):
+            x = block(x) * number
+        return x
+
+
+class WithoutBias(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+def test_an_example_of_zeros_is_no_proof() -> None:
+    model, x = Growing(), torch.randn(2, 4)
+    gated = copy.deepcopy(model)
+    depth = sd.apply_stochastic_depth(gated, 0.1, example_inputs=x, scale="none")
+    with depth.fixed({"blocks.1": False, "blocks.2": False}):
+        expected = gated(x)
+    pruned = sd.prune(model, ["blocks.0", "blocks.3"], example_inputs=torch.zeros(2, 4))
+    assert torch.equal(pruned(x), expected)
+
+
 def test_taking_norms_out_changes_nothing_else() -> None:
     x = vectors(2, 3)
     keep = ["blocks.0", "blocks.3"]

@@ -21,7 +21,14 @@ from stochastic_depth.handle import StochasticDepth
 from stochastic_depth.plan import Mode, Plan, Scale, Unit
 from stochastic_depth.proving import prove
 from stochastic_depth.schedules import ScheduleFunction, resolve_schedule
-from stochastic_depth.selection import Keep, Selector, allowed_counts, refuse_inexact, select
+from stochastic_depth.selection import (
+    Keep,
+    Selector,
+    allowed_counts,
+    refuse_inexact,
+    select,
+    without_refused_parts,
+)
 from stochastic_depth.torch_private.tracing import is_wrapper
 
 Rates = tuple[DropRate, Spread] | None
@@ -139,14 +146,17 @@ def apply(
     with without_collecting(), own_drops.switched_off(model) as drops:
         own_drops.check_own_drops(model, drops, wanted=rates is None)
         found, shown = watch(model, *example)
+        own_drops.warn_of_masks(found)
         chosen = select(model, found, blocks)
+        scale = _SCALES[mode] if scale == "auto" else scale
+        if blocks is None:
+            chosen = without_refused_parts(chosen, unit, scale)
         _refuse_gated(model, chosen)
         _refuse_compiled(passed, chosen)
         if rates is None:
             resolved = own_drops.rates_taken_over(drops, found, chosen, named=blocks is not None)
         else:
             resolved = resolve_rates(*rates, [block.name for block in chosen])
-        scale = _SCALES[mode] if scale == "auto" else scale
         plan = Plan(chosen, resolved, unit, mode, scale, resolve_schedule(None, []), draw)
         plan.schedule = resolve_schedule(schedule, plan.units)
         for name in plan.units:
@@ -157,8 +167,8 @@ def apply(
         by_watching = not all(block.explicit for block in chosen)
         by_rows = by_watching and mode == "sample"
         batches = watch_more_rows(model, found.recording, shown) if by_rows else None
-        attach(model, found, plan, batches)
         try:
+            attach(model, found, plan, batches)
             if by_watching:
                 prove(model, found, plan, shown)
             _warn(model, plan)

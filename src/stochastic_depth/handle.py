@@ -53,7 +53,8 @@ class StochasticDepth:
     def last_gates(self) -> dict[str, Any]:
         """Whether each gate was open in its last training call, by name of block or branch.
 
-        In mode "sample" the numbers of the rows that were kept, in rising order.
+        In mode "sample" the numbers of the rows that were kept, in rising order; of a block inside
+        of another one's branch they count the rows that this one ran on.
         """
         return self._plan.last_gates()
 

@@ -45,13 +45,13 @@ class Costs:
         self._depth, self._plan, self._model = depth, depth._plan, depth.model
         self._calls: dict[str, list[Arguments]] = {}
         self.seconds: tuple[float, list[float]] | None = None
-        example = tree_map(partial(copied, how=_cut_off), example)
+        example = tree_map(partial(copied, how=lambda x: _cut_off(x.clone())), example)
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))  # noqa: FBT003
             stack.enter_context(torch.enable_grad())
             arguments = stack.enter_context(without_values(self._model, example))
-            stack.enter_context(undisturbed(self._model))
-            self._begin(arguments)
+            with stack.enter_context(undisturbed(self._model)):
+                self._begin(arguments)
             self.flops = self._costs(count_flops, arguments)
             if timed:
                 rounds = [self._costs(_seconds, arguments) for _ in range(1 + _ROUNDS)][1:]

@@ -13,14 +13,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stochastic_depth.discovery.blocks import Discovery
 from stochastic_depth.discovery.undisturbed import (
     Arguments,
     Mode,
     SingleBlock,
+    fresh,
     is_unmaterialised,
+    telling,
     undisturbed,
     without_values,
 )
@@ -29,7 +31,6 @@ from stochastic_depth.gating.batch import cannot_tell, with_more_rows
 from stochastic_depth.gating.gate import ModuleCall, running
 from stochastic_depth.plan import Plan
 from stochastic_depth.selection import refuse
-from stochastic_depth.torch_private.trees import tree_flatten, tree_unflatten
 from stochastic_depth.trial import Trial, acts_around, under
 
 Called = tuple[nn.Module, Arguments]
@@ -50,7 +51,7 @@ def prove(model: nn.Module, found: Discovery, plan: Plan, example: Arguments) ->
     """
     mode: Mode = found.recording.mode
     if plan.mode == "sample":
-        example, mode = with_more_rows(_telling(example))[0], "eval"
+        example, mode = with_more_rows(telling(example))[0], "eval"
     elif is_unmaterialised(model):
         return
     reasons: dict[str, str] = {}
@@ -112,23 +113,6 @@ def _out_of_reach(model: nn.Module, plan: Plan, example: Arguments) -> dict[str,
     }
 
 
-def _telling(example: Arguments) -> Arguments:
-    """The same example, with noise in the place of a constant main input, which proves nothing.
-
-    The main input is the largest tensor of floating numbers. All others are left alone: a noise
-    level, say, may not be negative.
-    """
-    leaves, spec = tree_flatten(example)
-    floats = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    main = max(floats, key=lambda leaf: leaf.numel(), default=None)
-    if main is None or main.is_meta or main.numel() < 2 or bool((main != main.flatten()[0]).any()):
-        return example
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(main.shape, generator=generator, device="cpu")
-    made = noise.to(dtype=main.dtype, device=main.device)
-    return tree_unflatten([made if leaf is main else leaf for leaf in leaves], spec)
-
-
 def _blocks(model: nn.Module, plan: Plan, example: Arguments) -> Iterator[Called]:
     """Each block of a model without weights on its own, and what to call it with.
 
@@ -160,7 +144,8 @@ def _at_each_call(
     running.trial = trial
     try:
         # Forced, so that no call goes the fast way.
-        with plan.force({}), undisturbed(model, mode), torch.no_grad():
-            model(*example[0], **example[1])
+        with plan.force({}), undisturbed(model, mode) as kept, kept, torch.no_grad():
+            args, kwargs = fresh(example)
+            model(*args, **kwargs)
     finally:
         running.trial = None

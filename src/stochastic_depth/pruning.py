@@ -22,7 +22,9 @@ from stochastic_depth.discovery.undisturbed import (
     Arguments,
     Mode,
     copied,
+    fresh,
     is_unmaterialised,
+    telling,
     undisturbed,
 )
 from stochastic_depth.errors import (
@@ -102,7 +104,7 @@ def prune(
             parameter.copy_(value)
         undo.callback(plan.scale_by, plan.scale)
         plan.scale_by("none")
-        outputs = partial(_outputs, model, _moved(model, example))
+        outputs = partial(_outputs, model, telling(_moved(model, example)))
         try:
             standing_in, expected = _standing_in(model, plan, out, outputs, exact=exact)
         except ChangedModelError:  # in inference it calls its blocks otherwise: with a cache
@@ -188,7 +190,7 @@ def _standing_in(
                 expected="an example that the model takes, to see that the outcome is right",
                 instead="pass example_inputs=..., as to apply",
             ) from error
-        with undisturbed(model):
+        with undisturbed(model) as kept, kept:
             found |= {name: way_through.standing_in() for name, way_through in ways.items()}
     return found, expected
 
@@ -272,8 +274,9 @@ def _all_same(ones: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
 
 
 def _outputs(model: nn.Module, example: Arguments, mode: Mode = "eval") -> Outputs:
-    with undisturbed(model, mode):
-        output = model(*example[0], **example[1])
+    args, kwargs = fresh(example)
+    with undisturbed(model, mode) as kept, kept:
+        output = model(*args, **kwargs)
     if is_dataclass(output) and not isinstance(output, Mapping):
         output = [getattr(output, field.name) for field in fields(output)]
     elif isinstance(output, Mapping):

@@ -15,8 +15,9 @@ from stochastic_depth.errors import (
     SelectionError,
     as_number,
     matching,
+    warn,
 )
-from stochastic_depth.plan import Plan
+from stochastic_depth.plan import Plan, Scale, Unit
 from stochastic_depth.rows import Counts
 
 Selector = str | type | ResidualBlock | Callable[[ResidualBlock], bool]
@@ -121,18 +122,35 @@ def allowed_counts(model: nn.Module, found: Discovery, block: ResidualBlock) -> 
 
 def refuse_inexact(found: Discovery, plan: Plan) -> None:
     """Raises where the watch shows that a block cannot be skipped exactly with these options."""
-    reasons = {block.name: why for block in plan.blocks if (why := _refusal(block, plan))}
+    each = ((block.name, _refusal(block, plan.unit, plan.scale)) for block in plan.blocks)
+    reasons = {name: why for name, why in each if why}
     if reasons:
         raise refuse(reasons, plan.blocks, found=found)
 
 
-def _refusal(block: ResidualBlock, plan: Plan) -> str | None:
+def without_refused_parts(
+    chosen: tuple[ResidualBlock, ...], unit: Unit, scale: Scale
+) -> tuple[ResidualBlock, ...]:
+    """Without those that lie in another one's branch and would be refused, as a warning says."""
+    reasons = {block.name: _refusal(block, unit, scale) for block in chosen}
+    sound = [block for block in chosen if not reasons[block.name]]
+    parts = [b.name for b in chosen if reasons[b.name] and b.branches_around([*sound, b])]
+    if parts:
+        others = f" (and {len(parts) - 1} others)" if len(parts) > 1 else ""
+        warn(
+            f'block "{parts[0]}"{others} is left out, a part of the branch of another block, which '
+            f"is gated: {reasons[parts[0]]}"
+        )
+    return tuple(block for block in chosen if block.name not in parts)
+
+
+def _refusal(block: ResidualBlock, unit: Unit, scale: Scale) -> str | None:
     if block.refusal is not None:
         return block.refusal
-    if plan.unit == "branch" and block.branches_leak:
+    if unit == "branch" and block.branches_leak:
         return 'one of its branches computes with a value of another (try unit="block")'
     for branch in block.branches:
-        if branch.unscalable and plan.scale != "none":
+        if branch.unscalable and scale != "none":
             return f'{branch.name} cannot be scaled: {branch.unscalable} (scale="none" works)'
     return None
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import random
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stochastic_depth.discovery.operations import is_real_or_complex
 from stochastic_depth.gating.batch import MORE
 from stochastic_depth.gating.block import carry_out, decision_of, run_in_part
 from stochastic_depth.gating.gate import ModuleCall
@@ -72,19 +75,30 @@ class Trial:
         size = self.gate.batch.size(self.call.args, self.call.kwargs)
         with _training(self.call.module):
             try:
-                opened = self.outcome(runs=True)
+                other = self.outcome(runs=True)
             except Exception:  # it was watched as in inference, as it does not train by itself
                 return None
-            if not _all_close(opened, self.outcome(runs=True)):
+            _seed()  # a coin falls the same way each time
+            opened = self.outcome(runs=True)
+            if not _all_close(opened, other):
                 return None
             closed = self.outcome(runs=False)
             for rows in _windows(size, lone=False):
+                _seed()
                 if why := self._unlike(rows, opened, closed):
                     return f"in training {why}"
         return None
 
     def _unlike(self, rows: Rows, opened: Any, closed: Any) -> str | None:
         return _unlike(self.gate.batch.outputs, rows, opened, closed, self.outcome(runs=rows))
+
+
+def _seed() -> None:
+    """Set the generators, which `undisturbed` puts back."""
+    torch.manual_seed(0)
+    random.seed(0)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(0)
 
 
 def under(call: ModuleCall, units: Sequence[int], *, runs: Rows | bool) -> Any:
@@ -175,6 +189,8 @@ def _unlike(
         return "it runs otherwise on some rows of the batch alone"
     for number, (runs, skipped, ours) in enumerate(zip(*leaves, strict=True)):
         if not isinstance(runs, Tensor):
+            if isinstance(runs, int | float) and runs != ours:
+                return f"it hands out another number on some rows of the batch alone ({ours})"
             continue
         expected = runs
         if number in outputs:
@@ -192,7 +208,7 @@ def _unlike(
 
 def _close(ours: Tensor, theirs: Tensor) -> bool:
     """Whether two results are the same but for the rounding of other batch sizes."""
-    if ours.shape != theirs.shape or not ours.is_floating_point():
+    if ours.shape != theirs.shape or not is_real_or_complex(ours.dtype):
         return torch.equal(ours, theirs)
     # Other batch sizes take other kernels; a mix-up of rows is as large as the values themselves.
     bound = 1e-3 if ours.dtype.itemsize >= 4 else 5e-2

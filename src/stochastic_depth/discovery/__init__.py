@@ -17,6 +17,7 @@ from stochastic_depth.discovery.recording import Recording
 from stochastic_depth.discovery.undisturbed import (
     Arguments,
     Mode,
+    fresh,
     undisturbed,
     without_collecting,
     without_values,
@@ -131,7 +132,7 @@ def watch_once(model: nn.Module, example: Arguments) -> Recording:
 def record(model: nn.Module, example: Arguments, mode: Mode) -> Recording:
     """Call the model once, without gradients, and write down what happened."""
     with ExitStack() as stack:
-        stack.enter_context(undisturbed(model, mode))
+        kept, (args, kwargs) = stack.enter_context(undisturbed(model, mode)), fresh(example)
         watcher = Watcher(model, mode)
         for name, module in model.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):  # its operations show all the same
@@ -140,8 +141,9 @@ def record(model: nn.Module, example: Arguments, mode: Mode) -> Recording:
                 stack.enter_context(module.register_forward_hook(watcher.leave, with_kwargs=True))
         stack.enter_context(torch.no_grad())
         stack.callback(watcher.note_functions())
+        stack.enter_context(kept)
         stack.enter_context(watcher)
-        model(*example[0], **example[1])
+        model(*args, **kwargs)
     return watcher.recording
 
 

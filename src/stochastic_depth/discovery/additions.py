@@ -13,9 +13,17 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from itertools import product
+from itertools import permutations, product, takewhile
 
-from stochastic_depth.discovery.operations import AFFINE, NORMS, SUMS, Kind
+import torch
+
+from stochastic_depth.discovery.operations import (
+    AFFINE,
+    NORMS,
+    SUMS,
+    Kind,
+    is_real_or_complex,
+)
 from stochastic_depth.discovery.recording import Call, Node, Recording, reached
 
 _SKIPS = (AFFINE | NORMS | {Kind.MAX_POOL}) - {Kind.PART}
@@ -118,6 +126,28 @@ class Search:
                 data = [found.skip]
             self._skips.add(data)
 
+    def gated_skips(self) -> Iterator[str]:
+        """The modules whose skip connection is multiplied by what they compute from their input.
+
+        So does a highway, or a GRU's gate: without its branch nobody knows what is left.
+        """
+        calls, residual = self.recording.calls, {addition.node for addition in self.additions}
+        for node in self.recording.nodes:
+            call = calls[node.call]
+            if node.kind is Kind.SUM and node.index in call.outputs and node.index not in residual:
+                inputs = [index for index in call.inputs if index is not None]
+                pairs = product(inputs, permutations(node.inputs, 2))
+                if any(self._gates(root, *operands) for root, operands in pairs):
+                    yield call.module
+
+    def _gates(self, root: int, skip: int, branch: int) -> bool:
+        """Whether a sum is `gate(x) * x + branch(x)`."""
+        gated = self.recording.nodes[skip]
+        if gated.op != "mul" or not self._path(root, branch):
+            return False
+        pairs = permutations(self.recording.data_of(gated), 2)
+        return any(root in self._moved(one) and self._path(root, other) for one, other in pairs)
+
     def is_affine(self, root: int, path: Sequence[int]) -> bool:
         """Whether the values on the ways from the root are affine in it, and made of no others."""
         nodes, inside = self.recording.nodes, {root, *path}
@@ -133,11 +163,13 @@ class Search:
 
     def _residual(self, node: Node) -> Addition | None:
         nodes = self.recording.nodes
-        if len(node.inputs) != 2 or not node.dtype.is_floating_point:
+        if len(node.inputs) != 2 or not is_real_or_complex(node.dtype):
             return None
         if any(nodes[index].shape != node.shape for index in node.inputs):
             return None
         for projection, (skip, branch) in product((False, True), (node.inputs, node.inputs[::-1])):
+            if nodes[skip].op == "neg":
+                continue  # a difference of what was made of the root
             back = self._skips.from_value(skip) if projection else self._moved(skip)
             paths = ((root, self._path(root, branch)) for root in back)
             root, path = next((pair for pair in paths if pair[1]), (-1, []))
@@ -160,7 +192,23 @@ class Search:
         if recording.nodes[branch].fixed or not recording.reaches(root, branch):
             return []
         path = recording.between(root, branch)
-        return path if any(recording.nodes[index].meets_parameter for index in path) else []
+        meets = {index for index in path if recording.nodes[index].meets_parameter}
+        if meets and any(recording.nodes[index].dtype is torch.int64 for index in path):
+            meets &= self._by_value(root, path)
+        return path if meets else []
+
+    def _by_value(self, root: int, path: Sequence[int]) -> set[int]:
+        """Those of a branch's values that are more than looked up by what the root comes to.
+
+        An index says which, not what: an entry of a code book is not made of the value.
+        """
+        nodes, made = self.recording.nodes, {root}
+        for index in path:
+            if nodes[index].dtype is not torch.int64 and not made.isdisjoint(nodes[index].inputs):
+                made.add(index)
+        made.discard(root)
+        onwards = lambda index: made.intersection(nodes[index].inputs)  # noqa: E731
+        return made.intersection(reached(made.intersection(path[-1:]), onwards))
 
     def _checked(
         self, node: Node, skip: int, root: int, path: list[int], *, projection: bool
@@ -179,7 +227,11 @@ class Search:
         block_call = recording.innermost(path[0], node.index)
         affine = self.is_affine(root, path)
         if projection:
-            if affine or not self._is_own(node, block_call):
+            if (
+                affine
+                or not self._is_own(node, block_call, path)
+                or self._are_alike(root, skip, branch)
+            ):
                 return None
             if block_call.parent is None and not any(
                 recording.nodes[user].meets_parameter
@@ -217,11 +269,21 @@ class Search:
             node = self.recording.nodes[node.inputs[0]]
         return node.index < call.start and not node.fixed
 
-    def _is_own(self, node: Node, block_call: Call) -> bool:
-        """Whether the block's own forward takes the sum, or a module made for that."""
+    def _are_alike(self, root: int, skip: int, branch: int) -> bool:
+        """Whether both operands are streams of their own, which branch off the root."""
+        behind_root = takewhile(lambda value: value != root, self._skips.from_value(skip))
+        return root in self._skips.from_value(branch) and any(
+            value in self._through for value in behind_root
+        )
+
+    def _is_own(self, node: Node, block_call: Call, path: Sequence[int]) -> bool:
+        """Whether the block's own forward takes the sum, or a module made for that.
+
+        Such a module may have weights for the skip connection, none for the branch.
+        """
         call = self.recording.calls[node.call]
         if call is block_call:
             return True
         return call.parent == block_call.index and not any(
-            inside.meets_parameter for inside in self.recording.nodes[call.start : call.end]
+            call.holds(index) and self.recording.nodes[index].meets_parameter for index in path
         )

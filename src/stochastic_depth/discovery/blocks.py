@@ -121,9 +121,17 @@ def discover(recording: Recording, model: nn.Module) -> Discovery:
         model: The model that was watched.
     """
     explicit = explicit_residuals(model)
+    search = Search(recording)
+    gated = list(dict.fromkeys(search.gated_skips()))
+    if gated:
+        others = f" (and {len(gated) - 1} others)" if len(gated) > 1 else ""
+        warn(
+            f'"{gated[0]}"{others} is left out: its skip connection is multiplied by what it '
+            "computes from its input, as in a highway"
+        )
     additions = [
         addition
-        for addition in Search(recording).additions
+        for addition in search.additions
         if recording.calls[recording.nodes[addition.node].call].module not in explicit
     ]
     sums = {addition.node for addition in additions}
@@ -141,17 +149,21 @@ def discover(recording: Recording, model: nn.Module) -> Discovery:
             else:
                 affine_too.setdefault(site.name, []).extend(site.times)
     folding = Folding(recording, model)
+    left_out: dict[str, str] = {}
     found: list[tuple[int, ResidualBlock]] = []  # with the place in the forward
     for name, calls in sites.items():
         unknown = next(filter(None, (skips.unknown_sum(site, followed) for site in calls)), None)
-        if unknown is None:
+        is_whole = name == calls[0].call.module  # not one of several in the same forward
+        if unknown is None or not is_whole:
             first = calls[0].additions[0].node
             block = _block(modules, calls, nesting[first], folding)
             beside = tuple(dict.fromkeys(affine_too.get(name, ())))
             found.append((first, replace(block, affine_too=beside)))
-            continue
+        if unknown is not None:
+            left_out.setdefault(unknown, f'block "{name}" is' if is_whole else "a branch may be")
+    for unknown, what in left_out.items():
         warn(
-            f'block "{name}" is left out: {unknown} may add a branch that cannot be followed; '
+            f"{what} left out: {unknown} may add a branch that cannot be followed; "
             "write it as a sum, x + branch, or with sd.Residual"
         )
     found += _explicit_blocks(recording, model, explicit, folding)

@@ -11,6 +11,7 @@ from enum import Enum
 from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -46,7 +47,12 @@ _TABLE = {
         _adaptive_avg_pool3d adaptive_avg_pool1d constant_pad_nd slice narrow index index_select
         gather unfold im2col col2im upsample_nearest2d upsample_bilinear2d pixel_shuffle
         pixel_unshuffle native_dropout dropout as_strided masked_fill tril triu repeat
-        autograd_function""",
+        upsample_nearest1d upsample_nearest3d upsample_linear1d upsample_trilinear3d
+        upsample_bicubic2d _upsample_nearest_exact1d _upsample_nearest_exact2d
+        _upsample_nearest_exact3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa
+        reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
+        replication_pad3d grid_sampler_2d grid_sampler_3d
+        autograd_function _fft_r2c _fft_c2r _fft_c2c real imag view_as_real view_as_complex""",
     Kind.SUM: "add",
     Kind.JOIN: "cat stack",
     Kind.PRODUCT: "mul mm bmm matmul einsum",
@@ -61,7 +67,9 @@ _TABLE = {
         _batch_norm_no_update _batch_norm_with_update""",
     Kind.POSITIVE: "leaky_relu abs",
     Kind.RELU: "relu",
-    Kind.MAX_POOL: "max_pool2d max_pool2d_with_indices max_pool3d_with_indices amax",
+    Kind.MAX_POOL: """
+        max_pool2d max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d
+        adaptive_max_pool3d amax""",
 }
 _KINDS = {name: kind for kind, names in _TABLE.items() for name in names.split()}
 
@@ -115,15 +123,21 @@ FILLED = frozenset(
 _WITH_A_PRODUCT = {"addcmul": "mul", "addcdiv": "div", "addmm": "mm", "baddbmm": "bmm"}
 SPELLINGS = frozenset(("add", "sub", "rsub", "lerp", *_WITH_A_PRODUCT))
 """Operations that may be a sum of two terms."""
+ZEROS = frozenset("zeros zeros_like new_zeros".split())
 MERGES = frozenset(
     "where maximum minimum logaddexp index_add scatter_add index_put scatter scatter_reduce "
-    "masked_scatter slice_scatter select_scatter copy stack _foreach_add".split()
+    "masked_scatter slice_scatter select_scatter copy stack _foreach_add unseen_kernel".split()
 )
 """Operations that may join a branch to its skip connection, as a sum does: nobody can tell."""
 _STAYS = frozenset("alias clone contiguous _to_copy lift_fresh add sum".split())
 _DEPENDING = (
     SPELLINGS | FILLED | {"div", "constant_pad_nd", "masked_fill", "cat", "stack", "sum", "mean"}
 )
+
+
+def is_real_or_complex(dtype: torch.dtype) -> bool:
+    """Whether it is no integer."""
+    return dtype.is_floating_point or dtype.is_complex
 
 
 class Operation:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from stochastic_depth.discovery.blocks import Discovery, ResidualBlock
+from stochastic_depth.discovery.recording import Recording
 from stochastic_depth.distributions import resolve_rates
 from stochastic_depth.errors import ActiveDropPathError, OptionError, as_number, warn
 
@@ -24,6 +25,7 @@ _DROP_PATH_RATES = ("drop_prob", "p", "drop_rate")
 # Modules read the first from their configuration; the second they copy when they are built.
 _LAYERDROPS = ("layerdrop", "speech_encoder_layerdrop")
 _COPIED_LAYERDROPS = ("encoder_layerdrop", "decoder_layerdrop")
+_DRAWS = frozenset("bernoulli rand rand_like uniform native_dropout".split())
 Known = dict[str, frozenset[str] | None]  # attribute -> the lists whose layers it skips
 
 
@@ -108,6 +110,33 @@ def check_own_drops(model: nn.Module, drops: Sequence[OwnDrop], *, wanted: bool)
             f"layerdrop=0) or set {_all_to_zero(drops)}; or call "
             f'sd.{preset}(model, "model"), which takes its rates over',
         )
+
+
+def warn_of_masks(found: Discovery) -> None:
+    """Warn of a branch that is multiplied by a random number of each example: a drop path, too."""
+    for sites in found.sites.values():
+        for site in sites:
+            recording, nodes = site.recording, site.recording.nodes
+            for node in (nodes[index] for index in sorted(site.path)):
+                masks = node.inputs if node.op in ("mul", "div") else ()
+                if any(_is_drawn_by_row(recording, index) for index in masks):
+                    warn(
+                        f'"{recording.module_at(node.index)}" multiplies a branch by a number '
+                        "that it draws for each example: the model drops branches of its own "
+                        "accord, besides; set its rate to 0"
+                    )
+                    return
+
+
+def _is_drawn_by_row(recording: Recording, value: int) -> bool:
+    node = recording.nodes[value]
+    rows, *others = node.shape if len(node.shape) > 1 else (1,)
+    return (
+        node.fixed
+        and rows > 1
+        and all(size == 1 for size in others)
+        and any(recording.nodes[index].op in _DRAWS for index in recording.behind([value], 0))
+    )
 
 
 def rates_taken_over(

@@ -8,6 +8,7 @@ affine in its own parameters, so that the plain model can carry the factor in it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +19,15 @@ from torch import Tensor, nn
 from stochastic_depth.discovery import operations
 from stochastic_depth.discovery.additions import Addition
 from stochastic_depth.discovery.grouping import Site
-from stochastic_depth.discovery.operations import NORMS, PRODUCTS, SUMS, Kind, degree, is_zero
+from stochastic_depth.discovery.operations import (
+    NORMS,
+    PRODUCTS,
+    SUMS,
+    Kind,
+    degree,
+    is_real_or_complex,
+    is_zero,
+)
 from stochastic_depth.discovery.recording import Call, Node, Recording, reached
 
 
@@ -106,23 +115,51 @@ def _degree_of(
     found = degree(node.kind, node.op, of_inputs)
     if found != operations.UNKNOWN or operations.UNKNOWN in of_inputs or node.replay is None:
         return found
-    inputs = []
-    for index, power in zip(node.inputs, of_inputs, strict=True):
-        like = recording.nodes[index]
-        is_bool = like.dtype is torch.bool
-        # Nobody knows what the others are; an index may be 0.
-        is_other = not is_zero(power) and (like.dtype.is_floating_point or is_bool)
-        some = torch.arange(1, like.shape.numel() + 1).sin().mul(is_other).view(like.shape)
-        some = tried.get(index, some > 0 if is_bool else some)
-        inputs.append(some.to(like.device, like.dtype, copy=True))
+    # The minimum of zero and of what is above zero is zero; of a single value both signs are tried.
+    is_short = any(math.prod(recording.nodes[i].shape[:4]) < 4 for i in node.inputs)
+    signs = (-1, 1) if is_short else (1,)
+    made = [_tried(recording, node, of_inputs, tried, sign) for sign in signs]
+    found_zero = [value for value in made if value is not None]
+    if not found_zero:
+        return operations.UNKNOWN
+    return operations.VANISHES if all(found_zero) else operations.FINITE
+
+
+def _tried(
+    recording: Recording,
+    node: Node,
+    degrees: Sequence[int],
+    tried: dict[int, Tensor],
+    sign: int,
+) -> bool | None:
+    """Whether an operation comes to zero where these inputs do; None: it fails, or is not finite.
+
+    Args:
+        recording: The watched forward.
+        node: What it makes.
+        degrees: Those of its inputs.
+        tried: As in `_degree_of`.
+        sign: Of the first value of each other input.
+    """
     cuda = [node.device] if node.device.type == "cuda" else []
     with suppress(Exception), torch.no_grad(), torch.random.fork_rng(devices=cuda):
+        inputs = []
+        for index, power in zip(node.inputs, degrees, strict=True):
+            like = recording.nodes[index]
+            is_bool = like.dtype is torch.bool
+            # Nobody knows what the others are; an index may be 0.
+            is_other = not is_zero(power) and (is_real_or_complex(like.dtype) or is_bool)
+            is_other = is_other and like.op not in operations.ZEROS
+            some = torch.arange(1, like.shape.numel() + 1).sin().mul(sign * is_other)
+            some = tried.get(index, (some > 0 if is_bool else some).view(like.shape))
+            inputs.append(some.to(like.device, like.dtype, copy=True))
+        assert node.replay is not None
         made = node.replay(*inputs)
         made = made if isinstance(made, Tensor) else made[node.index - node.operation]
         tried[node.index] = made
         if made.isfinite().all():
-            return operations.FINITE if made.any() else operations.VANISHES
-    return operations.UNKNOWN
+            return not made.any()
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,8 @@ class Skip:
     def _template(self) -> Template | None:
         watched = self.call.template
         assert watched is not None
+        if any(isinstance(one, Constant) and not one.is_fixed for one in watched.leaves):
+            return None
         # An argument may be handed out that was changed in place.
         found = (
             leaf if node is None else self._argument(node)
@@ -175,7 +177,7 @@ def _is_loss_term(recording: Recording, value: int) -> bool:
     """Whether a value is one number that is only ever added to others: zero, when dropped."""
     for index in reached([value], recording.consumers.__getitem__):
         node = recording.nodes[index]
-        if node.shape.numel() != 1 and node.kind is not Kind.JOIN:
+        if any(size != 1 for size in node.shape) and node.kind is not Kind.JOIN:
             return False
         for user in recording.consumers[index]:
             later = recording.nodes[user]

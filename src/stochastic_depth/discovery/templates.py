@@ -56,6 +56,11 @@ class Constant(NamedTuple):
 
     value: object
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether it may not have been computed from shapes or data."""
+        return not isinstance(self.value, int | float)
+
 
 class Opaque(NamedTuple):
     """Something that cannot be made without running the module."""
@@ -148,10 +153,13 @@ def describe(output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Temp
     leaves, spec = tree_flatten(output)
 
     def leaf(value: Any) -> Argument | Made | Constant | Opaque:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if id(value) in places and (is_number or not isinstance(value, PLAIN_VALUES)):
+            return places[id(value)]
+        if isinstance(value, float) and value:
+            return Opaque("number that it computes")
         if isinstance(value, PLAIN_VALUES):
             return Constant(value)
-        if id(value) in places:
-            return places[id(value)]
         if isinstance(value, Tensor) and value.layout == torch.strided:
             return Made(value.shape, value.stride(), value.dtype, value.device)
         return Opaque(type(value).__name__)

@@ -9,40 +9,37 @@ from __future__ import annotations
 
 import copy
 import gc
-import operator
 import random
 import sys
 import threading
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from types import ModuleType
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from stochastic_depth.discovery.kept import Kept, put_back, tables_of
 from stochastic_depth.torch_private.tracing import fake_mode
-from stochastic_depth.torch_private.trees import tensors_in, tree_map
+from stochastic_depth.torch_private.trees import tensors_in, tree_flatten, tree_map, tree_unflatten
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """What a model or a module is called with: positional and keyword arguments."""
 Mode = Literal["train", "train but BatchNorm", "eval"]
 
 _MARKS = ("gated_from", "_is_stochastic_depth_residual")  # of the classes of modules that may draw
-_CONTAINERS = list, deque, dict, set
-_OF_MODULES = frozenset(vars(nn.Module()))  # what torch keeps: see `_tables`
-_PACKAGE = __name__.partition(".")[0]
 _inside: list[Any] = []  # the stance, once for each caller who wants it
 _lock = threading.Lock()
 
 
 @contextmanager
-def undisturbed(model: nn.Module, mode: Mode = "eval") -> Iterator[None]:
+def undisturbed(model: nn.Module, mode: Mode = "eval") -> Iterator[Kept]:
     """In this mode for a while; then modes, buffers and random generators are as before.
 
-    While it lasts the modules have copies of their buffers: training writes to them unseen.
+    While it lasts the modules have copies of their buffers: training writes to them unseen. So are
+    weights and attributes that a forward writes to while what this gives is entered.
 
     Args:
         model: The model.
@@ -76,84 +73,15 @@ def undisturbed(model: nn.Module, mode: Mode = "eval") -> Iterator[None]:
             if module not in scripted:
                 buffers = {k: b for k, b in module._buffers.items() if b is not None}
                 module._buffers.update({k: copies[id(b)] for k, b in buffers.items()})
+        kept = Kept(model)
         try:
-            yield
+            yield kept
         finally:
+            kept.put_back()
             with torch.no_grad():
                 for buffer, version in versions.items():
                     if buffer._version != version:
                         buffer.copy_(saved[buffer])
-
-
-@contextmanager
-def put_back(model: nn.Module) -> Iterator[None]:
-    """Attributes, weights, buffers and hooks are afterwards the same, and no others are there.
-
-    So is what is in the lists and dicts among the attributes, and in objects among them: there a
-    module may keep what it has computed.
-
-    A scripted module keeps them where Python does not reach.
-    """
-    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    tables: list[dict[Any, Any]] = [table for m in modules for table in _tables(m)]
-    before = [dict(table) for table in tables]
-    containers = {id(value): value for module in modules for value in _containers(module)}
-    contents = [(value, _content(value)) for value in containers.values()]
-    try:
-        yield
-    finally:
-        for value, content in contents:
-            _refill(value, content)
-        for table, were in zip(tables, before, strict=True):
-            for added in table.keys() - were.keys():
-                del table[added]
-            table.update(were)
-
-
-def _containers(module: nn.Module) -> Iterator[Any]:
-    """What its attributes hold values in, and what is directly inside of these."""
-    for key, attribute in vars(module).items():
-        outer = None if key in _OF_MODULES else _container(attribute)
-        if outer is not None:
-            yield outer
-            inside = outer.values() if isinstance(outer, dict) else outer
-            yield from (value for value in inside if isinstance(value, _CONTAINERS))
-
-
-def _container(value: Any) -> Any:
-    """A container, or the attributes of an object; None: neither."""
-    if isinstance(value, _CONTAINERS):
-        return value
-    package = type(value).__module__.partition(".")[0]
-    if isinstance(value, Tensor | nn.Module | type | ModuleType) or package == _PACKAGE:
-        return None
-    attributes = getattr(value, "__dict__", None)
-    return attributes if isinstance(attributes, dict) else None
-
-
-def _content(container: Any) -> list[Any]:
-    """Its values; of a dict its keys before them."""
-    return [*container, *container.values()] if isinstance(container, dict) else [*container]
-
-
-def _refill(container: Any, content: list[Any]) -> None:
-    """Give a container its content back, where it has another."""
-    now = _content(container)
-    if len(now) == len(content) and all(map(operator.is_, now, content)):
-        return
-    container.clear()
-    if isinstance(container, dict):
-        number = len(content) // 2
-        container.update(zip(content[:number], content[number:], strict=True))
-    else:
-        (container.update if isinstance(container, set) else container.extend)(content)
-
-
-def _tables(module: nn.Module) -> tuple[dict[Any, Any], ...]:
-    """Where a module keeps what it has."""
-    hooks = module._forward_hooks, module._forward_pre_hooks
-    flags = module._forward_hooks_with_kwargs, module._forward_pre_hooks_with_kwargs
-    return vars(module), module._parameters, module._buffers, *hooks, *flags
 
 
 @contextmanager
@@ -213,9 +141,32 @@ def without_values(model: nn.Module, example: Arguments) -> Iterator[Arguments]:
 
     with put_back(model), fake_mode():  # a module may keep what it has computed: no fake must stay
         for module in model.modules():
-            for table in _tables(module):
+            for table in tables_of(module):
                 table.update({key: fake(value) for key, value in table.items()})
         yield tree_map(fake, example)
+
+
+def telling(example: Arguments) -> Arguments:
+    """The same example, with noise in the place of a constant main input, which proves nothing.
+
+    The main input is the largest tensor of floating numbers. All others are left alone: a noise
+    level, say, may not be negative.
+    """
+    leaves, spec = tree_flatten(example)
+    floats = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    main = max(floats, key=lambda leaf: leaf.numel(), default=None)
+    if main is None or main.is_meta or main.numel() < 2 or bool((main != main.flatten()[0]).any()):
+        return example
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(main.shape, generator=generator, device="cpu")
+    made = noise.to(dtype=main.dtype, device=main.device)
+    return tree_unflatten([made if leaf is main else leaf for leaf in leaves], spec)
+
+
+def fresh(arguments: Arguments) -> Arguments:
+    """Copies of what a model is called with, which it may write to."""
+    args, kwargs = tree_map(partial(copied, how=lambda x: x.detach().clone()), arguments)
+    return args, kwargs
 
 
 def copied(leaf: Any, how: Callable[[Tensor], Tensor]) -> Any:
@@ -243,7 +194,7 @@ class SingleBlock(nn.Module):
         super().__init__()
         self.calls, self.block = calls, copy.deepcopy(block, {id(plan): plan})
         for module in self.block.modules():
-            for table in _tables(module):
+            for table in tables_of(module):
                 table.update({key: _some(value) for key, value in table.items()})
             for buffer in module.buffers(recurse=False):
                 if buffer.dtype is torch.bool:

@@ -14,8 +14,15 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from stochastic_depth.discovery import operations
 from stochastic_depth.discovery.effects import Before
+from stochastic_depth.discovery.kept import own_tensors
 from stochastic_depth.discovery.memory import Writes
-from stochastic_depth.discovery.operations import Kind, Term, tensors_in
+from stochastic_depth.discovery.operations import (
+    PRODUCTS,
+    Kind,
+    Term,
+    is_real_or_complex,
+    tensors_in,
+)
 from stochastic_depth.discovery.recording import RECURRENT, Call, Node, Recording
 from stochastic_depth.discovery.templates import describe, kind_of_value, placed_leaves, signature
 from stochastic_depth.discovery.undisturbed import Mode
@@ -41,7 +48,8 @@ class Watcher(TorchDispatchMode):
         self.recording = Recording(mode=mode)
         self._open: list[Before] = []  # the calls that are under way, outermost first
         self._recurrent: Call | None = None  # a recurrent module: one operation for all its steps
-        self._parameters: dict[int, str | None] = {id(b): None for b in model.buffers()}
+        self._parameters: dict[int, str | None] = {id(t): None for t in own_tensors(model)}
+        self._parameters |= {id(b): None for b in model.buffers()}
         self._parameters |= {id(p): name for name, p in model.named_parameters()}
         self._values: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._writes = Writes()
@@ -95,7 +103,9 @@ class Watcher(TorchDispatchMode):
         sources = [nodes[index] for index in inputs]
         of_parameters = [source.of_parameters for source in sources]
         weights, data = any(of_parameters), not all(of_parameters)
-        if sources and not dtype.is_floating_point and sources[0].dtype.is_floating_point:
+        if kind in PRODUCTS and op != "mul" and not weights:  # a matrix that is no parameter
+            weights = any(source.fixed and len(source.shape) > 1 for source in sources)
+        if sources and not is_real_or_complex(dtype) and is_real_or_complex(sources[0].dtype):
             kind = Kind.OTHER  # it rounds
         node = Node(len(nodes), op, kind, inputs, call, like.shape, dtype, like.device)
         node.operation, node.fixed = node.index, all(source.fixed for source in sources)
@@ -114,6 +124,8 @@ class Watcher(TorchDispatchMode):
         if not operation.is_local and (ranks := ranks_that_talk(func, args)) is not None:
             place = len(self.recording.nodes), func.overloadpacket.__name__
             self.recording.collectives.append((*place, ranks))
+        if name == "lift_fresh":  # of a new constant
+            inputs = ()
         out = func(*args, **kwargs)
         made = [out] if isinstance(out, Tensor) else tensors_in((out,))
         if operation.depends:
@@ -199,15 +211,27 @@ class Watcher(TorchDispatchMode):
         original = kind.__dict__["apply"]
 
         def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            out = original.__get__(None, cls)(*args, **kwargs)
             # A checkpoint does the same again.
-            if threading.get_ident() == thread and cls is not CheckpointFunction:
-                for tensor in tensors_in((out,)):
-                    self._add(tensor, "autograd_function", Kind.LINEAR, (self.value(tensor),))
+            if threading.get_ident() != thread or cls is CheckpointFunction:
+                return original.__get__(None, cls)(*args, **kwargs)
+            inputs = tuple(map(self.value, tensors_in(args)))
+            start = len(self.recording.nodes)
+            out = original.__get__(None, cls)(*args, **kwargs)
+            for tensor in tensors_in((out,)):
+                self._add_function(tensor, inputs, start)
             return out
 
         kind.apply = classmethod(apply)
         return lambda: setattr(kind, "apply", original)
+
+    def _add_function(self, out: Tensor, inputs: tuple[int, ...], start: int) -> None:
+        """What an `autograd.Function` made; of its arguments, where nobody sees how (a kernel)."""
+        nodes, made = self.recording.nodes, self.value(out)
+        seen = {i for index in self.recording.behind([made], start) for i in nodes[index].inputs}
+        if made < start or not inputs or not seen.isdisjoint(inputs):
+            self._add(out, "autograd_function", Kind.LINEAR, (made,))
+        else:
+            self._add(out, "unseen_kernel", Kind.OTHER, (*inputs, made))
 
     def _is_constant(self, tensor: Tensor) -> bool:
         return self.recording.nodes[self.value(tensor)].fixed

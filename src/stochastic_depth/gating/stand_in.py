@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stochastic_depth.discovery.kept import put_back
 from stochastic_depth.discovery.templates import Made, Template, describe, signature
-from stochastic_depth.discovery.undisturbed import put_back
 from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.gating.gate import Gate, Original, Role, running
 from stochastic_depth.torch_private.processes import is_part

@@ -22,10 +22,10 @@ from stochastic_depth.torch_private.tracing import without_fused_path
 
 def swap_in(module: nn.Module, gate: Gate) -> None:
     """Gate a module."""
-    module.__dict__[KEY] = gate
     if not gate.is_residual:  # whose class looks for its gate itself
         kind: Any = type(module)
         module.__class__ = _gated(kind, is_part=not gate.units)
+    module.__dict__[KEY] = gate
 
 
 def swap_out(module: nn.Module) -> None:

@@ -122,12 +122,13 @@ NO_FLAG = object()
 
 
 def as_flag(value: Any) -> Any:
-    """A plain value; what stands for a tuple, list or dict of switches, hashable; else `NO_FLAG`.
+    """A plain value; what stands for the switches in a tuple, list or dict, hashable; or `NO_FLAG`.
 
     Numbers in a tuple are most often the size of an image, which may be another one each time.
     """
     if isinstance(value, PLAIN_VALUES):
         return value
     leaves = tree_leaves(value) if type(value) in _PLAIN_TREES else ()
-    is_flag = leaves and all(isinstance(leaf, _SWITCHES) for leaf in leaves)
-    return (tree_outline(value), *leaves) if is_flag else NO_FLAG
+    switches = [leaf for leaf in leaves if isinstance(leaf, _SWITCHES)]
+    is_flag = switches and all(isinstance(leaf, PLAIN_VALUES) for leaf in leaves)
+    return (tree_outline(value), *switches) if is_flag else NO_FLAG
