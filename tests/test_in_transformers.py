@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import subprocess
@@ -176,7 +177,8 @@ def test_train_gives_the_plain_model_back_and_what_it_saves_is_plain(
     model.save_pretrained(tmp_path / "pretrained")
     row = {k: v[None] for k, v in data()[0].items()}
     for folder in ("saved", "pretrained"):
-        again = type(model).from_pretrained(tmp_path / folder).eval()
+        # Weights lie in a file where they do, and some kernels round by that: in memory of its own.
+        again = copy.deepcopy(type(model).from_pretrained(tmp_path / folder)).eval()
         assert_equal(again(**row).logits, model.eval()(**row).logits)
     assert runner.evaluate(data()[:4])["eval_loss"] > 0
 

@@ -45,10 +45,10 @@ class Costs:
         self._depth, self._plan, self._model = depth, depth._plan, depth.model
         self._calls: dict[str, list[Arguments]] = {}
         self.seconds: tuple[float, list[float]] | None = None
-        example = tree_map(partial(copied, how=lambda x: _cut_off(x.clone())), example)
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))  # noqa: FBT003
             stack.enter_context(torch.enable_grad())
+            example = tree_map(partial(copied, how=lambda x: _cut_off(x.clone())), example)
             arguments = stack.enter_context(without_values(self._model, example))
             with stack.enter_context(undisturbed(self._model)):
                 self._begin(arguments)

@@ -19,6 +19,7 @@ import torch
 
 from stochastic_depth.discovery.operations import (
     AFFINE,
+    LOOK_UPS,
     NORMS,
     SUMS,
     Kind,
@@ -203,12 +204,16 @@ class Search:
         An index says which, not what: an entry of a code book is not made of the value.
         """
         nodes, made = self.recording.nodes, {root}
+
+        def onwards(value: int) -> list[int]:
+            looks_up = nodes[value].op in LOOK_UPS
+            inputs = made.intersection(nodes[value].inputs)
+            return [i for i in inputs if not (looks_up and nodes[i].dtype is torch.int64)]
+
         for index in path:
-            if nodes[index].dtype is not torch.int64 and not made.isdisjoint(nodes[index].inputs):
+            if onwards(index):
                 made.add(index)
-        made.discard(root)
-        onwards = lambda index: made.intersection(nodes[index].inputs)  # noqa: E731
-        return made.intersection(reached(made.intersection(path[-1:]), onwards))
+        return made.intersection(reached(made.intersection(path[-1:]), onwards)) - {root}
 
     def _checked(
         self, node: Node, skip: int, root: int, path: list[int], *, projection: bool

@@ -124,6 +124,8 @@ _WITH_A_PRODUCT = {"addcmul": "mul", "addcdiv": "div", "addmm": "mm", "baddbmm":
 SPELLINGS = frozenset(("add", "sub", "rsub", "lerp", *_WITH_A_PRODUCT))
 """Operations that may be a sum of two terms."""
 ZEROS = frozenset("zeros zeros_like new_zeros".split())
+LOOK_UPS = frozenset("embedding _embedding_bag index index_select gather take scatter".split())
+"""Operations that an index tells which values to take, or where to put them."""
 MERGES = frozenset(
     "where maximum minimum logaddexp index_add scatter_add index_put scatter scatter_reduce "
     "masked_scatter slice_scatter select_scatter copy stack _foreach_add unseen_kernel".split()
