@@ -33,6 +33,7 @@ from imagelib.batches import Batches
 from imagelib.checkpoints import replacing
 from imagelib.cifar_resnet import CifarResNet
 from imagelib.image_data import ImageData, Images, read_image_data
+from imagelib.machine import machine
 from imagelib.recipe import learning_rate, sgd
 from interleaved import RESULTS, write
 
@@ -237,16 +238,21 @@ def worker(name: str, deadline: float) -> None:
 
 
 def progress(case: Case) -> dict[str, Any]:
-    """How far a run is, by its checkpoint; by the result file, where that has its end."""
+    """How far a run is, by its checkpoint; by the result file, where that has its end.
+
+    And on which processor: times of two are not compared.
+    """
+    here = {"processor": machine()["processor"]}
     known: dict[str, Any] = json.loads(FILE.read_text())["results"]["runs"] if FILE.exists() else {}
     if known.get(case.name, {}).get("epochs") == case.epochs:
-        return {name: known[case.name][name] for name in ("epochs", "curve", "seconds")}
+        names = ("epochs", "curve", "seconds", "processor")
+        return here | {name: known[case.name][name] for name in names if name in known[case.name]}
     file = RUNS / f"{case.name}.pt"
     if not file.exists():
-        return {"epochs": 0, "curve": [], "seconds": 0.0}
+        return here | {"epochs": 0, "curve": [], "seconds": 0.0}
     state = torch.load(file, weights_only=True)
     epochs = state["steps"] // (case.images // BATCH)
-    return {"epochs": epochs, "curve": state["curve"], "seconds": state["seconds"]}
+    return here | {"epochs": epochs, "curve": state["curve"], "seconds": state["seconds"]}
 
 
 def results() -> dict[str, Any]:

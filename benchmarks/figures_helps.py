@@ -63,6 +63,7 @@ def _mean(done: list[dict[str, Any]]) -> str:
 
 
 def _time(way: str, pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+    pairs = [(run, plain) for run, plain in pairs if run["processor"] == plain["processor"]]
     if way == "plain" or not pairs:
         return ""
     return f"{mean(run['seconds'] / plain['seconds'] for run, plain in pairs):.0%}"
