@@ -368,3 +368,25 @@ def test_flags_of_any_kind(kind: type[nn.Module], shown: Any, passed: Any) -> No
         for number in (1, 5):
             twin.layers[number].branch.register_forward_hook(lambda module, args, out: out * 0)
         assert torch.equal(found, twin(x, flag))
+
+
+class Noting(Masked):
+    """Is called with what describes the image, which is another one each time."""
+
+    def forward(self, x: Tensor, flag: Any) -> Tensor:  # type: ignore[override]
+        return x + self.branch(x)
+
+
+def test_names_of_files_are_no_flags() -> None:
+    torch.manual_seed(0)
+    model, x = Flags(Noting), torch.randn(2, 8)
+    options: Any = {"example_inputs": (x, {"file": "0.png", "height": 3}), "scale": "none"}
+    depth = sd.apply_stochastic_depth(model, 0.2, **options)
+    ran: list[str] = []
+    for name, layer in model.layers.named_children():
+        branch: Any = layer.branch
+        branch.register_forward_hook(lambda *_, name=name: ran.append(name))
+    with depth.fixed({"layers.1": False}), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x, {"file": "1.png", "height": 4})
+    assert ran == ["0", "2", "3", "4", "5"]

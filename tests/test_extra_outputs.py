@@ -450,6 +450,23 @@ class OfLosses(nn.Module):
         return x, total
 
 
+class Constant(Balancing):
+    """Its number is always the same."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, float]:  # type: ignore[override]
+        return nn.Linear.forward(self, x).tanh(), 0.5
+
+
+def test_a_constant_of_a_branch_is_handed_out() -> None:
+    model: Any = OfLosses()
+    for block in model.blocks:
+        block.router = Constant()
+    x = torch.randn(4, 4)
+    depth = sd.apply_stochastic_depth(model, 0.1, example_inputs=x, scale="none")
+    with depth.fixed({block.name: False for block in depth.blocks}):
+        assert model(x)[1] == 3.0
+
+
 def test_a_number_that_a_branch_computes_is_not_repeated() -> None:
     with pytest.raises(sd.RefusedBlockError, match="hands out a number that it computes"):
         sd.apply_stochastic_depth(OfLosses(), 0.1, example_inputs=torch.randn(4, 4), scale="none")

@@ -152,6 +152,14 @@ class Kernel(torch.autograd.Function):
         return gradient * (ctx.saved_tensors[0] > 0)
 
 
+class Negated(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.branch(x) - x
+
+    def closed(self, x: Tensor) -> Tensor:
+        return -x
+
+
 class ByAKernel(Block):
     def forward(self, x: Tensor) -> Tensor:
         kernel: Callable[[Tensor], Tensor] = Kernel.apply
@@ -171,6 +179,7 @@ FOUND: dict[str, type[Block]] = {
     "scatter_add_": ScatteredInPlace,
     "complex": Frequencies,
     "kernel": ByAKernel,
+    "negated": Negated,
 }
 
 
@@ -239,6 +248,18 @@ def test_a_word_is_said(kind: str) -> None:
     with pytest.warns(sd.StochasticDepthWarning, match=text):
         depth = sd.apply_stochastic_depth(model, 0.1, example_inputs=torch.randn(5, 8))
     assert [each.name for each in depth.blocks] == names
+
+
+class FlowMatching(Block):
+    """Multiplies by a time that it draws for each example, and drops nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x) * (1 - torch.rand(len(x), 1))
+
+
+def test_a_number_for_each_example_that_is_no_coin_is_no_drop_path() -> None:
+    model = nn.Sequential(*(FlowMatching() for _ in range(6)))
+    sd.apply_stochastic_depth(model, 0.1, example_inputs=torch.randn(5, 8), scale="none")
 
 
 class Towards(Block):

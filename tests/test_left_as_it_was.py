@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import queue
+import random
+import threading
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +46,14 @@ class ForcesByData(Block):
         next(self.branch.parameters()).data.clamp_(-0.01, 0.01)
 
 
+class SetsData(Block):
+    """As BinaryNet's layers do: other weights take the place of the old, whose memory is free."""
+
+    def act(self) -> None:
+        weight = next(self.branch.parameters())
+        weight.data = weight.data.sign()
+
+
 class Counts(Block):
     def __init__(self) -> None:
         super().__init__()
@@ -56,11 +68,12 @@ class Counts(Block):
 class Notes(Block):
     def __init__(self) -> None:
         super().__init__()
-        self._log = {"train": {"calls": 0}, "order": []}
+        self._log = {"train": {"calls": 0}, "order": [], "kinds": Counter(plain=3)}
 
     def act(self) -> None:
         self._log["train"]["calls"] += 1  # type: ignore[index]
         self._log["order"].append("forward")  # type: ignore[attr-defined]
+        self._log["kinds"].update(["plain", "other"])  # type: ignore[attr-defined]
 
 
 class Statistics:
@@ -128,7 +141,8 @@ CALLS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize(
-    "block", [ForcesWeights, ForcesByData, Counts, Notes, NotesInAnObject, DrawsForItself]
+    "block",
+    [ForcesWeights, ForcesByData, SetsData, Counts, Notes, NotesInAnObject, DrawsForItself],
 )
 def test_nothing_is_otherwise_afterwards(block: type[Block], call: str) -> None:
     torch.manual_seed(0)
@@ -139,8 +153,9 @@ def test_nothing_is_otherwise_afterwards(block: type[Block], call: str) -> None:
     assert torch.equal(x, example)
 
 
-def test_a_generator_of_numpys() -> None:
-    numpy = pytest.importorskip("numpy")
+@pytest.mark.parametrize("kind", ["random", "RandomState", "default_rng"])
+def test_other_generators(kind: str) -> None:
+    numpy: Any = pytest.importorskip("numpy")
 
     class Draws(Block):
         def act(self) -> None:
@@ -148,12 +163,110 @@ def test_a_generator_of_numpys() -> None:
 
         def __init__(self) -> None:
             super().__init__()
-            self.source: Any = numpy.random.default_rng(0)
+            make = random.Random if kind == "random" else getattr(numpy.random, kind)
+            self.source: Any = make(0)
 
     model = Chain(Draws)
-    states = [block.source.bit_generator.state for block in model.blocks]  # type: ignore[union-attr]
-    sd.apply_stochastic_depth(model, 0.1, example_inputs=torch.randn(4, 4))
-    assert [block.source.bit_generator.state for block in model.blocks] == states  # type: ignore[union-attr]
+    twins: list[Any] = copy.deepcopy(list(model.blocks))
+    sd.apply_stochastic_depth(model, 0.1, example_inputs=torch.randn(4, 4), scale="none")
+    for block, twin in zip(model.blocks, twins, strict=True):
+        source: Any = block.source
+        assert source.random() == twin.source.random()
+
+
+class Worker:
+    """Another thread puts something into its list all the while."""
+
+    def __init__(self) -> None:
+        self.lock, self.found = threading.Lock(), [0]
+
+
+class Fed(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue: queue.Queue[int] = queue.Queue()
+        self.worker = Worker()
+
+    def act(self) -> None:
+        self.queue.put(1)
+        self.worker.found.append(1)
+
+
+def test_what_other_threads_may_work_with_is_left_alone() -> None:
+    model = Chain(Fed)
+    sd.apply_stochastic_depth(model, 0.1, example_inputs=torch.randn(4, 4), scale="none")
+    for block in model.blocks:
+        fed: Any = block
+        assert fed.queue.qsize() == len(fed.worker.found) - 1 > 0
+
+
+class Shy:
+    """An object that does not like to be looked at."""
+
+    __module__ = None  # type: ignore[assignment]
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+
+class WithAShyOne(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shy = Shy()
+
+
+def test_what_cannot_be_looked_into_does_no_harm() -> None:
+    sd.apply_stochastic_depth(
+        Chain(WithAShyOne), 0.1, example_inputs=torch.randn(4, 4), scale="none"
+    )
+
+
+def test_seeds_of_gpus_that_are_not_used_yet() -> None:
+    asked: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "manual_seed_all", asked.append)
+        apply("sample")(Chain(Block), torch.randn(4, 4))
+    assert not asked
+
+
+NOTHING = object()
+
+
+class Picky(nn.Module):
+    """Looks at what it is called with: a mark by its identity, and a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, x: Tensor, mask: Any = NOTHING) -> Tensor:
+        with torch.enable_grad():
+            (force,) = torch.autograd.grad(x.square().sum(), x)
+        for block in self.blocks:
+            x = block(x + 0.0 * force)
+        return x if mask is NOTHING else x * mask
+
+
+def test_copies_of_the_example_are_like_it() -> None:
+    example = {"x": torch.randn(4, 4, requires_grad=True), "mask": NOTHING}
+    assert len(sd.find_residual_blocks(Picky(), example)) == 3
+
+
+class FromAnAttribute(nn.Module):
+    """A deep image prior: its input is its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noise = torch.randn(4, 4)
+        self.blocks = nn.Sequential(*(Block() for _ in range(3)))
+
+    def forward(self, target: Tensor) -> Tensor:
+        return (self.blocks(self.noise) - target).square().mean()
+
+
+def test_a_stream_that_starts_in_an_attribute_is_no_weight() -> None:
+    blocks = sd.find_residual_blocks(FromAnAttribute(), torch.randn(4, 4))
+    assert [block.name for block in blocks] == ["blocks.0", "blocks.1", "blocks.2"]
 
 
 @pytest.mark.parametrize("block", [Counts])

@@ -144,7 +144,7 @@ def _at_each_call(
     running.trial = trial
     try:
         # Forced, so that no call goes the fast way.
-        with plan.force({}), undisturbed(model, mode) as kept, kept, torch.no_grad():
+        with plan.force({}), undisturbed(model, mode) as originals, originals, torch.no_grad():
             args, kwargs = fresh(example)
             model(*args, **kwargs)
     finally:

@@ -78,27 +78,28 @@ class Trial:
                 other = self.outcome(runs=True)
             except Exception:  # it was watched as in inference, as it does not train by itself
                 return None
-            _seed()  # a coin falls the same way each time
+            self._seed()  # a coin falls the same way each time
             opened = self.outcome(runs=True)
             if not _all_close(opened, other):
                 return None
             closed = self.outcome(runs=False)
             for rows in _windows(size, lone=False):
-                _seed()
+                self._seed()
                 if why := self._unlike(rows, opened, closed):
                     return f"in training {why}"
         return None
 
+    def _seed(self) -> None:
+        """Set the generators that `undisturbed` puts back, and no others."""
+        torch.default_generator.manual_seed(0)
+        for device in {p.device for p in self.call.module.parameters() if p.is_cuda}:
+            torch.cuda.default_generators[device.index].manual_seed(0)
+        random.seed(0)
+        if numpy := sys.modules.get("numpy"):
+            numpy.random.seed(0)
+
     def _unlike(self, rows: Rows, opened: Any, closed: Any) -> str | None:
         return _unlike(self.gate.batch.outputs, rows, opened, closed, self.outcome(runs=rows))
-
-
-def _seed() -> None:
-    """Set the generators, which `undisturbed` puts back."""
-    torch.manual_seed(0)
-    random.seed(0)
-    if numpy := sys.modules.get("numpy"):
-        numpy.random.seed(0)
 
 
 def under(call: ModuleCall, units: Sequence[int], *, runs: Rows | bool) -> Any:

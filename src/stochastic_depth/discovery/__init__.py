@@ -132,7 +132,8 @@ def watch_once(model: nn.Module, example: Arguments) -> Recording:
 def record(model: nn.Module, example: Arguments, mode: Mode) -> Recording:
     """Call the model once, without gradients, and write down what happened."""
     with ExitStack() as stack:
-        kept, (args, kwargs) = stack.enter_context(undisturbed(model, mode)), fresh(example)
+        originals = stack.enter_context(undisturbed(model, mode))
+        args, kwargs = fresh(example)
         watcher = Watcher(model, mode)
         for name, module in model.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):  # its operations show all the same
@@ -141,7 +142,7 @@ def record(model: nn.Module, example: Arguments, mode: Mode) -> Recording:
                 stack.enter_context(module.register_forward_hook(watcher.leave, with_kwargs=True))
         stack.enter_context(torch.no_grad())
         stack.callback(watcher.note_functions())
-        stack.enter_context(kept)
+        stack.enter_context(originals)
         stack.enter_context(watcher)
         model(*args, **kwargs)
     return watcher.recording

@@ -169,8 +169,6 @@ class Search:
         if any(nodes[index].shape != node.shape for index in node.inputs):
             return None
         for projection, (skip, branch) in product((False, True), (node.inputs, node.inputs[::-1])):
-            if nodes[skip].op == "neg":
-                continue  # a difference of what was made of the root
             back = self._skips.from_value(skip) if projection else self._moved(skip)
             paths = ((root, self._path(root, branch)) for root in back)
             root, path = next((pair for pair in paths if pair[1]), (-1, []))

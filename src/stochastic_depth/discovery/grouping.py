@@ -98,8 +98,15 @@ class Grouping:
 
     def _without_global_skips(self, additions: list[Addition]) -> list[Addition]:
         """Without skips around other blocks, unless what is around them repeats (nested blocks)."""
-        sums = {a.node for a in additions}
-        outer = [a for a in additions if not sums.isdisjoint(a.path)]
+        sums = {a.node: a for a in additions}
+
+        def is_around(addition: Addition) -> bool:
+            """Whether other blocks are inside: sums of the same layer's forward are its own."""
+            inside = (sums[node].block_call for node in addition.path if node in sums)
+            block_call = addition.block_call
+            return any(call is not block_call or call.parent is None for call in inside)
+
+        outer = list(filter(is_around, additions))
 
         def place(addition: Addition) -> tuple[object, str]:
             """What may repeat, and at which of its repetitions the addition stands."""

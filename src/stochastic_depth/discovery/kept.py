@@ -1,13 +1,16 @@
-"""What a model holds, put back as it was: attributes, what these hold, and weights."""
+"""What a model holds, put back as it was: attributes, what these hold, and values of weights."""
 
 from __future__ import annotations
 
 import copy
 import operator
-from collections import deque
+import random
+import sys
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import islice
 from types import ModuleType
 from typing import Any
 
@@ -18,13 +21,17 @@ from stochastic_depth.discovery.memory import memory_of
 from stochastic_depth.discovery.operations import operation_of, tensors_in
 from stochastic_depth.torch_private.tracing import TorchDispatchMode
 
-_CONTAINERS = list, deque, dict, set
+_CONTAINERS = frozenset((list, deque, set, dict, OrderedDict, defaultdict, Counter))
+_LOOKED_THROUGH = 1000  # entries of a container: more are numbers, most often
+_OF_THREADS = frozenset(("_thread", "threading", "_queue", "queue"))
 _OF_MODULES = frozenset(vars(nn.Module()))  # what torch keeps: see `tables_of`
 _PACKAGE = __name__.partition(".")[0]
 
 
-class Kept(TorchDispatchMode):
-    """While it is entered, weights and attributes of a model are copied before they are written to.
+class Originals(TorchDispatchMode):
+    """The values of a model's weights and tensor attributes, copied before they are written to.
+
+    What is written is seen while this is entered.
 
     Args:
         model: The model.
@@ -32,9 +39,11 @@ class Kept(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        found = {memory_of(tensor): tensor for tensor in own_tensors(model)}
-        self._tensors = {m: t for m, t in found.items() if m >= 0 and not _is_empty(t)}
-        self._before: dict[int, torch.UntypedStorage] = {}
+        plain = [t for t in own_tensors(model) if type(t) in (Tensor, nn.Parameter)]
+        plain = [t for t in plain if not t.is_meta and t.layout is torch.strided]
+        self._before = [(tensor, tensor.detach()) for tensor in plain]  # on the same memory
+        self._storages = {memory_of(tensor): tensor.untyped_storage() for tensor in plain}
+        self._copies: dict[int, torch.UntypedStorage] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -47,14 +56,17 @@ class Kept(TorchDispatchMode):
         if operation.written:
             for tensor in tensors_in(operation.written_in(args, kwargs)):
                 memory = memory_of(tensor)
-                if memory in self._tensors and memory not in self._before:
-                    self._before[memory] = tensor.untyped_storage().clone()
+                if memory in self._storages and memory not in self._copies:
+                    self._copies[memory] = self._storages[memory].clone()
         return func(*args, **kwargs)
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Have them hold what they held before."""
-        for memory, before in self._before.items():
-            self._tensors[memory].untyped_storage().copy_(before)
+        for memory, content in self._copies.items():
+            self._storages[memory].copy_(content)
+        for tensor, before in self._before:
+            if memory_of(tensor) != memory_of(before) or tensor.shape != before.shape:
+                tensor.data = before  # the forward has set `tensor.data`
 
 
 def own_tensors(model: nn.Module) -> Iterator[Tensor]:
@@ -63,20 +75,16 @@ def own_tensors(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
         values = [value for key, value in vars(module).items() if key not in _OF_MODULES]
         for held in (values, *map(_content, _containers(module))):
-            yield from (value for value in held if isinstance(value, Tensor))
-
-
-def _is_empty(tensor: Tensor) -> bool:
-    """Whether it has a shape and no values."""
-    return tensor.untyped_storage().device.type == "meta"
+            yield from (v for v in islice(held, _LOOKED_THROUGH) if isinstance(v, Tensor))
 
 
 @contextmanager
 def put_back(model: nn.Module) -> Iterator[None]:
-    """Attributes, weights, buffers and hooks are afterwards the same, and no others are there.
+    """Attributes and hooks are afterwards the same objects, and no others are there.
 
-    So is what is in the lists and dicts among the attributes, and in objects among them: there a
-    module may keep what it has computed.
+    So is what is in the lists and dicts among the attributes and directly inside of these, and in
+    the attributes of objects among them: there a module may keep what it has computed. Random
+    generators among them are set back.
 
     A scripted module keeps them where Python does not reach.
     """
@@ -89,45 +97,60 @@ def put_back(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for set_state, state in generators:
-            set_state(state)
-        for value, content in contents:
-            _refill(value, content)
         for table, were in zip(tables, before, strict=True):
             for added in table.keys() - were.keys():
                 del table[added]
             table.update(were)
+        for set_state, state in generators:
+            set_state(state)
+        for value, content in contents:
+            _refill(value, content)
 
 
 def _generators(module: nn.Module) -> Iterator[tuple[Callable[[Any], Any], Any]]:
     """Of each random generator among its attributes what sets its state, and the state."""
+    numpy: Any = sys.modules.get("numpy")
     for value in vars(module).values():
         if isinstance(value, torch.Generator):
             yield value.set_state, value.get_state()
-        source: Any = getattr(value, "bit_generator", None)  # NumPy's
-        if hasattr(source, "state"):
+        elif isinstance(value, random.Random):
+            yield value.setstate, value.getstate()
+        elif numpy and isinstance(value, numpy.random.RandomState):
+            yield value.set_state, value.get_state()
+        elif numpy and isinstance(value, numpy.random.Generator):
+            source = value.bit_generator
             yield partial(setattr, source, "state"), copy.deepcopy(source.state)
 
 
-def _containers(module: nn.Module) -> Iterator[Any]:
+def _containers(module: nn.Module) -> list[Any]:
     """What its attributes hold values in, and what is directly inside of these."""
+    found = []
     for key, attribute in vars(module).items():
         outer = None if key in _OF_MODULES else _container(attribute)
         if outer is not None:
-            yield outer
-            inside = outer.values() if isinstance(outer, dict) else outer
-            yield from (value for value in inside if isinstance(value, _CONTAINERS))
+            inside = islice(outer.values() if isinstance(outer, dict) else outer, _LOOKED_THROUGH)
+            found += [outer, *(value for value in inside if type(value) in _CONTAINERS)]
+    return found
 
 
 def _container(value: Any) -> Any:
-    """A container, or the attributes of an object; None: neither."""
-    if isinstance(value, _CONTAINERS):
+    """A container, or the attributes of an object; None: neither.
+
+    An object that other threads may work with is left alone, and so are gates.
+    """
+    kind = type(value)
+    if kind in _CONTAINERS:
         return value
-    package = type(value).__module__.partition(".")[0]
-    if isinstance(value, Tensor | nn.Module | type | ModuleType) or package == _PACKAGE:
+    if isinstance(value, Tensor | nn.Module | type | ModuleType):
         return None
-    attributes = getattr(value, "__dict__", None)
-    return attributes if isinstance(attributes, dict) else None
+    if str(kind.__module__).partition(".")[0] in (_PACKAGE, *_OF_THREADS):
+        return None
+    with suppress(Exception):  # a `__dict__` of its own
+        attributes = value.__dict__
+        if type(attributes) is dict:
+            kinds = {type(each).__module__ for each in attributes.values()}
+            return attributes if kinds.isdisjoint(_OF_THREADS) else None
+    return None
 
 
 def _content(container: Any) -> list[Any]:
@@ -143,7 +166,8 @@ def _refill(container: Any, content: list[Any]) -> None:
     container.clear()
     if isinstance(container, dict):
         number = len(content) // 2
-        container.update(zip(content[:number], content[number:], strict=True))
+        for key, value in zip(content[:number], content[number:], strict=True):
+            container[key] = value  # what a Counter is updated with it counts
     else:
         (container.update if isinstance(container, set) else container.extend)(content)
 

@@ -25,7 +25,9 @@ _DROP_PATH_RATES = ("drop_prob", "p", "drop_rate")
 # Modules read the first from their configuration; the second they copy when they are built.
 _LAYERDROPS = ("layerdrop", "speech_encoder_layerdrop")
 _COPIED_LAYERDROPS = ("encoder_layerdrop", "decoder_layerdrop")
-_DRAWS = frozenset("bernoulli rand rand_like uniform native_dropout".split())
+_COINS = frozenset(("bernoulli", "native_dropout"))
+_UNIFORM = frozenset(("rand", "rand_like", "uniform"))
+_COMPARED = frozenset("floor ceil round lt le gt ge".split())
 Known = dict[str, frozenset[str] | None]  # attribute -> the lists whose layers it skips
 
 
@@ -135,8 +137,14 @@ def _is_drawn_by_row(recording: Recording, value: int) -> bool:
         node.fixed
         and rows > 1
         and all(size == 1 for size in others)
-        and any(recording.nodes[index].op in _DRAWS for index in recording.behind([value], 0))
+        and _is_coin({recording.nodes[index].op for index in recording.behind([value], 0)})
     )
+
+
+def _is_coin(ops: set[str]) -> bool:
+    """Whether operations draw one of two values."""
+    is_compared = not ops.isdisjoint(_COMPARED) and not ops.isdisjoint(_UNIFORM)
+    return is_compared or not ops.isdisjoint(_COINS)
 
 
 def rates_taken_over(

@@ -39,6 +39,7 @@ class Node:
     operation: int = -1  # the first value that the same operation made
     parameter: str | None = None  # name, where the value is a parameter itself
     of_parameters: bool = False  # a parameter, or computed from nothing but parameters
+    is_attribute: bool = False  # a tensor that a module holds, and no parameter or buffer
     fixed: bool = False  # computed from parameters, buffers and constants made on the spot
     meets_parameter: bool = False  # computed from parameters and from something else
     is_view: bool = False  # shares memory with its first input
@@ -142,10 +143,11 @@ class Recording:
         return next((call for call in around if call.start <= first), self.calls[0])
 
     def is_state(self, node: int) -> bool:
-        """Whether a value was written into a buffer, where the next call finds it."""
+        """Whether a value was written where the next call finds it: a buffer, or an attribute."""
         while overwritten := self.nodes[node].overwrites:
             node = overwritten[0]
-        return self.nodes[node].op == "" and self.nodes[node].fixed
+        source = self.nodes[node]
+        return source.op == "" and (source.fixed or source.is_attribute)
 
     def made_with(self, node: int) -> Iterator[int]:
         """The value itself and all others that the same operation made."""

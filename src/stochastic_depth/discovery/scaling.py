@@ -8,7 +8,6 @@ affine in its own parameters, so that the plain model can carry the factor in it
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -115,10 +114,8 @@ def _degree_of(
     found = degree(node.kind, node.op, of_inputs)
     if found != operations.UNKNOWN or operations.UNKNOWN in of_inputs or node.replay is None:
         return found
-    # The minimum of zero and of what is above zero is zero; of a single value both signs are tried.
-    is_short = any(math.prod(recording.nodes[i].shape[:4]) < 4 for i in node.inputs)
-    signs = (-1, 1) if is_short else (1,)
-    made = [_tried(recording, node, of_inputs, tried, sign) for sign in signs]
+    # The minimum of zero and of a number above zero is zero.
+    made = [_tried(recording, node, of_inputs, tried, sign) for sign in (-1, 1)]
     found_zero = [value for value in made if value is not None]
     if not found_zero:
         return operations.UNKNOWN

@@ -147,8 +147,17 @@ def _found(leaf: Argument, args: Any, kwargs: Any, positional: Sequence[str]) ->
     return argument if isinstance(argument, Tensor) else tree_leaves(argument)[leaf.leaf]
 
 
-def describe(output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Template:
-    """The template of an output that was made from these arguments."""
+def describe(
+    output: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, reads_values: bool = False
+) -> Template:
+    """The template of an output that was made from these arguments.
+
+    Args:
+        output: The output.
+        args: The positional arguments.
+        kwargs: The keyword arguments.
+        reads_values: Whether Python numbers were made of tensors in the call.
+    """
     places = {id(value): place for place, value in reversed(placed_leaves(args, kwargs))}
     leaves, spec = tree_flatten(output)
 
@@ -156,7 +165,7 @@ def describe(output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Temp
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if id(value) in places and (is_number or not isinstance(value, PLAIN_VALUES)):
             return places[id(value)]
-        if isinstance(value, float) and value:
+        if isinstance(value, float) and reads_values:
             return Opaque("number that it computes")
         if isinstance(value, PLAIN_VALUES):
             return Constant(value)

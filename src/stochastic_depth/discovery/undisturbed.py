@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.discovery.kept import Kept, put_back, tables_of
+from stochastic_depth.discovery.kept import Originals, put_back, tables_of
 from stochastic_depth.torch_private.tracing import fake_mode
 from stochastic_depth.torch_private.trees import tensors_in, tree_flatten, tree_map, tree_unflatten
 
@@ -35,11 +35,12 @@ _lock = threading.Lock()
 
 
 @contextmanager
-def undisturbed(model: nn.Module, mode: Mode = "eval") -> Iterator[Kept]:
+def undisturbed(model: nn.Module, mode: Mode = "eval") -> Iterator[Originals]:
     """In this mode for a while; then modes, buffers and random generators are as before.
 
-    While it lasts the modules have copies of their buffers: training writes to them unseen. So are
-    weights and attributes that a forward writes to while what this gives is entered.
+    While it lasts the modules have copies of their buffers: training writes to them unseen. Weights
+    and tensor attributes hold afterwards what they held, if the forward is called while the result
+    is entered.
 
     Args:
         model: The model.
@@ -73,11 +74,11 @@ def undisturbed(model: nn.Module, mode: Mode = "eval") -> Iterator[Kept]:
             if module not in scripted:
                 buffers = {k: b for k, b in module._buffers.items() if b is not None}
                 module._buffers.update({k: copies[id(b)] for k, b in buffers.items()})
-        kept = Kept(model)
+        originals = Originals(model)
+        stack.callback(originals.restore)
         try:
-            yield kept
+            yield originals
         finally:
-            kept.put_back()
             with torch.no_grad():
                 for buffer, version in versions.items():
                     if buffer._version != version:
@@ -165,15 +166,19 @@ def telling(example: Arguments) -> Arguments:
 
 def fresh(arguments: Arguments) -> Arguments:
     """Copies of what a model is called with, which it may write to."""
-    args, kwargs = tree_map(partial(copied, how=lambda x: x.detach().clone()), arguments)
+    args, kwargs = tree_map(partial(copied, how=_another), arguments)
     return args, kwargs
+
+
+def _another(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def copied(leaf: Any, how: Callable[[Tensor], Tensor]) -> Any:
     """A copy of what a call may change: a tensor, or an object (a cache) that holds some."""
     if isinstance(leaf, Tensor):
         return how(leaf)
-    if callable(leaf):  # a module, or a method of one
+    if callable(leaf) or type(leaf) is object:  # a module, or a method of one; a mark
         return leaf
     # None of a graph, and none without values, can be copied.
     with suppress(Exception):

@@ -48,11 +48,12 @@ class Watcher(TorchDispatchMode):
         self.recording = Recording(mode=mode)
         self._open: list[Before] = []  # the calls that are under way, outermost first
         self._recurrent: Call | None = None  # a recurrent module: one operation for all its steps
-        self._parameters: dict[int, str | None] = {id(t): None for t in own_tensors(model)}
-        self._parameters |= {id(b): None for b in model.buffers()}
+        self._attributes = {id(tensor) for tensor in own_tensors(model)}
+        self._parameters: dict[int, str | None] = {id(b): None for b in model.buffers()}
         self._parameters |= {id(p): name for name, p in model.named_parameters()}
         self._values: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._writes = Writes()
+        self._reads: list[int] = []  # where a Python number was made of a tensor
         self._stacked: dict[int, int] = {}  # what `stack` made: along which dimension
 
     @classmethod
@@ -73,6 +74,7 @@ class Watcher(TorchDispatchMode):
             node.parameter = self._parameters.get(id(tensor))
             node.of_parameters = node.parameter is not None
             node.fixed = id(tensor) in self._parameters
+            node.is_attribute = id(tensor) in self._attributes
             return node.index
         last, parts = self._writes.since(tensor, known[1])
         if parts:
@@ -126,6 +128,8 @@ class Watcher(TorchDispatchMode):
             self.recording.collectives.append((*place, ranks))
         if name == "lift_fresh":  # of a new constant
             inputs = ()
+        elif name == "_local_scalar_dense":
+            self._reads.append(len(self.recording.nodes))
         out = func(*args, **kwargs)
         made = [out] if isinstance(out, Tensor) else tensors_in((out,))
         if operation.depends:
@@ -280,7 +284,8 @@ class Watcher(TorchDispatchMode):
         call.outputs = tuple(map(self._node_of, tree_leaves(output)))
         call.end = len(self.recording.nodes)
         call.inside = range(call.index, len(self.recording.calls))
-        call.template = describe(output, args, kwargs)
+        reads_values = any(call.start <= place <= call.end for place in self._reads)
+        call.template = describe(output, args, kwargs, reads_values=reads_values)
         call.effects = tuple(
             (f"{effect} (in {call.module or 'the model'})", -1 if v is None else self.value(v))
             for effect, v in before.effects(results, self._is_constant)

@@ -129,6 +129,8 @@ def as_flag(value: Any) -> Any:
     if isinstance(value, PLAIN_VALUES):
         return value
     leaves = tree_leaves(value) if type(value) in _PLAIN_TREES else ()
-    switches = [leaf for leaf in leaves if isinstance(leaf, _SWITCHES)]
+    # Strings beside numbers may be names of files.
+    kinds = _SWITCHES if all(isinstance(leaf, _SWITCHES) for leaf in leaves) else (bool, enum.Enum)
+    switches = [leaf for leaf in leaves if isinstance(leaf, kinds)]
     is_flag = switches and all(isinstance(leaf, PLAIN_VALUES) for leaf in leaves)
     return (tree_outline(value), *switches) if is_flag else NO_FLAG
