@@ -122,13 +122,7 @@ def discover(recording: Recording, model: nn.Module) -> Discovery:
     """
     explicit = explicit_residuals(model)
     search = Search(recording)
-    gated = list(dict.fromkeys(search.gated_skips()))
-    if gated:
-        others = f" (and {len(gated) - 1} others)" if len(gated) > 1 else ""
-        warn(
-            f'"{gated[0]}"{others} is left out: its skip connection is multiplied by what it '
-            "computes from its input, as in a highway"
-        )
+    _warn_of_gated_skips(list(dict.fromkeys(search.gated_skips())))
     additions = [
         addition
         for addition in search.additions
@@ -169,6 +163,15 @@ def discover(recording: Recording, model: nn.Module) -> Discovery:
     found += _explicit_blocks(recording, model, explicit, folding)
     found.sort(key=lambda placed: placed[0])
     return Discovery(recording, tuple(block for _, block in found), sites)
+
+
+def _warn_of_gated_skips(names: Sequence[str]) -> None:
+    if names:
+        others = f" (and {len(names) - 1} others)" if len(names) > 1 else ""
+        warn(
+            f'"{names[0]}"{others} is left out: its skip connection is multiplied by what it '
+            "computes from its input, as in a highway"
+        )
 
 
 def _block(

@@ -58,7 +58,7 @@ class Constant(NamedTuple):
 
     @property
     def is_fixed(self) -> bool:
-        """Whether it may not have been computed from shapes or data."""
+        """Whether it cannot have been computed from shapes or data."""
         return not isinstance(self.value, int | float)
 
 

@@ -73,7 +73,6 @@ def stand_in(gate: Gate, module: nn.Module, args: Any, kwargs: Any, role: Role) 
 
 def _without_values(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> Template:
     """The template of the output of one run under fake tensors."""
-    # A module may keep what it has computed: no fake must stay.
     # The counters of BatchNorm hold real numbers under fake tensors, too, and count.
     counters = [(buffer, buffer.clone()) for buffer in module.buffers() if buffer.numel() == 1]
     mode = fake_mode()
@@ -83,6 +82,7 @@ def _without_values(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> Te
 
     with without_modes(), torch.no_grad():
         args, kwargs = tree_map(fake, (args, kwargs))
+    # A module may keep what it has computed: no fake must stay, which `put_back` sees to.
     with put_back(module), without_modes(), mode, _full_parameters(module), torch.no_grad():
         running.open_all = True  # gated modules in it run as plain ones
         try:
