@@ -112,7 +112,8 @@ def test_what_replaces_modules(other: Any, place: str, alone: Gates) -> None:
     with torch.no_grad():
         expected = model.module.eval()(x)
         plain = algorithm.depth.fold()
-        torch.testing.assert_close(plain(x), expected, rtol=1e-5, atol=1e-5)
+        # Eight blocks whose factors round elsewhere, on outputs of some hundreds.
+        torch.testing.assert_close(plain(x), expected, rtol=1e-4, atol=1e-5)
     assert not any(hasattr(type(module), "gated_from") for module in plain.modules())
 
 
