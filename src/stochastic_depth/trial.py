@@ -71,7 +71,7 @@ class Trial:
         return None
 
     def _of_rows_in_training(self) -> str | None:
-        """As it trains, where that does not depend on chance."""
+        """As it trains, where it comes to the same each time: no chance, no change of weights."""
         size = self.gate.batch.size(self.call.args, self.call.kwargs)
         with _training(self.call.module):
             generators = self._generators()
@@ -79,7 +79,7 @@ class Trial:
                 opened = self.outcome(runs=True)
             except Exception:  # it was watched as in inference, as it does not train by itself
                 return None
-            if self._generators() != generators:
+            if self._generators() != generators or not _all_close(opened, self.outcome(runs=True)):
                 return None
             closed = self.outcome(runs=False)
             for rows in _windows(size, lone=False):
