@@ -259,7 +259,10 @@ class FlowMatching(Block):
 
 def test_a_number_for_each_example_that_is_no_coin_is_no_drop_path() -> None:
     model = nn.Sequential(*(FlowMatching() for _ in range(6)))
-    sd.apply_stochastic_depth(model, 0.1, example_inputs=torch.randn(5, 8), scale="none")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        depth = sd.apply_stochastic_depth(model, 0.1, example_inputs=torch.randn(5, 8))
+    assert len(depth.blocks) == 6
 
 
 class Towards(Block):

@@ -216,9 +216,9 @@ class WithAShyOne(Block):
 
 
 def test_what_cannot_be_looked_into_does_no_harm() -> None:
-    sd.apply_stochastic_depth(
-        Chain(WithAShyOne), 0.1, example_inputs=torch.randn(4, 4), scale="none"
-    )
+    model, x = Chain(WithAShyOne), torch.randn(4, 4)
+    depth = sd.apply_stochastic_depth(model, 0.1, example_inputs=x, scale="none")
+    assert len(depth.blocks) == 3
 
 
 def test_seeds_of_gpus_that_are_not_used_yet() -> None:

@@ -206,4 +206,6 @@ def test_a_coin_of_a_blocks_own_is_not_taken_for_rows_that_meet() -> None:
     for seed in range(10):
         model = settled(lambda: Stacked(Tossing))
         torch.manual_seed(seed)
-        sd.apply_stochastic_depth(model, 0.2, mode="sample", example_inputs=torch.arange(6))
+        options: Any = {"mode": "sample", "example_inputs": torch.arange(6)}
+        depth = sd.apply_stochastic_depth(model, 0.2, **options)
+        assert str(depth).count("runs on the kept rows") == len(depth.blocks) > 0

@@ -26,12 +26,12 @@ needs_shards_on_the_cpu = pytest.mark.skipif(
 def test_dispatch_mode_sees_operations_and_their_schemas() -> None:
     seen = []
 
-    class Mode(tracing.TorchDispatchMode):
+    class Mode(tracing.DispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             seen.append((func.overloadpacket.__name__, func._schema.is_mutable))
             return func(*args, **(kwargs or {}))
 
-    with Mode():  # type: ignore[no-untyped-call]
+    with Mode():
         torch.ones(2).add_(1).relu()
     assert seen == [("ones", False), ("add_", True), ("relu", False)]
 
@@ -104,11 +104,11 @@ def test_autocast_is_seen_for_any_device() -> None:
 
 
 def test_user_modes_do_not_see_what_is_hidden_from_them() -> None:
-    class Mode(tracing.TorchDispatchMode):
+    class Mode(tracing.DispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             raise AssertionError(f"saw {func}")
 
-    with Mode(), tracing.without_modes():  # type: ignore[no-untyped-call]
+    with Mode(), tracing.without_modes():
         torch.ones(2)
 
 
@@ -116,7 +116,7 @@ def test_collectives_are_operations_that_tell_their_group() -> None:
     found = []
     untyped: Any = dist
 
-    class Mode(tracing.TorchDispatchMode):
+    class Mode(tracing.DispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             ranks = processes.ranks_that_talk(func, args)
             if ranks is not None:
@@ -126,7 +126,7 @@ def test_collectives_are_operations_that_tell_their_group() -> None:
     dist.init_process_group("gloo", store=untyped.HashStore(), rank=0, world_size=1)
     try:
         group = untyped.new_group([0])
-        with Mode():  # type: ignore[no-untyped-call]
+        with Mode():
             x = torch.ones(2)
             dist.all_reduce(x)
             dist.all_to_all_single(torch.empty(2), x, group=group)

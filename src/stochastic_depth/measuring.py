@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.discovery.undisturbed import Arguments, copied, undisturbed, without_values
+from stochastic_depth.discovery.undisturbed import Arguments, fresh, undisturbed, without_values
 from stochastic_depth.errors import ExampleInputsError, OptionError, StochasticDepthError
 from stochastic_depth.handle import StochasticDepth
-from stochastic_depth.torch_private.trees import tree_leaves, tree_map
+from stochastic_depth.torch_private.trees import tree_leaves
 
 Measure = Callable[[Callable[[], None]], float]
 """Of a run, forward and backward: its FLOPs, or seconds."""
@@ -48,7 +48,7 @@ class Costs:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))  # noqa: FBT003
             stack.enter_context(torch.enable_grad())
-            example = tree_map(partial(copied, how=lambda x: _cut_off(x.clone())), example)
+            example = fresh(example)
             arguments = stack.enter_context(without_values(self._model, example))
             with stack.enter_context(undisturbed(self._model)):
                 self._begin(arguments)
@@ -122,10 +122,10 @@ class Costs:
         self, measure: Measure, module: nn.Module, calls: list[Arguments], gates: dict[str, bool]
     ) -> float:
         self._model.zero_grad()
-        fresh = [tree_map(partial(copied, how=torch.clone), call) for call in calls]
+        copies = [fresh(call, torch.clone) for call in calls]
 
         def run() -> None:
-            for args, kwargs in fresh:
+            for args, kwargs in copies:
                 leaves = [leaf for leaf in tree_leaves(module(*args, **kwargs)) if _trains(leaf)]
                 torch.autograd.backward(leaves, [torch.ones_like(leaf) for leaf in leaves])
 
@@ -139,7 +139,7 @@ def _lies_in(name: str, other: str) -> bool:
 
 
 def _note(calls: list[Arguments], module: nn.Module, args: Any, kwargs: Any) -> None:
-    calls.append(tree_map(partial(copied, how=_cut_off), (args, kwargs)))
+    calls.append(fresh((args, kwargs), _cut_off))
 
 
 def _cut_off(value: Tensor) -> Tensor:

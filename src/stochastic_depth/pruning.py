@@ -21,7 +21,6 @@ from stochastic_depth.discovery.templates import Argument, Constant, Opaque, Tem
 from stochastic_depth.discovery.undisturbed import (
     Arguments,
     Mode,
-    copied,
     fresh,
     is_unmaterialised,
     telling,
@@ -209,7 +208,7 @@ class _Way:
                 stack.callback(module.register_forward_hook(self._note).remove)
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._arguments = _fresh((args, kwargs))
+        self._arguments = fresh((args, kwargs), _itself)
 
     def _note(self, module: nn.Module, args: Any, output: Any) -> None:
         self._calls.append((module, next(iter(args), None), output))
@@ -242,7 +241,7 @@ class _Way:
     def _holds(self, behind: nn.Module, place: int) -> bool:
         """Whether it does the same with other inputs: small ones, large ones, of both signs."""
         for size in (1.0, 100.0):
-            args, kwargs = _fresh(self._arguments)
+            args, kwargs = fresh(self._arguments, _itself)
             values: list[Any] = [*args, *kwargs.values()]
             values[0] = torch.randn_like(values[0]) * size
             named = dict(zip(kwargs, values[len(args) :], strict=True))
@@ -252,10 +251,8 @@ class _Way:
         return True
 
 
-def _fresh(arguments: Arguments) -> Arguments:
-    """The same tensors, in objects (a cache) that no other call has changed."""
-    args, kwargs = tree_map(partial(copied, how=lambda tensor: tensor), arguments)
-    return args, kwargs
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _as_it_is(leaf: Any) -> Constant | Opaque:

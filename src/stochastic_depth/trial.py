@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.discovery.operations import is_real_or_complex
+from stochastic_depth.discovery.undisturbed import noise_like
 from stochastic_depth.gating.batch import MORE
 from stochastic_depth.gating.block import carry_out, decision_of, run_in_part
 from stochastic_depth.gating.gate import ModuleCall
@@ -142,8 +143,7 @@ def _with_unlike_rows(call: ModuleCall) -> ModuleCall:
     main, dim, each = max(floats, key=lambda leaf: leaf[0].numel(), default=(None, 0, 1))
     if main is None or not bool((main == main.narrow(dim, 0, 1)).all()):
         return call
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(main.shape, generator=generator, device="cpu").to(main)
+    noise = noise_like(main)
     if each > 1:  # the first example comes twice
         again = call.gate.batch.size(args, kwargs) - MORE
         noise.narrow(dim, again * each, each).copy_(noise.narrow(dim, 0, each))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.discovery.memory import memory_of
 from stochastic_depth.discovery.operations import operation_of, tensors_in
-from stochastic_depth.torch_private.tracing import TorchDispatchMode
+from stochastic_depth.torch_private.tracing import DispatchMode
 
 _CONTAINERS = frozenset((list, deque, set, dict, OrderedDict, defaultdict, Counter))
 _LOOKED_THROUGH = 1000  # entries of a container: more are numbers, most often
@@ -28,7 +28,7 @@ _OF_MODULES = frozenset(vars(nn.Module()))  # what torch keeps: see `tables_of`
 _PACKAGE = __name__.partition(".")[0]
 
 
-class Originals(TorchDispatchMode):
+class Originals(DispatchMode):
     """The values of a model's weights and tensor attributes, copied before they are written to.
 
     What is written is seen while this is entered.
@@ -38,17 +38,12 @@ class Originals(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         plain = [t for t in own_tensors(model) if type(t) in (Tensor, nn.Parameter)]
         plain = [t for t in plain if not t.is_meta and t.layout is torch.strided]
         self._before = [(tensor, tensor.detach()) for tensor in plain]  # on the same memory
         self._storages = {memory_of(tensor): tensor.untyped_storage() for tensor in plain}
         self._copies: dict[int, torch.UntypedStorage] = {}
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Torch imports its compiler, which takes seconds, to hide this class from it."""
-        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

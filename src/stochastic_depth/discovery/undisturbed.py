@@ -158,23 +158,34 @@ def telling(example: Arguments) -> Arguments:
     main = max(floats, key=lambda leaf: leaf.numel(), default=None)
     if main is None or main.is_meta or main.numel() < 2 or bool((main != main.flatten()[0]).any()):
         return example
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(main.shape, generator=generator, device="cpu")
-    made = noise.to(dtype=main.dtype, device=main.device)
+    made = noise_like(main)
     return tree_unflatten([made if leaf is main else leaf for leaf in leaves], spec)
 
 
-def fresh(arguments: Arguments) -> Arguments:
-    """Copies of what a model is called with, which it may write to."""
-    args, kwargs = tree_map(partial(copied, how=_another), arguments)
-    return args, kwargs
+def noise_like(tensor: Tensor) -> Tensor:
+    """The same normal noise each time, in the form of a tensor."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(tensor.shape, generator=generator, device="cpu")
+    return noise.to(dtype=tensor.dtype, device=tensor.device)
 
 
-def _another(tensor: Tensor) -> Tensor:
+def another(tensor: Tensor) -> Tensor:
+    """A copy that belongs to no graph."""
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
-def copied(leaf: Any, how: Callable[[Tensor], Tensor]) -> Any:
+def fresh(arguments: Arguments, how: Callable[[Tensor], Tensor] = another) -> Arguments:
+    """The same arguments for one more call, which may write to them.
+
+    Args:
+        arguments: The arguments; objects among them (caches) are copied.
+        how: What becomes of each tensor.
+    """
+    args, kwargs = tree_map(partial(_copied, how=how), arguments)
+    return args, kwargs
+
+
+def _copied(leaf: Any, how: Callable[[Tensor], Tensor]) -> Any:
     """A copy of what a call may change: a tensor, or an object (a cache) that holds some."""
     if isinstance(leaf, Tensor):
         return how(leaf)

@@ -27,7 +27,7 @@ from stochastic_depth.discovery.recording import RECURRENT, Call, Node, Recordin
 from stochastic_depth.discovery.templates import describe, kind_of_value, placed_leaves, signature
 from stochastic_depth.discovery.undisturbed import Mode
 from stochastic_depth.torch_private.processes import ranks_that_talk
-from stochastic_depth.torch_private.tracing import TorchDispatchMode
+from stochastic_depth.torch_private.tracing import DispatchMode
 from stochastic_depth.torch_private.trees import tree_leaves
 
 # The kinds of operations that are repeated with other values: to see where elements move to, and
@@ -35,7 +35,7 @@ from stochastic_depth.torch_private.trees import tree_leaves
 _REPLAYED = frozenset({Kind.MOVE, Kind.OTHER, Kind.SHIFT, Kind.NORM})
 
 
-class Watcher(TorchDispatchMode):
+class Watcher(DispatchMode):
     """Writes every operation into a `Recording`.
 
     Tensors are not kept alive: a value is known by its tensor object while that lives. An
@@ -44,7 +44,7 @@ class Watcher(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module, mode: Mode) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.recording = Recording(mode=mode)
         self._open: list[Before] = []  # the calls that are under way, outermost first
         self._recurrent: Call | None = None  # a recurrent module: one operation for all its steps
@@ -55,11 +55,6 @@ class Watcher(TorchDispatchMode):
         self._writes = Writes()
         self._reads: list[int] = []  # where a Python number was made of a tensor
         self._stacked: dict[int, int] = {}  # what `stack` made: along which dimension
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Torch imports its compiler, which takes seconds, to hide this class from it."""
-        return False
 
     def __exit__(self, *error: Any) -> None:
         """Nothing is seen from here on."""

@@ -10,8 +10,6 @@ from torch import nn
 from torch._C._dynamo import eval_frame
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-__all__ = ["TorchDispatchMode"]
-
 without_modes: Callable[[], Any] = _disable_current_modes
 """A context in which no dispatch mode of the user's sees the operations."""
 
@@ -22,6 +20,19 @@ WRAPPED = frozenset({"_checkpoint_wrapped_module", "_orig_mod"})
 """What `checkpoint_wrapper` and `torch.compile` call the module that they are made around."""
 
 _plain_call = nn.Module.__call__
+
+
+class DispatchMode(TorchDispatchMode):
+    """Sees every operation while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch imports its compiler, which takes seconds, to hide such a class from it."""
+        return False
+
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 
