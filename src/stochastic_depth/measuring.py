@@ -50,8 +50,8 @@ class Costs:
             stack.enter_context(torch.enable_grad())
             example = fresh(example)
             arguments = stack.enter_context(without_values(self._model, example))
-            with stack.enter_context(undisturbed(self._model)):
-                self._begin(arguments)
+            stack.enter_context(undisturbed(self._model))
+            self._begin(arguments)
             self.flops = self._costs(count_flops, arguments)
             if timed:
                 rounds = [self._costs(_seconds, arguments) for _ in range(1 + _ROUNDS)][1:]

@@ -70,15 +70,15 @@ def prove(model: nn.Module, found: Discovery, plan: Plan, example: Arguments) ->
         reasons.update({**(found or together), **reasons})
         return None
 
-    is_meta = is_unmaterialised(model)
+    is_meta, writes = is_unmaterialised(model), found.recording.writes_weights
     try:
         for tried, inputs in _blocks(model, plan, example) if is_meta else [(model, example)]:
-            _at_each_call(tried, plan, inputs, mode, look)
+            _at_each_call(tried, plan, inputs, mode, look, writes=writes)
     except Exception as error:
         if plan.mode == "sample":
             raise cannot_tell(model, f"fails on more rows: {error}") from error
         reasons[name_of[0]] = f"with all blocks dropped the forward fails: {error}"
-    reasons = {**_out_of_reach(model, plan, example), **reasons}
+    reasons = {**_out_of_reach(model, plan, example, writes=writes), **reasons}
     if reasons:
         raise refuse(reasons, plan.blocks, found=found)
 
@@ -91,7 +91,9 @@ def _dropped(call: ModuleCall, units: Sequence[int]) -> tuple[Any, str]:
         return None, f"with it dropped the forward fails: {error}"
 
 
-def _out_of_reach(model: nn.Module, plan: Plan, example: Arguments) -> dict[str, str]:
+def _out_of_reach(
+    model: nn.Module, plan: Plan, example: Arguments, *, writes: bool
+) -> dict[str, str]:
     """The blocks that in inference run without the ends of their branches, which are scaled."""
     if plan.scale != "eval" or is_unmaterialised(model):
         return {}
@@ -102,7 +104,7 @@ def _out_of_reach(model: nn.Module, plan: Plan, example: Arguments) -> dict[str,
         for name, module, _ in gates:
             note = partial(lambda name, *_: called.add(name), name)
             stack.callback(module.register_forward_hook(note).remove)
-        _at_each_call(model, plan, example, "eval", lambda call: None)
+        _at_each_call(model, plan, example, "eval", lambda call: None, writes=writes)
     return {
         owner.name: f'in inference it runs without "{name}", which scale="eval" multiplies there '
         '(scale="train" needs nothing in inference)'
@@ -125,15 +127,30 @@ def _blocks(model: nn.Module, plan: Plan, example: Arguments) -> Iterator[Called
             calls.setdefault(call.gate.name, []).append((call.args, call.kwargs))
 
     with without_values(model, example) as fake:
-        _at_each_call(model, plan, fake, "eval", note)
+        _at_each_call(model, plan, fake, "eval", note, writes=False)
     for name in sorted(calls):
         yield SingleBlock(model.get_submodule(name), calls[name], plan), ((), {})
 
 
 def _at_each_call(
-    model: nn.Module, plan: Plan, example: Arguments, mode: Mode, look: Callable[[ModuleCall], Any]
+    model: nn.Module,
+    plan: Plan,
+    example: Arguments,
+    mode: Mode,
+    look: Callable[[ModuleCall], Any],
+    *,
+    writes: bool,
 ) -> None:
-    """Call the model once and look at each call of a block, which is open unless that says else."""
+    """Call the model once and look at each call of a block, which is open unless that says else.
+
+    Args:
+        model: The model.
+        plan: What its gates share.
+        example: What to call it with.
+        mode: As it trains, or as in inference.
+        look: Looks at a call.
+        writes: Whether the forward writes to weights.
+    """
 
     def trial(call: ModuleCall) -> Any:
         running.trial = None
@@ -144,8 +161,9 @@ def _at_each_call(
     running.trial = trial
     try:
         # Forced, so that no call goes the fast way.
-        with plan.force({}), undisturbed(model, mode) as originals, originals, torch.no_grad():
+        with plan.force({}), undisturbed(model, mode) as originals, torch.no_grad():
             args, kwargs = fresh(example)
-            model(*args, **kwargs)
+            with originals.noting(weights=writes):
+                model(*args, **kwargs)
     finally:
         running.trial = None

@@ -189,7 +189,7 @@ def _standing_in(
                 expected="an example that the model takes, to see that the outcome is right",
                 instead="pass example_inputs=..., as to apply",
             ) from error
-        with undisturbed(model) as originals, originals:
+        with undisturbed(model) as originals, originals.noting():
             found |= {name: way_through.standing_in() for name, way_through in ways.items()}
     return found, expected
 
@@ -272,7 +272,7 @@ def _all_same(ones: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
 
 def _outputs(model: nn.Module, example: Arguments, mode: Mode = "eval") -> Outputs:
     args, kwargs = fresh(example)
-    with undisturbed(model, mode) as originals, originals:
+    with undisturbed(model, mode) as originals, originals.noting():
         output = model(*args, **kwargs)
     if is_dataclass(output) and not isinstance(output, Mapping):
         output = [getattr(output, field.name) for field in fields(output)]

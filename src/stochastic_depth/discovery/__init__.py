@@ -134,7 +134,7 @@ def record(model: nn.Module, example: Arguments, mode: Mode) -> Recording:
     with ExitStack() as stack:
         originals = stack.enter_context(undisturbed(model, mode))
         args, kwargs = fresh(example)
-        watcher = Watcher(model, mode)
+        watcher = Watcher(model, mode, originals)
         for name, module in model.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):  # its operations show all the same
                 enter = partial(watcher.enter, name)
@@ -142,9 +142,9 @@ def record(model: nn.Module, example: Arguments, mode: Mode) -> Recording:
                 stack.enter_context(module.register_forward_hook(watcher.leave, with_kwargs=True))
         stack.enter_context(torch.no_grad())
         stack.callback(watcher.note_functions())
-        stack.enter_context(originals)
         stack.enter_context(watcher)
         model(*args, **kwargs)
+    watcher.recording.writes_weights = originals.are_written
     return watcher.recording
 
 

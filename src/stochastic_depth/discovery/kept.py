@@ -7,8 +7,8 @@ import operator
 import random
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import islice
 from types import ModuleType
@@ -28,32 +28,40 @@ _OF_MODULES = frozenset(vars(nn.Module()))  # what torch keeps: see `tables_of`
 _PACKAGE = __name__.partition(".")[0]
 
 
-class Originals(DispatchMode):
+class Originals:
     """The values of a model's weights and tensor attributes, copied before they are written to.
-
-    What is written is seen while this is entered.
 
     Args:
         model: The model.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
         plain = [t for t in own_tensors(model) if type(t) in (Tensor, nn.Parameter)]
         plain = [t for t in plain if not t.is_meta and t.layout is torch.strided]
         self._before = [(tensor, tensor.detach()) for tensor in plain]  # on the same memory
         self._storages = {memory_of(tensor): tensor.untyped_storage() for tensor in plain}
         self._copies: dict[int, torch.UntypedStorage] = {}
+        self._has_attributes = any(not isinstance(tensor, nn.Parameter) for tensor in plain)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        operation = operation_of(func)
-        if operation.written:
-            for tensor in tensors_in(operation.written_in(args, kwargs)):
-                memory = memory_of(tensor)
-                if memory in self._storages and memory not in self._copies:
-                    self._copies[memory] = self._storages[memory].clone()
-        return func(*args, **kwargs)
+    @property
+    def are_written(self) -> bool:
+        """Whether one of them was."""
+        return bool(self._copies)
+
+    def note(self, written: Sequence[Tensor]) -> None:
+        """These are written to now."""
+        for tensor in written:
+            memory = memory_of(tensor)
+            if memory in self._storages and memory not in self._copies:
+                self._copies[memory] = self._storages[memory].clone()
+
+    def noting(self, *, weights: bool = True) -> AbstractContextManager[object]:
+        """A context in which all that is written is noted: every operation takes longer.
+
+        Args:
+            weights: Whether weights may be written, too, and not attributes alone.
+        """
+        return _Noting(self) if weights or self._has_attributes else nullcontext()
 
     def restore(self) -> None:
         """Have them hold what they held before."""
@@ -62,6 +70,19 @@ class Originals(DispatchMode):
         for tensor, before in self._before:
             if memory_of(tensor) != memory_of(before) or tensor.shape != before.shape:
                 tensor.data = before  # the forward has set `tensor.data`
+
+
+class _Noting(DispatchMode):
+    def __init__(self, originals: Originals) -> None:
+        super().__init__()
+        self._originals = originals
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        operation = operation_of(func)
+        if operation.written:
+            self._originals.note(tensors_in(operation.written_in(args, kwargs)))
+        return func(*args, **kwargs)
 
 
 def own_tensors(model: nn.Module) -> Iterator[Tensor]:

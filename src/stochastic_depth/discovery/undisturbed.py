@@ -39,8 +39,8 @@ def undisturbed(model: nn.Module, mode: Mode = "eval") -> Iterator[Originals]:
     """In this mode for a while; then modes, buffers and random generators are as before.
 
     While it lasts the modules have copies of their buffers: training writes to them unseen. Weights
-    and tensor attributes hold afterwards what they held, if the forward is called while the result
-    is entered.
+    and tensor attributes hold afterwards what they held, as far as the result was told what is
+    written.
 
     Args:
         model: The model.

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from stochastic_depth.discovery import operations
 from stochastic_depth.discovery.effects import Before
-from stochastic_depth.discovery.kept import own_tensors
+from stochastic_depth.discovery.kept import Originals, own_tensors
 from stochastic_depth.discovery.memory import Writes
 from stochastic_depth.discovery.operations import (
     PRODUCTS,
@@ -43,9 +43,10 @@ class Watcher(DispatchMode):
     memory; where it changed a part of one, for that part.
     """
 
-    def __init__(self, model: nn.Module, mode: Mode) -> None:
+    def __init__(self, model: nn.Module, mode: Mode, originals: Originals) -> None:
         super().__init__()
         self.recording = Recording(mode=mode)
+        self._originals = originals
         self._open: list[Before] = []  # the calls that are under way, outermost first
         self._recurrent: Call | None = None  # a recurrent module: one operation for all its steps
         self._attributes = {id(tensor) for tensor in own_tensors(model)}
@@ -118,6 +119,8 @@ class Watcher(DispatchMode):
         inputs = tuple([self.value(tensor) for tensor in tensors])
         written = tensors_in(operation.written_in(args, kwargs)) if operation.written else []
         overwrites = tuple([self.value(tensor) for tensor in written]) if written else ()
+        if written:
+            self._originals.note(written)
         if not operation.is_local and (ranks := ranks_that_talk(func, args)) is not None:
             place = len(self.recording.nodes), func.overloadpacket.__name__
             self.recording.collectives.append((*place, ranks))
