@@ -6,7 +6,8 @@
     python benchmarks/errors.py --list                   # what is done, what is left
 
 Each run trains one network on a part of CIFAR-10 at 16 pixels: 400 epochs on 2,000 images, as many
-steps (160 epochs) on 5,000; in bfloat16 by autocast, where a step takes two thirds of its time.
+steps (160 epochs) on 5,000, as they are; some, "augmented", on random crops, half of them mirrored.
+In bfloat16 by autocast, where a step takes two thirds of its time.
 Runs are processes of one thread, two at a time; a run that is cut off goes on from its checkpoint
 in `runs/errors`, with the very same steps. `results/errors.json` has every run that was begun, and
 how far it is: none is left out. A run that it has at its end is not made again.
@@ -45,6 +46,7 @@ EPOCHS = {2000: 400, 5000: 160}  # by the number of images: as many steps
 BATCH, RATE, SIZE = 64, 0.5, 16
 LOOKS = 20  # at all 10,000 test images, and one more after the first epoch
 SAVE_EVERY = 60  # seconds
+AUGMENTED = "augmented"  # in the names of runs
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,12 @@ class Case:
     images: int
     way: str
     seed: int
+    augmented: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.network}-{self.images}-{self.way}-{self.seed}"
+        parts = self.network, self.images, *[AUGMENTED] * self.augmented, self.way, self.seed
+        return "-".join(map(str, parts))
 
     @property
     def epochs(self) -> int:
@@ -66,8 +70,8 @@ class Case:
 
     @classmethod
     def parse(cls, name: str) -> Case:
-        network, images, way, seed = name.split("-")
-        return cls(network, int(images), way, int(seed))
+        network, images, *augmented, way, seed = name.split("-")
+        return cls(network, int(images), way, int(seed), augmented=bool(augmented))
 
 
 # What is asked first is first: does it help; then the scales; then larger ones.
@@ -77,16 +81,17 @@ SCALES = ("train", "none")  # of mode "batch", beside its default "eval"
 
 def cases() -> Iterator[Case]:
     """All runs, in the order in which they are done."""
-    for network, images, ways in (
-        ("resnet56", 2000, (*WAYS, *SCALES)),
-        ("vit", 2000, ("plain", "batch", *SCALES)),
-        ("resnet56", 5000, WAYS),
-        ("resnet110", 2000, WAYS),
-        ("resnet110", 5000, WAYS),
+    for network, images, ways, augmented in (
+        ("resnet56", 2000, (*WAYS, *SCALES), False),
+        ("vit", 2000, ("plain", "batch", *SCALES), False),
+        ("resnet56", 5000, WAYS, False),
+        ("resnet110", 2000, WAYS, False),
+        ("resnet110", 5000, WAYS, False),
+        ("resnet56", 2000, (*WAYS, "train"), True),
     ):
         for seed in range(3):
             for way in ways:
-                yield Case(network, images, way, seed)
+                yield Case(network, images, way, seed, augmented)
 
 
 def data_of(images: int) -> ImageData:
@@ -110,7 +115,7 @@ class Training:
 
     def __init__(self, case: Case) -> None:
         self.case, self.data = case, data_of(case.images)
-        self.batches = Batches(self.data, BATCH, case.seed)
+        self.batches = Batches(self.data, BATCH, case.seed, augmented=case.augmented)
         torch.manual_seed(case.seed)
         self.model = _network(case.network).to(memory_format=torch.channels_last)
         self.optimizer = _optimizer(case.network, self.model)
@@ -278,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wanted = [case for case in cases() if case.name.startswith(options.only)]
     if options.list:
         for case in wanted:
-            print(f"{case.name:<28} {progress(case)['epochs']:>4} of {case.epochs} epochs")
+            print(f"{case.name:<36} {progress(case)['epochs']:>4} of {case.epochs} epochs")
         return
     data_of(BATCH)  # once, before several processes ask for it
     deadline = time.time() + 60 * options.minutes

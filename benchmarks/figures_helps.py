@@ -17,31 +17,32 @@ def errors() -> str:
     content = read("errors.json")
     settings, runs = content["results"]["settings"], content["results"]["runs"]
     epochs = {int(images): number for images, number in settings["epochs"].items()}
-    groups: dict[tuple[str, int], dict[str, list[dict[str, Any]]]] = defaultdict(dict)
+    groups: dict[tuple[str, int, bool], dict[str, list[dict[str, Any]]]] = defaultdict(dict)
     for run in runs.values():
-        ways = groups[run["network"], run["images"]]
+        ways = groups[run["network"], run["images"], run["augmented"]]
         ways.setdefault(run["way"], []).append(run)
     lines = [
         "| network, images | way | test error | of plain's time | ahead of plain for good "
         "| seeds at the end |",
         "|---|---|---|---|---|---|",
     ]
-    for (network, images), ways in groups.items():
-        whole = epochs[images]
+    for (network, images, augmented), ways in groups.items():
+        whole, altered = epochs[images], ", augmented" if augmented else ""
         for way, found in ways.items():
             done = [run for run in found if run["epochs"] == whole]
             plain = {run["seed"]: run for run in ways.get("plain", ()) if run["epochs"] == whole}
             pairs = [(run, plain[run["seed"]]) for run in done if run["seed"] in plain]
             lines.append(
-                f"| {NAMES[network]}, {images:,} | {_way(way)} | {_mean(done)} "
+                f"| {NAMES[network]}, {images:,}{altered} | {_way(way)} | {_mean(done)} "
                 f"| {_time(way, pairs)} | {_ahead(way, pairs)} | {len(done)} of {len(found)} |"
             )
     return (
         "\n".join(lines) + f"\n\n{_epochs(epochs)} of CIFAR-10, {settings['pixels']} pixels, "
         f"batch {settings['batch']}, bfloat16; drop rate {settings['drop_rate']} linear "
-        "(the ViT's: 0.2). Means over the seeds with their standard error, at the end of the "
-        "training, on 10,000 test images; the time is a core's. A run that is not at its end says "
-        f"nothing yet (`python benchmarks/errors.py`; {machine(content)}).\n"
+        "(the ViT's: 0.2); augmented: on random crops, half of them mirrored. Means over the "
+        "seeds with their standard error, at the end of the training, on 10,000 test images; the "
+        "time is a core's. A run that is not at its end says nothing yet "
+        f"(`python benchmarks/errors.py`; {machine(content)}).\n"
     )
 
 

@@ -34,9 +34,12 @@ class Batches:
         seed: int,
         device: torch.device | str = "cpu",
         ranks: Ranks = Ranks(),  # noqa: B008  (frozen)
+        *,
+        augmented: bool = True,
     ) -> None:
-        """`batch_size`: of each rank."""
+        """`batch_size`: of each rank; `augmented`: whether images to train on are altered."""
         self.data = data
+        self.augmented = augmented
         self.batch_size = batch_size
         self.seed = seed
         self.device = torch.device(device)
@@ -60,9 +63,11 @@ class Batches:
         steps = list(enumerate(order.split(self.images_per_step)[: self.steps_per_epoch]))
         for step, chosen in steps[first:]:
             batch = self._batch(self.data.train, self.ranks.part(chosen))
-            generator = _generator(self.seed, epoch, step)
-            images = augment(batch.images, generator, flip=self.data.flip, ranks=self.ranks)
-            yield batch._replace(images=images)
+            if self.augmented:
+                generator = _generator(self.seed, epoch, step)
+                images = augment(batch.images, generator, flip=self.data.flip, ranks=self.ranks)
+                batch = batch._replace(images=images)
+            yield batch
 
     def for_testing(self) -> Iterator[Batch]:
         """The test images in their order, all of them; of several ranks, each has its own."""
