@@ -138,16 +138,21 @@ class Search:
             if node.kind is Kind.SUM and node.index in call.outputs and node.index not in residual:
                 inputs = [index for index in call.inputs if index is not None]
                 pairs = product(inputs, permutations(node.inputs, 2))
-                if any(self._gates(root, *operands) for root, operands in pairs):
+                if any(self._gates(call, root, *operands) for root, operands in pairs):
                     yield call.module
 
-    def _gates(self, root: int, skip: int, branch: int) -> bool:
-        """Whether a sum is `gate(x) * x + branch(x)`."""
+    def _gates(self, call: Call, root: int, skip: int, branch: int) -> bool:
+        """Whether a sum is `gate(x) * x + branch(x)`, both computed in this call."""
         gated = self.recording.nodes[skip]
-        if gated.op != "mul" or not self._path(root, branch):
+
+        def makes(value: int) -> bool:
+            path = self._path(root, value)
+            return bool(path) and path[0] >= call.start
+
+        if gated.op != "mul" or not makes(branch):
             return False
         pairs = permutations(self.recording.data_of(gated), 2)
-        return any(root in self._moved(one) and self._path(root, other) for one, other in pairs)
+        return any(root in self._moved(one) and makes(other) for one, other in pairs)
 
     def is_affine(self, root: int, path: Sequence[int]) -> bool:
         """Whether the values on the ways from the root are affine in it, and made of no others."""

@@ -19,7 +19,14 @@ from torch import nn
 
 from stochastic_depth.discovery.effects import within
 from stochastic_depth.discovery.grouping import Site
-from stochastic_depth.discovery.operations import HOMOGENEOUS, MERGES, PRODUCTS, SUMS, Kind
+from stochastic_depth.discovery.operations import (
+    HOMOGENEOUS,
+    MERGES,
+    PRODUCTS,
+    SUMS,
+    Kind,
+    is_real_or_complex,
+)
 from stochastic_depth.discovery.recording import RECURRENT, Node, Recording, reached
 from stochastic_depth.discovery.templates import Argument, Constant, Made, Template
 
@@ -263,6 +270,8 @@ def unknown_sum(site: Site, followed: Container[int]) -> str | None:
     ]
     for index in recording.outside(merges, site.branch_calls):
         for one, other in permutations(recording.data_of(nodes[index]), 2):
+            if not is_real_or_complex(nodes[one].dtype):
+                continue  # a mask, or an index
             for source in _in_parts(recording, one):
                 if recording.reaches(source, other) and _adds(site, index, source, other):
                     return f"{nodes[index].op} in {recording.module_at(index)}"
@@ -272,7 +281,8 @@ def unknown_sum(site: Site, followed: Container[int]) -> str | None:
 def _adds(site: Site, merge: int, source: int, other: int) -> bool:
     """Whether what is merged comes from modules that are in no known branch, or a matrix."""
     recording, nodes = site.recording, site.recording.nodes
-    between = recording.outside(recording.between(source, other), site.branch_calls)
+    inside = [index for index in recording.between(source, other) if site.call.holds(index)]
+    between = recording.outside(inside, site.branch_calls)
     return any(
         nodes[merge].op in MERGES
         or nodes[index].call != site.call.index
