@@ -239,6 +239,7 @@ class Search:
                 affine
                 or not self._is_own(node, block_call, path)
                 or self._are_alike(root, skip, branch)
+                or self._hands_out(block_call, path)
             ):
                 return None
             if block_call.parent is None and not any(
@@ -284,6 +285,10 @@ class Search:
             value in self._through for value in behind_root
         )
 
+    def _hands_out(self, call: Call, path: Sequence[int]) -> bool:
+        """Whether a residual sum of a branch is an output of the call: a stream beside this one."""
+        return any(value in self._through and value in call.outputs for value in path)
+
     def _is_own(self, node: Node, block_call: Call, path: Sequence[int]) -> bool:
         """Whether the block's own forward takes the sum, or a module made for that.
 
@@ -292,6 +297,7 @@ class Search:
         call = self.recording.calls[node.call]
         if call is block_call:
             return True
-        return call.parent == block_call.index and not any(
+        has_branch = any(map(call.holds, self._through)) or any(
             call.holds(index) and self.recording.nodes[index].meets_parameter for index in path
         )
+        return call.parent == block_call.index and not has_branch
