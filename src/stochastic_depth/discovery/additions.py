@@ -224,6 +224,9 @@ class Search:
         recording, branch = self.recording, path[-1]
         if recording.reaches(branch, skip):
             return None  # the branch has been added already
+        root, path = self._without_other_streams(root, path)
+        if not any(recording.nodes[index].meets_parameter for index in path):
+            return None
 
         def onwards(value: int) -> list[int]:
             through = self._through.get(value) if projection else None
@@ -251,6 +254,31 @@ class Search:
                 return None  # two heads of the model, whose results are added
         return Addition(node.index, skip, root, path, block_call, affine)
 
+    def _without_other_streams(self, root: int, path: list[int]) -> tuple[int, list[int]]:
+        """A branch without what comes before the last sum of another stream that it reads.
+
+        Such a sum's own skip connection does not start from the root.
+
+        Returns:
+            What the rest starts from, and its values.
+        """
+        nodes, made, streams = self.recording.nodes, {root}, {root}
+        for index in path:
+            if self._through.get(index, root) not in made:
+                streams.add(index)
+            elif not made.isdisjoint(nodes[index].inputs):
+                made.add(index)
+        if len(streams) == 1:
+            return root, path
+        behind = set(streams)
+        ends = {path[-1]} - streams
+        for index in sorted(reached(ends, lambda value: {*nodes[value].inputs} - streams)):
+            if not behind.isdisjoint(nodes[index].inputs):
+                behind.add(index)
+        rest = sorted(behind - streams)
+        starts_there = any(root in nodes[index].inputs for index in rest)
+        return root if starts_there else max(streams), rest
+
     def _coupled(self, found: Addition) -> Addition | None:
         """The other sum of a coupling, which then is what the branch of this one starts from."""
         recording, nodes = self.recording, self.recording.nodes
@@ -259,7 +287,8 @@ class Search:
             node, users = nodes[index], recording.consumers[index]
             stream = {index, *(user for user in users if nodes[user].kind is Kind.JOIN)}
             others = [value for value in node.inputs if value not in path]
-            if node.kind is not Kind.SUM or node.call != call.index or len(others) != 1:
+            is_new = node.kind is Kind.SUM and index not in self._through
+            if not is_new or node.call != call.index or len(others) != 1:
                 continue
             if stream.isdisjoint(call.outputs) or not self._comes_from_outside(others[0], call):
                 continue
