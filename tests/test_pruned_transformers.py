@@ -258,3 +258,38 @@ def test_a_configuration_that_could_not_be_read_again_is_named() -> None:
     model = transformers.Dinov2Model(config).eval()
     with pytest.warns(sd.StochasticDepthWarning, match="from_pretrained.. would load something"):
         sd.prune(model, 2, example_inputs={"pixel_values": torch.randn(2, 3, 32, 32)})
+
+
+@pytest.mark.parametrize("kind", ["DebertaV2", "MPNet"])
+def test_layers_that_hand_out_tuples_go_with_their_norms(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = getattr(transformers, f"{kind}Config")(**sizes, intermediate_size=48)
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    x = {"input_ids": torch.randint(3, 60, (2, 7))}
+    by_hand = copy.deepcopy(model)
+    by_hand.encoder.layer = torch.nn.ModuleList(
+        [by_hand.encoder.layer[0], by_hand.encoder.layer[3]]
+    )
+    generator = torch.get_rng_state()
+    pruned: Any = sd.prune(model, 2, example_inputs=x, exact=False)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert pruned.config.num_hidden_layers == 2
+    assert torch.equal(pruned(**x).last_hidden_state, by_hand(**x).last_hidden_state)
+
+
+def test_no_random_number_is_drawn() -> None:
+    """A model of speech draws some when it is built, on the meta device, too."""
+    transformers = pytest.importorskip("transformers")
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "layerdrop": 0.0}
+    sizes |= {"intermediate_size": 48, "num_hidden_layers": 4, "conv_dim": [8, 8]}
+    sizes |= {"conv_stride": [4, 2], "conv_kernel": [8, 3], "num_conv_pos_embeddings": 8}
+    config = transformers.Wav2Vec2Config(**sizes, num_conv_pos_embedding_groups=2)
+    model = transformers.Wav2Vec2Model(config).eval()
+    generator = torch.get_rng_state()
+    sd.prune(model, 3, exact=False, example_inputs={"input_values": torch.randn(2, 400)})
+    torch.randn(2, 400)
+    after = torch.get_rng_state()
+    torch.set_rng_state(generator)
+    torch.randn(2, 400), torch.randn(2, 400)
+    assert torch.equal(torch.get_rng_state(), after)

@@ -50,7 +50,7 @@ def unlike(owner: nn.Module, *, also_values: bool = False) -> str:
         also_values: Whether to look at the numbers that its parts keep, too.
     """
     try:
-        with torch.device("meta"):
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):  # some draw all the same
             twin = type(owner)(_as_loaded(_config(owner)))
     except Exception as error:  # whatever a class does not take
         return f"{type(error).__name__}: {error}"

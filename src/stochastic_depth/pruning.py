@@ -7,8 +7,8 @@ its sum: it keeps the norm. The result is compared, bit for bit, with the same b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import ExitStack, suppress
 from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
@@ -77,6 +77,14 @@ class PassThrough(nn.Module):
         return value if self._template is None else self._template.build((value,), {})
 
 
+class Nothing(PassThrough):
+    """Stands where a module was whose result is added to something: adds nothing."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Zeros in the form of its input."""
+        return torch.zeros_like(super().forward(*args, **kwargs))
+
+
 def prune(
     model: nn.Module, plan: Plan, out: Sequence[str], example: Arguments, *, exact: bool
 ) -> None:
@@ -115,8 +123,15 @@ def prune(
             undo.callback(swap_in, module, gate)
         detach(model, plan)
         own_configs(model, undo)
+        gone = {model.get_submodule(name): name for name in out}
         _take_out(model, standing_in, outputs, None if norms_go else expected)
         undo.pop_all()
+    still = [(gone[module], name) for name, module in model.named_modules() if module in gone]
+    if still:
+        warn(
+            f'"{still[0][0]}" was taken out, and is still in the model as "{still[0][1]}", with its '
+            "weights: delete that, too, if nothing needs it"
+        )
     why = next(filter(None, (unlike(owner, also_values=True) for owner in owners)), "")
     if why:
         normed = any(len(module.behind) for module in standing_in.values())
@@ -174,7 +189,9 @@ def _standing_in(
             gate = gate_of(module)
             if block.whole is not None and gate is not None:
                 found[block.name] = PassThrough((), gate.whole, gate.known.positional)
-            elif block.name != block.block_module or not exact:  # a list may hold it all the same
+            elif block.name != block.block_module:
+                found[block.name] = Nothing()  # it is a module of its branch
+            elif not exact:  # a list may hold it all the same
                 found[block.name] = PassThrough()
             else:
                 ways[block.name] = _Way(block.name, module, stack)
@@ -245,9 +262,11 @@ class _Way:
             values: list[Any] = [*args, *kwargs.values()]
             values[0] = torch.randn_like(values[0]) * size
             named = dict(zip(kwargs, values[len(args) :], strict=True))
-            leaves = tree_leaves(self._block(*values[: len(args)], **named))
-            if not _same(leaves[place], behind(values[0])):
-                return False
+            with suppress(Exception):  # whatever it does not take outside of its model
+                leaves = tree_leaves(self._block(*values[: len(args)], **named))
+                if _same(leaves[place], behind(values[0])):
+                    continue
+            return False
         return True
 
 
@@ -295,24 +314,35 @@ def _take_out(
         model: The model without gates.
         standing_in: What stands in for each of them.
         outputs: Calls it.
-        expected: What it has to return. None: what it does where they are stood in.
+        expected: What it has to return. None: what it does where they are stood in, if it runs
+            then.
     """
-    why = ""
-    for from_lists in (False, True, False) if expected is None else (True, False):
-        with ExitStack() as attempt:
-            sizes = _replace(model, standing_in, attempt, from_lists=from_lists)
+
+    def attempt(lists: Set[str], wanted: Outputs | None, *, is_last: bool) -> Any:
+        """What it returns with the blocks of these lists taken out, and what is wrong with that."""
+        with ExitStack() as undo:
+            sizes = _replace(model, standing_in, undo, lists)
             try:
                 found = outputs()
             except Exception as error:
-                why = f"fails: {type(error).__name__}: {error}"
-                continue
-            if expected is None:
-                expected = found
-                continue
-            why = _differs(found, expected, sizes)
-            if not why:
-                attempt.pop_all()
-                return
+                return None, f"fails: {type(error).__name__}: {error}"
+            # Of several lists each has to show by itself what it makes fewer of.
+            alone = sizes if is_last or len(sizes) == 1 else []
+            why = "" if wanted is None else _differs(found, wanted, alone)
+            if is_last and not why:
+                undo.pop_all()
+        return found, why
+
+    lists = {name.rpartition(".")[0] for name in standing_in}
+    if expected is None:
+        expected, _ = attempt(set(), None, is_last=False)
+    _, why = attempt(lists, expected, is_last=False)
+    if why:
+        lists = {one for one in lists if not attempt({one}, expected, is_last=False)[1]}
+    for chosen in (lists, set[str]()):
+        _, why = attempt(chosen, expected, is_last=True)
+        if not why:
+            return
     raise RefusedBlockError(
         f"without {', '.join(list(standing_in)[:3])} {type(model).__name__} {why}",
         expected="a model that runs the blocks of a Sequential or ModuleList one by one, or calls "
@@ -345,9 +375,9 @@ def _differs(found: Outputs, expected: Outputs, sizes: list[tuple[int, int]]) ->
 
 
 def _replace(
-    model: nn.Module, standing_in: Mapping[str, PassThrough], undo: ExitStack, *, from_lists: bool
+    model: nn.Module, standing_in: Mapping[str, PassThrough], undo: ExitStack, lists: Set[str]
 ) -> list[tuple[int, int]]:
-    """Take blocks out of the lists that they stand in; elsewhere put something in their place.
+    """Take blocks out of these lists; elsewhere put something in their place.
 
     Returns:
         Of each list that has fewer now, how many it had, and lost.
@@ -361,7 +391,7 @@ def _replace(
         out, table, before = parents[path], around[-1]._modules, dict(around[-1]._modules)
         undo.callback(table.update, before)
         undo.callback(table.clear)
-        is_list = from_lists and isinstance(around[-1], nn.Sequential | nn.ModuleList)
+        is_list = path in lists and isinstance(around[-1], nn.Sequential | nn.ModuleList)
         gone = {key for key in out if is_list and not len(out[key].behind)}
         left = [key for key in before if key not in gone]
         is_numbered = bool(gone) and all(key.isdecimal() for key in before)

@@ -224,7 +224,7 @@ class Search:
         recording, branch = self.recording, path[-1]
         if recording.reaches(branch, skip):
             return None  # the branch has been added already
-        root, path = self._without_other_streams(root, path)
+        root, path = self._without_other_streams(node, root, path)
         if not any(recording.nodes[index].meets_parameter for index in path):
             return None
 
@@ -254,13 +254,16 @@ class Search:
                 return None  # two heads of the model, whose results are added
         return Addition(node.index, skip, root, path, block_call, affine)
 
-    def _without_other_streams(self, root: int, path: list[int]) -> tuple[int, list[int]]:
+    def _without_other_streams(
+        self, node: Node, root: int, path: list[int]
+    ) -> tuple[int, list[int]]:
         """A branch without what comes before the last sum of another stream that it reads.
 
         Such a sum's own skip connection does not start from the root.
 
         Returns:
-            What the rest starts from, and its values.
+            What the rest starts from, and its values; none where it reads nothing else, and that
+            was made outside of the call that takes the sum (attention, to which a bias is added).
         """
         nodes, made, streams = self.recording.nodes, {root}, {root}
         for index in path:
@@ -276,8 +279,10 @@ class Search:
             if not behind.isdisjoint(nodes[index].inputs):
                 behind.add(index)
         rest = sorted(behind - streams)
-        starts_there = any(root in nodes[index].inputs for index in rest)
-        return root if starts_there else max(streams), rest
+        if any(root in nodes[index].inputs for index in rest):
+            return root, rest
+        last = max(streams)
+        return last, rest if self.recording.calls[node.call].holds(last) else []
 
     def _coupled(self, found: Addition) -> Addition | None:
         """The other sum of a coupling, which then is what the branch of this one starts from."""

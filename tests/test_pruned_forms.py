@@ -1,0 +1,168 @@
+"""Promise: pruning keeps what a model hands out, whatever its lists and its layers look like."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stochastic_depth as sd
+
+pytestmark = pytest.mark.oldest
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+class Features(nn.Module):
+    """Hands out what some layers, told by their numbers, come to; and has another list."""
+
+    def __init__(self, neck: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(6))
+        self.neck = nn.ModuleList(Block() for _ in range(neck))
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        features = []
+        for number, layer in enumerate(self.layers):
+            x = layer(x)
+            if number in (1, 3, 5):
+                features.append(x)
+        for block in self.neck:
+            x = block(x)
+        return {"out": x, "features": features}
+
+
+@pytest.mark.parametrize("neck", [2, 3])
+def test_features_of_numbered_layers_stay_as_many(neck: int) -> None:
+    torch.manual_seed(0)
+    model, x = Features(neck).eval(), torch.randn(4, 8)
+    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=x, scale="none")
+    gone = ["layers.2", "layers.3", "neck.1"]
+    with depth.fixed(dict.fromkeys(gone, False)):
+        expected = model(x)
+    pruned = depth.prune([block.name for block in depth.blocks if block.name not in gone])
+    found = pruned(x)
+    assert torch.equal(found["out"], expected["out"])
+    assert len(found["features"]) == len(expected["features"])
+    assert all(map(torch.equal, found["features"], expected["features"]))
+    assert len(pruned.neck) == neck - 1  # type: ignore[arg-type]
+
+
+class Tupled(nn.Module):
+    """A layer with a norm behind its sum, which hands out a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch, self.norm = mlp(), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        return (self.norm(x + self.branch(x)),)
+
+
+class OfTuples(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Tupled() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            (x,) = layer(x)
+        return x
+
+
+def test_layers_that_hand_out_tuples_are_taken_out_with_their_norms() -> None:
+    torch.manual_seed(0)
+    model, x = OfTuples().eval(), torch.randn(4, 8)
+    expected = model.layers[3](model.layers[0](x)[0])[0]
+    pruned = sd.prune(model, 2, exact=False, example_inputs=x)
+    assert [name for name, _ in pruned.named_children()] == ["layers"]
+    assert len(pruned.layers) == 2  # type: ignore[arg-type]
+    assert torch.equal(pruned(x), expected)
+
+
+class Pooled(nn.Module):
+    """A residual connection that is written out in the model's own forward, behind its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(4))
+        self.norm, self.mlp = nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 8), nn.GELU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x + self.mlp(self.norm(x))
+
+
+@pytest.mark.parametrize("keep", [1, 0.5, ["layers.0"]])
+def test_a_branch_that_is_no_list_adds_nothing(keep: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Pooled().eval(), torch.randn(4, 8)
+    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=x, scale="none")
+    twin = copy.deepcopy(model)
+    pruned = depth.prune(keep)
+    left = {name for name, module in pruned.named_modules() if isinstance(module, Block)}
+    handle = sd.get_stochastic_depth(twin)
+    names = [block.name for block in handle.blocks]
+    kept = {1: [0], 0.5: [0, 4]}.get(keep if isinstance(keep, int | float) else 1, [0])
+    gone = [name for number, name in enumerate(names) if number not in kept]
+    if keep == 0.5:  # of five: two
+        assert left == {"layers.0"}
+    with handle.fixed(dict.fromkeys(gone, False)):
+        assert torch.equal(pruned(x), twin(x))
+
+
+class Twice(nn.Module):
+    """The last blocks have a second name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(6))
+        self.last = self.blocks[3:]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_what_stays_under_another_name_is_said() -> None:
+    x = torch.randn(4, 8)
+    with pytest.warns(sd.StochasticDepthWarning, match=r"is still in the model as \"last\.0\""):
+        sd.prune(Twice(), ["blocks.0", "blocks.1"], example_inputs=x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sd.prune(Twice(), ["blocks.0", "blocks.3", "blocks.4", "blocks.5"], example_inputs=x)
+
+
+class Picky(Tupled):
+    """Cannot be called outside of its model, and so not be seen to be a norm alone."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        if float(x.abs().max()) > 50:
+            raise TypeError("takes no such values")
+        return super().forward(x, mask)
+
+
+def test_a_layer_that_cannot_be_tried_is_refused() -> None:
+    model = OfTuples()
+    model.layers = nn.ModuleList(Picky() for _ in range(4))
+    before = list(model.modules())
+    with pytest.raises(sd.RefusedBlockError, match=r'block "layers\.1" cannot be taken out'):
+        sd.prune(model, ["layers.0"], example_inputs=torch.randn(4, 8))
+    assert list(model.modules()) == before
