@@ -121,3 +121,75 @@ def test_no_tensor_without_values_stays_where_a_branch_keeps_its_own(
         gated(x)
     with depth.disabled():
         assert torch.equal(gated(x), plain(x))
+
+
+class Experts(nn.Module):
+    """Each expert computes for the rows that are sent to it: how many is told by values alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.noise = nn.Linear(8, 3), nn.Dropout(0.1)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = x.flatten(0, 1)
+        logits = self.router(rows)
+        weight, chosen = logits.softmax(-1).max(-1)
+        out = torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            (row,) = torch.where(chosen == number)
+            out.index_add_(0, row, expert(self.noise(rows[row])) * weight[row, None])
+        return out.view_as(x), logits
+
+
+class OfExperts(nn.Module):
+    """Hands out what its router says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.experts = nn.LayerNorm(8), Experts()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out, logits = self.experts(self.norm(x))
+        return x + out, logits
+
+
+class NormedExperts(OfExperts):
+    """A norm stands behind the sum."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out, logits = self.experts(x)
+        return self.norm(x + out), logits
+
+
+class Layers(nn.Module):
+    def __init__(self, kind: type[OfExperts]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(kind() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x, _ = layer(x)
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:dropout is active")
+@pytest.mark.parametrize("kind", [OfExperts, NormedExperts])
+@pytest.mark.parametrize("shape", [(3, 5, 8), (2, 9, 8), (1, 1, 8)])
+def test_shapes_that_values_tell(kind: type[OfExperts], shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model, x = Layers(kind), torch.randn(shape)
+    depth = sd.apply_stochastic_depth(
+        model, 0.1, example_inputs=torch.randn(4, 5, 8), scale="none", blocks=["layers.*"]
+    )
+    state = copy.deepcopy(model.state_dict())
+    for _ in range(2):  # looked up, then known
+        generator = torch.get_rng_state()
+        with depth.fixed(dict.fromkeys(["layers.0", "layers.1", "layers.2"], False)):
+            found = model(x)
+        assert torch.equal(torch.get_rng_state(), generator)
+        expected = x
+        for layer in model.layers if kind is NormedExperts else ():
+            expected = layer.norm(expected)  # type: ignore[operator]
+        assert torch.equal(found, expected)
+    assert all(map(torch.equal, state.values(), model.state_dict().values()))

@@ -129,8 +129,8 @@ def prune(
     still = [(gone[module], name) for name, module in model.named_modules() if module in gone]
     if still:
         warn(
-            f'"{still[0][0]}" was taken out, and is still in the model as "{still[0][1]}", with its '
-            "weights: delete that, too, if nothing needs it"
+            f'"{still[0][0]}" was taken out, and is still in the model as "{still[0][1]}", with '
+            "its weights: delete that, too, if nothing needs it"
         )
     why = next(filter(None, (unlike(owner, also_values=True) for owner in owners)), "")
     if why:

@@ -1,7 +1,8 @@
 """What the modules of a dropped branch hand out: new tensors of the shapes that they would make.
 
 The shapes for the watched inputs are known. For inputs of other shapes the module is run once
-without values (under fake tensors), which takes some milliseconds, and the result is kept.
+without values (under fake tensors), which takes some milliseconds, and the result is kept. Where
+its operations need values it is run with them.
 
 And what forward hooks see by which a model's own library collects what its layers come to.
 """
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.discovery.kept import put_back
 from stochastic_depth.discovery.templates import Made, Template, describe, signature
+from stochastic_depth.discovery.undisturbed import fresh, undisturbed
 from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.gating.gate import Gate, Original, Role, running
 from stochastic_depth.torch_private.processes import is_part
@@ -62,7 +64,7 @@ def stand_in(gate: Gate, module: nn.Module, args: Any, kwargs: Any, role: Role) 
     key = signature(args, kwargs)
     template = gate.templates.get(key)
     if template is None:
-        template = _without_values(gate, module, args, kwargs)
+        template = _template_of(gate, module, args, kwargs)
         if len(gate.templates) >= _KEPT:
             del gate.templates[next(iter(gate.templates))]
         gate.templates[key] = template
@@ -71,8 +73,31 @@ def stand_in(gate: Gate, module: nn.Module, args: Any, kwargs: Any, role: Role) 
     return template.build(args, kwargs, zeros=frozenset(role.ends), scratch=role.scratch)
 
 
-def _without_values(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> Template:
-    """The template of the output of one run under fake tensors."""
+def _template_of(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> Template:
+    """The template of the output of one run, under fake tensors where that is possible."""
+    running.open_all = True  # gated modules in it run as plain ones
+    try:
+        try:
+            template = _without_values(module, args, kwargs)
+        except Exception:  # as many rows as a router sends to an expert, say
+            if any(map(is_part, module.parameters())):  # for which others would have to be asked
+                raise
+            template = _with_values(module, args, kwargs)
+    except Exception as error:
+        raise ChangedModelError(
+            f'the shapes that "{gate.name}" hands out for an input of a new shape cannot be '
+            f"found: {error}",
+            expected="a module that can be run by itself",
+            instead="pass example_inputs of the shape that is trained with, or leave the block "
+            "out with blocks=",
+        ) from error
+    finally:
+        running.open_all = False
+    watched = next(iter(gate.templates.values()), template)
+    return template.handing_on(watched)
+
+
+def _without_values(module: nn.Module, args: Any, kwargs: Any) -> Template:
     # The counters of BatchNorm hold real numbers under fake tensors, too, and count.
     counters = [(buffer, buffer.clone()) for buffer in module.buffers() if buffer.numel() == 1]
     mode = fake_mode()
@@ -84,24 +109,16 @@ def _without_values(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> Te
         args, kwargs = tree_map(fake, (args, kwargs))
     # A module may keep what it has computed: no fake must stay, which `put_back` sees to.
     with put_back(module), without_modes(), mode, _full_parameters(module), torch.no_grad():
-        running.open_all = True  # gated modules in it run as plain ones
-        try:
-            output = module.forward(*args, **kwargs)
-        except Exception as error:
-            raise ChangedModelError(
-                f'the shapes that "{gate.name}" hands out for an input of a new shape cannot be '
-                f"found: {error}",
-                expected="a module whose output shapes depend on input shapes alone",
-                instead="pass example_inputs of the shape that is trained with, or leave the block "
-                "out with blocks=",
-            ) from error
-        finally:
-            running.open_all = False
-        template = describe(output, args, kwargs)
+        template = describe(module.forward(*args, **kwargs), args, kwargs)
     for buffer, before in counters:
         buffer.copy_(before)
-    watched = next(iter(gate.templates.values()), template)
-    return template.handing_on(watched)
+    return template
+
+
+def _with_values(module: nn.Module, args: Any, kwargs: Any) -> Template:
+    args, kwargs = fresh((args, kwargs), torch.Tensor.detach)
+    with undisturbed(module) as originals, originals.noting(), torch.no_grad():
+        return describe(module.forward(*args, **kwargs), args, kwargs)
 
 
 @contextmanager
