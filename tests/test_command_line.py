@@ -141,6 +141,7 @@ def test_what_drops_on_its_own_is_off(capsys: pytest.CaptureFixture[str]) -> Non
     assert text.count("CNBlock") == 18
 
 
+@pytest.mark.filterwarnings("ignore:fold\\(\\) will not be able")
 def test_models_of_transformers_and_what_of_them_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -152,6 +153,8 @@ def test_models_of_transformers_and_what_of_them_is_refused(
     assert list(found["refused"]) == ["encoder.block.0", "decoder.block.0"]
     # Of seven billion weights, none of which is there.
     assert "MFLOPs" in shown(capsys, "transformers:llama")
+    # Whose router sends rows to experts, how many is told by values alone.
+    assert "MFLOPs" in shown(capsys, "transformers:olmoe")
 
 
 @pytest.mark.parametrize(
@@ -163,6 +166,7 @@ def test_models_of_transformers_and_what_of_them_is_refused(
         (["small"], "cannot be built"),
         ([f"{__name__}:small"], "carries no example of its own"),
         ([f"{__name__}:small", "--input", "2,9"], "failed on its example inputs"),
+        ([f"{__name__}:small", "--input", "2,9"], "pass an --input that fits"),
         ([f"{__name__}:small", "--input", "2,x"], "--input"),
         ([f"{__name__}:small", "--input=-2,8"], "--input"),
         ([f"{__name__}:small", "--input=0,8"], "--input"),

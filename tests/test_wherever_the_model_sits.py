@@ -220,6 +220,24 @@ def test_torchs_own_encoder_keeps_its_scale_in_inference(norm_first: bool, scale
     assert type(model.layers[0]) is nn.TransformerEncoderLayer
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("scale", ["eval", "none"])
+def test_an_ablation_of_torchs_own_encoder(scale: Any) -> None:
+    """In inference it makes its input a nested tensor, without the padding."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+    model = settled(lambda: nn.TransformerEncoder(layer, 6)).eval()
+    padding = torch.zeros(3, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+    example: Any = {"src": vectors(3, 5, 8), "src_key_padding_mask": padding}
+    depth = sd.apply_stochastic_depth(model, 0.5, example_inputs=example, scale=scale)
+    with depth.fixed({"layers.2": False, "layers.5": False}):
+        expected = model(**example)
+        with torch.no_grad():
+            found = model(**example)
+    # The same operations with and without gradients, up to the order of sums in attention.
+    torch.testing.assert_close(found[~padding], expected[~padding], rtol=1e-5, atol=1e-5)
+
+
 def test_torchs_own_encoder_in_several_threads() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
     model = settled(lambda: nn.TransformerEncoder(layer, 6))

@@ -16,6 +16,7 @@ import dataclasses
 import importlib
 import inspect
 import json
+import logging
 import os
 import sys
 import textwrap
@@ -47,6 +48,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; 2 where something cannot be used, in one line."""
+    logging.getLogger("torch._subclasses").setLevel(logging.CRITICAL)  # it prints tracebacks
     try:
         options = _parser().parse_args(arguments)
         with contextlib.redirect_stdout(sys.stderr):  # what the model's own code prints
@@ -114,6 +116,7 @@ def _loaded(name: str, example: Tensor | None, timed: bool) -> tuple[nn.Module, 
         if source == "transformers":
             auto: Any = importlib.import_module("transformers")
             config = auto.AutoConfig.for_model(what)
+            config._experts_implementation = "batched_mm"  # which needs no values
             with torch.device("cpu" if timed else "meta"):  # some have billions of weights
                 return auto.AutoModel.from_config(config), example
         made: Any = getattr(importlib.import_module(source), what)()
@@ -154,12 +157,11 @@ def _estimate(
         except SelectionError:  # nothing is left
             raise error from None
     except ExampleInputsError as error:
-        if example is not None:
-            raise
         raise ExampleInputsError(
             error.arrived,
             expected="a model with an example of its own, or one of images",
-            instead="pass --input, or package.module:function that returns the model and a dict",
+            instead="pass an --input that fits, or package.module:function that returns the model "
+            "and a dict",
         ) from error
     return saving, refused
 

@@ -86,7 +86,9 @@ def _call_as(call: ModuleCall, role: Role, passage: Passage) -> Any:
     """Call the module in this role, as it was decided."""
     decision = passage.decision
     if not decision.kept[role.branch]:
-        if passage.gate.stands_in:
+        # torch's encoder makes its input a nested tensor in inference, which has no shape.
+        is_nested = any(isinstance(each, Tensor) and each.is_nested for each in call.args)
+        if passage.gate.stands_in and not is_nested:
             decision.setup.skip(call.module)
             return stand_in(call.gate, call.module, call.args, call.kwargs, role)
         return change_leaves(_call(call), role.ends, lambda leaf, number: torch.zeros_like(leaf))
