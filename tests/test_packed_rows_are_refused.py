@@ -180,8 +180,9 @@ def test_rows_that_meet_in_training_only(kind: type[nn.Module]) -> None:
     model = settled(lambda: Stacked(kind))
     with pytest.raises(
         sd.RefusedBlockError, match="in training it computes something else on some"
-    ):
+    ) as caught:
         sd.apply_stochastic_depth(model, 0.2, mode="sample", example_inputs=torch.arange(6))
+    assert caught.value.instead.startswith('pass mode="batch", or ')
 
 
 @pytest.mark.parametrize("ids", [[0, 0, 0, 0], [3, 3], [1, 2, 3, 4]])

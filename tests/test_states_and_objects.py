@@ -93,6 +93,30 @@ def test_a_state_that_none_was_given_for_is_refused(kind: type[nn.Module]) -> No
         closed(Stack(Recurrent, kind), torch.randn(4, 5, 8), [None] * 6)
 
 
+class Stateless(nn.Module):
+    """Its layers return states, which nobody looks at."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Recurrent(kind) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x, _ = layer(x, None)
+        return x
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_a_state_that_nobody_reads_is_no_reason(kind: type[nn.Module]) -> None:
+    model, x = Stateless(kind), torch.randn(4, 5, 8)
+    assert torch.equal(closed(model, x), x)
+    depth = sd.get_stochastic_depth(model)
+    assert [block.name for block in depth.blocks] == [f"layers.{n}" for n in range(6)]
+    with depth.fixed({f"layers.{n}": False for n in (1, 2, 3, 4)}):
+        first, last = model.layers[0], model.layers[5]
+        assert torch.equal(model(x), last(first(x, None)[0], None)[0])
+
+
 class Handle:
     """An object that nobody can look into."""
 

@@ -173,6 +173,8 @@ def refuse(
         instead = f"pass blocks={out if is_all else left!r} to leave {them} out"
     elif "(try " in told or '="none" works)' in told:
         instead = f"do what the reasons say, or {instead}"
+    if 'mode="sample": ' in told:  # in which more can go wrong
+        instead = f'pass mode="batch", or {instead}'
     error = RefusedBlockError(
         f"{told}{more}", expected="blocks that can be skipped exactly", instead=instead
     )

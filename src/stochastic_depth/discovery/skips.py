@@ -221,7 +221,9 @@ def keep_states(site: Site) -> str | None:
                     break
             else:
                 inside = [recording.calls[index] for index in call.inside]
-                if any(issubclass(c.kind, RECURRENT) and node in c.outputs for c in inside):
+                is_state = any(issubclass(c.kind, RECURRENT) and node in c.outputs for c in inside)
+                is_read = any(user >= site.call.end for user in recording.consumers[node])
+                if is_state and (is_read or node in recording.calls[0].outputs):
                     return call.module
         call.template = replace(call.template, leaves=tuple(leaves))
     return None
