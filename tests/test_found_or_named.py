@@ -374,6 +374,25 @@ def test_what_is_zero_for_some_weights_only_is_refused() -> None:
         sd.apply_stochastic_depth(model, 0.1, example_inputs=torch.randn(5, 8), scale="none")
 
 
+class Stacked(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x, self.branch(x), self.second(x)], dim=-1).sum(-1)
+
+
+def test_a_stack_that_is_summed_is_followed_without_a_word() -> None:
+    model, x = nn.Sequential(*(Stacked() for _ in range(4))), torch.randn(5, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        depth = sd.apply_stochastic_depth(model, 0.1, example_inputs=x, scale="none")
+    assert [len(block.branches) for block in depth.blocks] == [2, 2, 2, 2]
+    with depth.fixed({block.name: False for block in depth.blocks}):
+        assert torch.equal(model(x), x)
+
+
 class Frozen(nn.Module):
     """A matrix that is no parameter, as in a network of rounded weights."""
 

@@ -169,6 +169,34 @@ def test_a_kept_value_of_the_branch_warns() -> None:
         )
 
 
+class Writes(Plain):
+    """Puts its sum into a dict that it is given, and returns nothing."""
+
+    def forward(self, stream: Any) -> None:  # type: ignore[override]
+        stream["x"] = stream["x"] + self.branch(stream["x"])
+
+
+class ByWriting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Writes() for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = {"x": x}
+        for layer in self.layers:
+            layer(stream)
+        return stream["x"]
+
+
+def test_a_kept_sum_is_no_kept_branch() -> None:
+    """Warnings are errors here."""
+    model, x = ByWriting(), torch.randn(4, 8)
+    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=x, scale="none")
+    assert len(depth.blocks) == 6
+    with depth.fixed({block.name: False for block in depth.blocks}):
+        assert torch.equal(model(x), x)
+
+
 class Appends(Plain):
     """Puts its output into a list, or an object, that it is given."""
 

@@ -224,6 +224,8 @@ class Search:
         recording, branch = self.recording, path[-1]
         if recording.reaches(branch, skip):
             return None  # the branch has been added already
+        if branch in self._through and recording.nodes[branch].call == node.call:
+            return None  # a stream, which no branch makes
         root, path = self._without_other_streams(node, root, path)
         if not any(recording.nodes[index].meets_parameter for index in path):
             return None

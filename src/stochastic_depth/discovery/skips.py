@@ -237,7 +237,8 @@ def keeps_branch(site: Site) -> str | None:
         return [i for i in nodes[value].inputs if i >= site.call.start and i not in site.sums]
 
     for text, kept in site.effects:
-        if kept >= 0 and not site.path.isdisjoint(reached([kept], onwards)):
+        starts = {kept} - site.sums  # the sum itself is what is left of it without its branch
+        if kept >= 0 and not site.path.isdisjoint(reached(starts, onwards)):
             return text
     return None
 
@@ -269,6 +270,7 @@ def unknown_sum(site: Site, followed: Container[int]) -> str | None:
         for node in nodes[site.call.start : site.call.end]
         if node.op in MERGES or (node.kind is Kind.SUM and node.call == site.call.index)
         if node.index not in followed and node.index not in site.path
+        if node.op != "stack" or recording.consumers[node.index]  # one that is summed is a sum
     ]
     for index in recording.outside(merges, site.branch_calls):
         for one, other in permutations(recording.data_of(nodes[index]), 2):
