@@ -229,16 +229,16 @@ def _in_double(model: nn.Module, example: Any) -> tuple[nn.Module, Any]:
 
     Longformer's own gradients are NaN then.
     """
-    doubled = copy.deepcopy(model).double()
     given = tree_map(lambda x: x.double() if _is_floating(x) else x, example)
     try:
-        _, gradients = run(_without_batch_norm(doubled), given, dropout=False)
+        # Another copy: one that ran may keep a tensor of its graph, and cannot be copied.
+        tried = _without_batch_norm(copy.deepcopy(model).double())
+        _, gradients = run(tried, given, dropout=False)
     except RuntimeError:
         return copy.deepcopy(model), example
     if not all(bool(each.isfinite().all()) for each in gradients if each is not None):
         return copy.deepcopy(model), example
-    doubled.zero_grad()
-    return doubled.train(model.training), given
+    return copy.deepcopy(model).double(), given
 
 
 def _is_floating(value: Any) -> bool:
