@@ -293,3 +293,44 @@ def test_a_class_that_cannot_be_gated_leaves_all_others_plain() -> None:
         sd.apply_stochastic_depth(model, 0.1, example_inputs=torch.randn(4, 4))
     assert [type(module) for module in model] == classes
     assert not any("_stochastic_depth" in vars(module) for module in model.modules())
+
+
+class ClampedGru(nn.GRU):
+    """Writes to its weights in its forward, of which torch sees one operation alone."""
+
+    weight_hh_l0: Tensor
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:  # type: ignore[override]
+        with torch.no_grad():
+            self.weight_hh_l0.clamp_(-0.1, 0.1)
+        return super().forward(x, state)[0]
+
+
+def clamp_in_inference(module: nn.Module, args: Any) -> None:
+    if not module.training:
+        module.weight.data.clamp_(-0.1, 0.1)  # type: ignore[operator]
+
+
+def clamped_in_inference() -> nn.Module:
+    layer = nn.Linear(8, 8)
+    layer.register_forward_pre_hook(clamp_in_inference)
+    return nn.Sequential(layer, nn.Tanh(), nn.Linear(8, 8))
+
+
+class Adding(nn.Module):
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+@pytest.mark.filterwarnings("ignore:fold\\(\\) will not be able")
+@pytest.mark.parametrize("mode", ["batch", "sample"])
+@pytest.mark.parametrize("make", [lambda: ClampedGru(8, 8, batch_first=True), clamped_in_inference])
+def test_weights_that_are_written_to_unseen(make: Any, mode: Any) -> None:
+    model = nn.Sequential(*(Adding(make()) for _ in range(6)))
+    before = copy.deepcopy(model.state_dict())
+    sd.apply_stochastic_depth(model, 0.2, example_inputs=torch.randn(4, 5, 8), mode=mode)
+    assert all(map(torch.equal, before.values(), model.state_dict().values()))

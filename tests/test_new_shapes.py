@@ -193,3 +193,37 @@ def test_shapes_that_values_tell(kind: type[OfExperts], shape: tuple[int, ...]) 
             expected = layer.norm(expected)  # type: ignore[operator]
         assert torch.equal(found, expected)
     assert all(map(torch.equal, state.values(), model.state_dict().values()))
+
+
+class Averaged(nn.Module):
+    """Has a moving average, which no operation with a new tensor makes smaller."""
+
+    average: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("average", torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.average.mul_(0.5).add_(x.detach().abs().mean((0, 1)), alpha=0.5)
+        return self.linear(x / (self.average + 1)).tanh()
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch, self.norm = Averaged(), nn.LayerNorm(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x + self.branch(x))
+
+
+def test_buffers_stay_where_shapes_are_looked_up() -> None:
+    model = nn.Sequential(*(Normed() for _ in range(6)))
+    x = torch.randn(4, 5, 8)
+    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=x, scale="none")
+    with depth.fixed({block.name: False for block in depth.blocks}):
+        model(torch.randn(3, 5, 8))
+    assert all(bool((buffer == 1).all()) for buffer in model.buffers())

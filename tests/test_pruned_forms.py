@@ -85,9 +85,22 @@ class OfTuples(nn.Module):
         return x
 
 
-def test_layers_that_hand_out_tuples_are_taken_out_with_their_norms() -> None:
+class OfTheFirst(OfTuples):
+    """What stands in for a layer, and hands out no tuple, would be cut up without a word."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)[0]
+        return x
+
+
+@pytest.mark.parametrize("kind", [OfTuples, OfTheFirst])
+@pytest.mark.parametrize("shape", [(4, 8), (1, 1, 8), (2, 5, 8)])
+def test_layers_that_hand_out_tuples_are_taken_out_with_their_norms(
+    kind: type[OfTuples], shape: tuple[int, ...]
+) -> None:
     torch.manual_seed(0)
-    model, x = OfTuples().eval(), torch.randn(4, 8)
+    model, x = kind().eval(), torch.randn(shape)
     expected = model.layers[3](model.layers[0](x)[0])[0]
     pruned = sd.prune(model, 2, exact=False, example_inputs=x)
     assert [name for name, _ in pruned.named_children()] == ["layers"]

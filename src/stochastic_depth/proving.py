@@ -70,15 +70,15 @@ def prove(model: nn.Module, found: Discovery, plan: Plan, example: Arguments) ->
         reasons.update({**(found or together), **reasons})
         return None
 
-    is_meta, writes = is_unmaterialised(model), found.recording.writes_weights
+    is_meta = is_unmaterialised(model)
     try:
         for tried, inputs in _blocks(model, plan, example) if is_meta else [(model, example)]:
-            _at_each_call(tried, plan, inputs, mode, look, writes=writes)
+            _at_each_call(tried, plan, inputs, mode, look)
     except Exception as error:
         if plan.mode == "sample":
             raise cannot_tell(model, f"fails on more rows: {error}") from error
         reasons[name_of[0]] = f"with all blocks dropped the forward fails: {error}"
-    reasons = {**_out_of_reach(model, plan, example, writes=writes), **reasons}
+    reasons = {**_out_of_reach(model, plan, example), **reasons}
     if reasons:
         raise refuse(reasons, plan.blocks, found=found)
 
@@ -91,9 +91,7 @@ def _dropped(call: ModuleCall, units: Sequence[int]) -> tuple[Any, str]:
         return None, f"with it dropped the forward fails: {error}"
 
 
-def _out_of_reach(
-    model: nn.Module, plan: Plan, example: Arguments, *, writes: bool
-) -> dict[str, str]:
+def _out_of_reach(model: nn.Module, plan: Plan, example: Arguments) -> dict[str, str]:
     """The blocks that in inference run without the ends of their branches, which are scaled."""
     if plan.scale != "eval" or is_unmaterialised(model):
         return {}
@@ -104,7 +102,7 @@ def _out_of_reach(
         for name, module, _ in gates:
             note = partial(lambda name, *_: called.add(name), name)
             stack.callback(module.register_forward_hook(note).remove)
-        _at_each_call(model, plan, example, "eval", lambda call: None, writes=writes)
+        _at_each_call(model, plan, example, "eval", lambda call: None)
     return {
         owner.name: f'in inference it runs without "{name}", which scale="eval" multiplies there '
         '(scale="train" needs nothing in inference)'
@@ -127,30 +125,15 @@ def _blocks(model: nn.Module, plan: Plan, example: Arguments) -> Iterator[Called
             calls.setdefault(call.gate.name, []).append((call.args, call.kwargs))
 
     with without_values(model, example) as fake:
-        _at_each_call(model, plan, fake, "eval", note, writes=False)
+        _at_each_call(model, plan, fake, "eval", note)
     for name in sorted(calls):
         yield SingleBlock(model.get_submodule(name), calls[name], plan), ((), {})
 
 
 def _at_each_call(
-    model: nn.Module,
-    plan: Plan,
-    example: Arguments,
-    mode: Mode,
-    look: Callable[[ModuleCall], Any],
-    *,
-    writes: bool,
+    model: nn.Module, plan: Plan, example: Arguments, mode: Mode, look: Callable[[ModuleCall], Any]
 ) -> None:
-    """Call the model once and look at each call of a block, which is open unless that says else.
-
-    Args:
-        model: The model.
-        plan: What its gates share.
-        example: What to call it with.
-        mode: As it trains, or as in inference.
-        look: Looks at a call.
-        writes: Whether the forward writes to weights.
-    """
+    """Call the model once and look at each call of a block, which is open unless that says else."""
 
     def trial(call: ModuleCall) -> Any:
         running.trial = None
@@ -163,7 +146,7 @@ def _at_each_call(
         # Forced, so that no call goes the fast way.
         with plan.force({}), undisturbed(model, mode) as originals, torch.no_grad():
             args, kwargs = fresh(example)
-            with originals.noting(weights=writes):
+            with originals.noting():
                 model(*args, **kwargs)
     finally:
         running.trial = None

@@ -124,7 +124,7 @@ def prune(
         detach(model, plan)
         own_configs(model, undo)
         gone = {model.get_submodule(name): name for name in out}
-        _take_out(model, standing_in, outputs, None if norms_go else expected)
+        _take_out(model, standing_in, outputs, expected, is_exact=not norms_go)
         undo.pop_all()
     still = [(gone[module], name) for name, module in model.named_modules() if module in gone]
     if still:
@@ -306,7 +306,9 @@ def _take_out(
     model: nn.Module,
     standing_in: Mapping[str, PassThrough],
     outputs: Callable[[], Outputs],
-    expected: Outputs | None,
+    expected: Outputs,
+    *,
+    is_exact: bool,
 ) -> None:
     """Take the blocks out of their lists; where that comes to something else, have them stood in.
 
@@ -314,9 +316,11 @@ def _take_out(
         model: The model without gates.
         standing_in: What stands in for each of them.
         outputs: Calls it.
-        expected: What it has to return. None: what it does where they are stood in, if it runs
-            then.
+        expected: What it returns with them dropped.
+        is_exact: Whether it has to return that. Else tensors of these shapes, and what it does
+            where they are stood in, if it runs then.
     """
+    shapes = _shapes(expected)
 
     def attempt(lists: Set[str], wanted: Outputs | None, *, is_last: bool) -> Any:
         """What it returns with the blocks of these lists taken out, and what is wrong with that."""
@@ -326,6 +330,8 @@ def _take_out(
                 found = outputs()
             except Exception as error:
                 return None, f"fails: {type(error).__name__}: {error}"
+            if not _shapes(found) <= shapes:
+                return None, "returns something of another shape"
             # Of several lists each has to show by itself what it makes fewer of.
             alone = sizes if is_last or len(sizes) == 1 else []
             why = "" if wanted is None else _differs(found, wanted, alone)
@@ -334,13 +340,12 @@ def _take_out(
         return found, why
 
     lists = {name.rpartition(".")[0] for name in standing_in}
-    if expected is None:
-        expected, _ = attempt(set(), None, is_last=False)
-    _, why = attempt(lists, expected, is_last=False)
+    wanted = expected if is_exact else attempt(set(), None, is_last=False)[0]
+    _, why = attempt(lists, wanted, is_last=False)
     if why:
-        lists = {one for one in lists if not attempt({one}, expected, is_last=False)[1]}
+        lists = {one for one in lists if not attempt({one}, wanted, is_last=False)[1]}
     for chosen in (lists, set[str]()):
-        _, why = attempt(chosen, expected, is_last=True)
+        _, why = attempt(chosen, wanted, is_last=True)
         if not why:
             return
     raise RefusedBlockError(
@@ -349,6 +354,10 @@ def _take_out(
         "each by its name",
         instead="keep those with something of their own around them",
     )
+
+
+def _shapes(outputs: Outputs) -> set[torch.Size]:
+    return {tensor.shape for tensors, _ in outputs for tensor in tensors}
 
 
 def _differs(found: Outputs, expected: Outputs, sizes: list[tuple[int, int]]) -> str:

@@ -148,7 +148,6 @@ def record(model: nn.Module, example: Arguments, mode: Mode) -> Recording:
         stack.callback(watcher.note_functions())
         stack.enter_context(watcher)
         model(*args, **kwargs)
-    watcher.recording.writes_weights = originals.are_written
     return watcher.recording
 
 

@@ -21,6 +21,7 @@ from stochastic_depth.discovery.operations import (
     AFFINE,
     LOOK_UPS,
     NORMS,
+    PRODUCTS,
     SUMS,
     Kind,
     is_real_or_complex,
@@ -245,6 +246,7 @@ class Search:
                 or not self._is_own(node, block_call, path)
                 or self._are_alike(root, skip, branch)
                 or self._hands_out(block_call, path)
+                or self._is_product(path)
             ):
                 return None
             if block_call.parent is None and not any(
@@ -261,15 +263,16 @@ class Search:
     ) -> tuple[int, list[int]]:
         """A branch without what comes before the last sum of another stream that it reads.
 
-        Such a sum's own skip connection does not start from the root.
+        Such a sum's own skip connection does not start from the root, and it leaves the branch.
 
         Returns:
             What the rest starts from, and its values; none where it reads nothing else, and that
             was made outside of the call that takes the sum (attention, to which a bias is added).
         """
         nodes, made, streams = self.recording.nodes, {root}, {root}
+        inside = {*path, node.index}
         for index in path:
-            if self._through.get(index, root) not in made:
+            if self._through.get(index, root) not in made and self._leaves(node, index, inside):
                 streams.add(index)
             elif not made.isdisjoint(nodes[index].inputs):
                 made.add(index)
@@ -285,6 +288,15 @@ class Search:
             return root, rest
         last = max(streams)
         return last, rest if self.recording.calls[node.call].holds(last) else []
+
+    def _leaves(self, node: Node, value: int, inside: set[int]) -> bool:
+        """Whether a sum in a branch is handed out or read beside it; else it adds a condition."""
+        recording = self.recording
+        around = recording.enclosing(recording.nodes[value].call)
+        if any(value in call.outputs for call in around):
+            return True
+        users = reached(recording.consumers[value], recording.consumers.__getitem__)
+        return any(user < node.index and user not in inside for user in users)
 
     def _coupled(self, found: Addition) -> Addition | None:
         """The other sum of a coupling, which then is what the branch of this one starts from."""
@@ -320,6 +332,12 @@ class Search:
         return root in self._skips.from_value(branch) and any(
             value in self._through for value in behind_root
         )
+
+    def _is_product(self, path: Sequence[int]) -> bool:
+        """Whether a branch but multiplies what it makes of its input, as attention's scores do."""
+        nodes = [self.recording.nodes[index] for index in path]
+        several = any(n.kind in PRODUCTS and len(self.recording.data_of(n)) > 1 for n in nodes)
+        return several and all(node.kind in AFFINE | NORMS for node in nodes)
 
     def _hands_out(self, call: Call, path: Sequence[int]) -> bool:
         """Whether a residual sum of a branch is an output of the call: a stream beside this one."""

@@ -25,6 +25,7 @@ _CONTAINERS = frozenset((list, deque, set, dict, OrderedDict, defaultdict, Count
 _LOOKED_THROUGH = 1000  # entries of a container: more are numbers, most often
 _OF_THREADS = frozenset(("_thread", "threading", "_queue", "queue"))
 _OF_MODULES = frozenset(vars(nn.Module()))  # what torch keeps: see `tables_of`
+_FEW_BYTES = 2**28
 _PACKAGE = __name__.partition(".")[0]
 
 
@@ -41,12 +42,6 @@ class Originals:
         self._before = [(tensor, tensor.detach()) for tensor in plain]  # on the same memory
         self._storages = {memory_of(tensor): tensor.untyped_storage() for tensor in plain}
         self._copies: dict[int, torch.UntypedStorage] = {}
-        self._has_attributes = any(not isinstance(tensor, nn.Parameter) for tensor in plain)
-
-    @property
-    def are_written(self) -> bool:
-        """Whether one of them was."""
-        return bool(self._copies)
 
     def note(self, written: Sequence[Tensor]) -> None:
         """These are written to now."""
@@ -55,21 +50,28 @@ class Originals:
             if memory in self._storages and memory not in self._copies:
                 self._copies[memory] = self._storages[memory].clone()
 
-    def noting(self, *, weights: bool = True) -> AbstractContextManager[object]:
-        """A context in which all that is written is noted: every operation takes longer.
+    def noting(self) -> AbstractContextManager[object]:
+        """A context after which all that is written to in it is known.
 
-        Args:
-            weights: Whether weights may be written, too, and not attributes alone.
+        Few bytes are copied at once; else it looks at every operation, which then takes longer.
         """
-        return _Noting(self) if weights or self._has_attributes else nullcontext()
+        if sum(storage.nbytes() for storage in self._storages.values()) > _FEW_BYTES:
+            return _Noting(self)
+        self._copies = {m: storage.clone() for m, storage in self._storages.items()} | self._copies
+        return nullcontext()
 
     def restore(self) -> None:
         """Have them hold what they held before."""
         for memory, content in self._copies.items():
-            self._storages[memory].copy_(content)
+            if not torch.equal(_bytes(self._storages[memory]), _bytes(content)):
+                self._storages[memory].copy_(content)
         for tensor, before in self._before:
             if memory_of(tensor) != memory_of(before) or tensor.shape != before.shape:
                 tensor.data = before  # the forward has set `tensor.data`
+
+
+def _bytes(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 class _Noting(DispatchMode):

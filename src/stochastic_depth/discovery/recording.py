@@ -94,7 +94,6 @@ class Recording:
     nodes: list[Node] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     mode: Mode = "eval"  # how the model was watched
-    writes_weights: bool = False  # whether the forward writes to weights, or tensor attributes
     collectives: list[tuple[int, str, tuple[int, ...]]] = field(default_factory=list)
     """Where ranks talked to each other: behind which node, by which operation, and who."""
 

@@ -260,6 +260,8 @@ class Watcher(DispatchMode):
             calls[parent].children.append(call)
         self._open.append(Before(call, module, [*args, *kwargs.values()]))
         if self._recurrent is None and isinstance(module, RECURRENT):
+            if not kind.__module__.startswith("torch."):  # a class of one's own may write to them
+                self._originals.note([*module.parameters()])
             super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self._recurrent = call
 

@@ -98,8 +98,8 @@ def _template_of(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> Templ
 
 
 def _without_values(module: nn.Module, args: Any, kwargs: Any) -> Template:
-    # The counters of BatchNorm hold real numbers under fake tensors, too, and count.
-    counters = [(buffer, buffer.clone()) for buffer in module.buffers() if buffer.numel() == 1]
+    # Buffers hold real numbers under fake tensors, too, and what is done with them alone is done.
+    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers()]
     mode = fake_mode()
 
     def fake(value: Any) -> Any:
@@ -108,11 +108,14 @@ def _without_values(module: nn.Module, args: Any, kwargs: Any) -> Template:
     with without_modes(), torch.no_grad():
         args, kwargs = tree_map(fake, (args, kwargs))
     # A module may keep what it has computed: no fake must stay, which `put_back` sees to.
-    with put_back(module), without_modes(), mode, _full_parameters(module), torch.no_grad():
-        template = describe(module.forward(*args, **kwargs), args, kwargs)
-    for buffer, before in counters:
-        buffer.copy_(before)
-    return template
+    try:
+        with put_back(module), without_modes(), mode, _full_parameters(module), torch.no_grad():
+            return describe(module.forward(*args, **kwargs), args, kwargs)
+    finally:
+        with torch.no_grad():
+            for buffer, version, before in buffers:
+                if buffer._version != version:
+                    buffer.copy_(before)
 
 
 def _with_values(module: nn.Module, args: Any, kwargs: Any) -> Template:
