@@ -225,8 +225,8 @@ class Search:
         recording, branch = self.recording, path[-1]
         if recording.reaches(branch, skip):
             return None  # the branch has been added already
-        if branch in self._through and recording.nodes[branch].call == node.call:
-            return None  # a stream, which no branch makes
+        if recording.nodes[branch].call == node.call and root in self._stream_of(branch):
+            return None  # no branch, but the stream itself
         root, path = self._without_other_streams(node, root, path)
         if not any(recording.nodes[index].meets_parameter for index in path):
             return None
@@ -288,6 +288,12 @@ class Search:
             return root, rest
         last = max(streams)
         return last, rest if self.recording.calls[node.call].holds(last) else []
+
+    def _stream_of(self, value: int) -> Iterator[int]:
+        """What a residual sum is without its branch, and that without its own, if it is a sum."""
+        while value in self._through:
+            for before in self._moved(self._through[value]):
+                yield (value := before)
 
     def _leaves(self, node: Node, value: int, inside: set[int]) -> bool:
         """Whether a sum in a branch is handed out or read beside it; else it adds a condition."""
