@@ -131,7 +131,6 @@ def discover(recording: Recording, model: nn.Module) -> Discovery:
     sums = {addition.node for addition in additions}
     nesting = Counter(node for a in additions for node in a.path if node in sums)
     modules = dict(model.named_modules())
-    followed = {addition.node for addition in additions if has_modules(addition, modules)}
     sites: dict[str, list[Site]] = {}
     affine_too: dict[str, list[str]] = {}
     for affine in (False, True):
@@ -142,6 +141,15 @@ def discover(recording: Recording, model: nn.Module) -> Discovery:
                 calls.append(site)
             else:
                 affine_too.setdefault(site.name, []).extend(site.times)
+    placed = {a.node for calls in sites.values() for site in calls for a in site.additions}
+    followed = {
+        addition.node
+        for addition in additions
+        if has_modules(addition, modules)
+        # A skip around other blocks makes none; it may end in the forward of one all the same.
+        if addition.node in placed
+        or recording.nodes[addition.node].call == addition.block_call.index
+    }
     folding = Folding(recording, model)
     left_out: dict[str, str] = {}
     found: list[tuple[int, ResidualBlock]] = []  # with the place in the forward
