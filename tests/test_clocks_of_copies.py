@@ -88,6 +88,8 @@ def test_a_copy_that_is_trained_beside_its_original_waits_for_no_step_of_its_own
     model, x, _ = gated("pre-norm", schedule=sd.linear_warmup(10))
     twin = copy.deepcopy(model)
     train(twin, sgd(twin), x, range(6))
+    steps = [sd.get_stochastic_depth(each).state_dict()["step"] for each in (model, twin)]
+    assert steps == [0, 0]
 
 
 def test_a_copy_that_is_saved_beside_its_original_keeps_to_its_clock() -> None:

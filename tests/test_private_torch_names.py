@@ -104,12 +104,18 @@ def test_autocast_is_seen_for_any_device() -> None:
 
 
 def test_user_modes_do_not_see_what_is_hidden_from_them() -> None:
+    seen = []
+
     class Mode(tracing.DispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            raise AssertionError(f"saw {func}")
+            seen.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
 
-    with Mode(), tracing.without_modes():
+    with Mode():
         torch.ones(2)
+        with tracing.without_modes():
+            torch.zeros(2)
+    assert seen == ["ones"]
 
 
 def test_collectives_are_operations_that_tell_their_group() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any
 
@@ -122,22 +121,27 @@ class Pooled(nn.Module):
         return x + self.mlp(self.norm(x))
 
 
-@pytest.mark.parametrize("keep", [1, 0.5, ["layers.0"]])
-def test_a_branch_that_is_no_list_adds_nothing(keep: Any) -> None:
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [
+        (1, {"layers.0"}),
+        (2, {"layers.0", "mlp"}),
+        (0.5, {"layers.0", "mlp"}),
+        (["layers.0", "layers.3"], {"layers.0", "layers.3"}),
+    ],
+)
+def test_a_branch_that_is_no_list_adds_nothing(keep: Any, left: set[str]) -> None:
     torch.manual_seed(0)
     model, x = Pooled().eval(), torch.randn(4, 8)
     depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=x, scale="none")
-    twin = copy.deepcopy(model)
+    names = [block.name for block in depth.blocks]
+    assert names == [f"layers.{number}" for number in range(4)] + ["mlp"]
+    with depth.fixed({name: name in left for name in names}):
+        expected = model(x)
     pruned = depth.prune(keep)
-    left = {name for name, module in pruned.named_modules() if isinstance(module, Block)}
-    handle = sd.get_stochastic_depth(twin)
-    names = [block.name for block in handle.blocks]
-    kept = {1: [0], 0.5: [0, 4]}.get(keep if isinstance(keep, int | float) else 1, [0])
-    gone = [name for number, name in enumerate(names) if number not in kept]
-    if keep == 0.5:  # of five: two
-        assert left == {"layers.0"}
-    with handle.fixed(dict.fromkeys(gone, False)):
-        assert torch.equal(pruned(x), twin(x))
+    assert torch.equal(pruned(x), expected)
+    assert len(pruned.layers) == len(left - {"mlp"})  # type: ignore[arg-type]
+    assert isinstance(pruned.mlp, nn.Sequential) is ("mlp" in left)
 
 
 class Twice(nn.Module):

@@ -116,7 +116,8 @@ def _loaded(name: str, example: Tensor | None, timed: bool) -> tuple[nn.Module, 
         if source == "transformers":
             auto: Any = importlib.import_module("transformers")
             config = auto.AutoConfig.for_model(what)
-            config._experts_implementation = "batched_mm"  # which needs no values
+            if not timed:
+                config._experts_implementation = "batched_mm"  # which runs without values
             with torch.device("cpu" if timed else "meta"):  # some have billions of weights
                 return auto.AutoModel.from_config(config), example
         made: Any = getattr(importlib.import_module(source), what)()

@@ -8,7 +8,7 @@ its sum: it keeps the norm. The result is compared, bit for bit, with the same b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
@@ -262,11 +262,12 @@ class _Way:
             values: list[Any] = [*args, *kwargs.values()]
             values[0] = torch.randn_like(values[0]) * size
             named = dict(zip(kwargs, values[len(args) :], strict=True))
-            with suppress(Exception):  # whatever it does not take outside of its model
+            try:
                 leaves = tree_leaves(self._block(*values[: len(args)], **named))
-                if _same(leaves[place], behind(values[0])):
-                    continue
-            return False
+            except Exception:  # whatever it does not take outside of its model
+                return False
+            if not _same(leaves[place], behind(values[0])):
+                return False
         return True
 
 
@@ -322,7 +323,9 @@ def _take_out(
     """
     shapes = _shapes(expected)
 
-    def attempt(lists: Set[str], wanted: Outputs | None, *, is_last: bool) -> Any:
+    def attempt(
+        lists: Set[str], wanted: Outputs | None, *, keep: bool = True, each_is_tried: bool = False
+    ) -> tuple[Outputs | None, str]:
         """What it returns with the blocks of these lists taken out, and what is wrong with that."""
         with ExitStack() as undo:
             sizes = _replace(model, standing_in, undo, lists)
@@ -332,20 +335,21 @@ def _take_out(
                 return None, f"fails: {type(error).__name__}: {error}"
             if not _shapes(found) <= shapes:
                 return None, "returns something of another shape"
-            # Of several lists each has to show by itself what it makes fewer of.
-            alone = sizes if is_last or len(sizes) == 1 else []
-            why = "" if wanted is None else _differs(found, wanted, alone)
-            if is_last and not why:
+            # Which of several lists makes fewer of something shows where each is tried alone.
+            shown = sizes if each_is_tried or len(sizes) == 1 else []
+            why = "" if wanted is None else _differs(found, wanted, shown)
+            if keep and not why:
                 undo.pop_all()
         return found, why
 
     lists = {name.rpartition(".")[0] for name in standing_in}
-    wanted = expected if is_exact else attempt(set(), None, is_last=False)[0]
-    _, why = attempt(lists, wanted, is_last=False)
-    if why:
-        lists = {one for one in lists if not attempt({one}, wanted, is_last=False)[1]}
+    wanted = expected if is_exact else attempt(set(), None, keep=False)[0]
+    _, why = attempt(lists, wanted)
+    if not why:
+        return
+    lists = {one for one in lists if not attempt({one}, wanted, keep=False)[1]}
     for chosen in (lists, set[str]()):
-        _, why = attempt(chosen, wanted, is_last=True)
+        _, why = attempt(chosen, wanted, each_is_tried=True)
         if not why:
             return
     raise RefusedBlockError(

@@ -107,15 +107,15 @@ def watch(
         with switched_off(model):  # it would act as the model trains
             recording = watch_once(model, example)
     except Exception as error:
-        device = "the model's device"
+        instead = "pass example_inputs=... (a tensor, a tuple or a dict) as for training, on the "
+        instead += "model's device"
         if is_unmaterialised(model):
-            device += "; or build the model on one that computes: not all operations run on meta"
+            instead += "; or build the model on the CPU: not every operation runs on meta"
         raise ExampleInputsError(
             f"the forward of {type(model).__name__} failed on its example inputs{whose}: "
             f"{type(error).__name__}: {error}",
             expected="an example that the model takes",
-            instead=f"pass example_inputs=... (a tensor, a tuple or a dict) as for training, on "
-            f"{device}",
+            instead=instead,
         ) from error
     return discover(recording, model), example
 

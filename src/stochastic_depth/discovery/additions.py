@@ -261,13 +261,15 @@ class Search:
     def _without_other_streams(
         self, node: Node, root: int, path: list[int]
     ) -> tuple[int, list[int]]:
-        """A branch without what comes before the last sum of another stream that it reads.
+        """Cut a branch off where it reads the sum of another stream.
 
-        Such a sum's own skip connection does not start from the root, and it leaves the branch.
+        That is a residual sum whose skip connection does not start from the root, and which is
+        used outside of the branch as well. A condition that a branch adds is none.
 
         Returns:
-            What the rest starts from, and its values; none where it reads nothing else, and that
-            was made outside of the call that takes the sum (attention, to which a bias is added).
+            The root and the values of what is left of the branch. Where that does not start from
+            the root, it starts from the last such sum; and there are no values if another call
+            made that: then the root is a bias that is added to attention's scores, say.
         """
         nodes, made, streams = self.recording.nodes, {root}, {root}
         inside = {*path, node.index}
@@ -290,13 +292,13 @@ class Search:
         return last, rest if self.recording.calls[node.call].holds(last) else []
 
     def _stream_of(self, value: int) -> Iterator[int]:
-        """What a residual sum is without its branch, and that without its own, if it is a sum."""
+        """The values that a residual sum's skip connections lead back to, one after the other."""
         while value in self._through:
             for before in self._moved(self._through[value]):
                 yield (value := before)
 
     def _leaves(self, node: Node, value: int, inside: set[int]) -> bool:
-        """Whether a sum in a branch is handed out or read beside it; else it adds a condition."""
+        """Whether a sum in a branch is an output of a call, or read outside of the branch."""
         recording = self.recording
         around = recording.enclosing(recording.nodes[value].call)
         if any(value in call.outputs for call in around):
@@ -340,7 +342,7 @@ class Search:
         )
 
     def _is_product(self, path: Sequence[int]) -> bool:
-        """Whether a branch but multiplies what it makes of its input, as attention's scores do."""
+        """Whether a branch is a product of affine functions of its input: attention's scores."""
         nodes = [self.recording.nodes[index] for index in path]
         several = any(n.kind in PRODUCTS and len(self.recording.data_of(n)) > 1 for n in nodes)
         return several and all(node.kind in AFFINE | NORMS for node in nodes)

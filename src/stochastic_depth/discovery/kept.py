@@ -25,7 +25,7 @@ _CONTAINERS = frozenset((list, deque, set, dict, OrderedDict, defaultdict, Count
 _LOOKED_THROUGH = 1000  # entries of a container: more are numbers, most often
 _OF_THREADS = frozenset(("_thread", "threading", "_queue", "queue"))
 _OF_MODULES = frozenset(vars(nn.Module()))  # what torch keeps: see `tables_of`
-_FEW_BYTES = 2**28
+_FEW_BYTES = 2**28  # of weights: to copy them takes less than to look at every operation
 _PACKAGE = __name__.partition(".")[0]
 
 
@@ -51,9 +51,9 @@ class Originals:
                 self._copies[memory] = self._storages[memory].clone()
 
     def noting(self) -> AbstractContextManager[object]:
-        """A context after which all that is written to in it is known.
+        """A context in which whatever is written to is noted before.
 
-        Few bytes are copied at once; else it looks at every operation, which then takes longer.
+        Small models are copied whole; for a large one every operation is looked at.
         """
         if sum(storage.nbytes() for storage in self._storages.values()) > _FEW_BYTES:
             return _Noting(self)

@@ -87,8 +87,8 @@ def _call_as(call: ModuleCall, role: Role, passage: Passage) -> Any:
     decision = passage.decision
     if not decision.kept[role.branch]:
         # torch's encoder makes its input a nested tensor in inference, which has no shape.
-        each = (*call.args, *call.kwargs.values())
-        is_nested = any(isinstance(one, Tensor) and one.is_nested for one in each)
+        values = (*call.args, *call.kwargs.values())
+        is_nested = any(isinstance(value, Tensor) and value.is_nested for value in values)
         if passage.gate.stands_in and not is_nested:
             decision.setup.skip(call.module)
             return stand_in(call.gate, call.module, call.args, call.kwargs, role)

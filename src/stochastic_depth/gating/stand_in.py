@@ -98,7 +98,8 @@ def _template_of(gate: Gate, module: nn.Module, args: Any, kwargs: Any) -> Templ
 
 
 def _without_values(module: nn.Module, args: Any, kwargs: Any) -> Template:
-    # Buffers hold real numbers under fake tensors, too, and what is done with them alone is done.
+    """By a run under fake tensors."""
+    # Buffers are real there as well: an operation on buffers alone changes them.
     buffers = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers()]
     mode = fake_mode()
 
@@ -119,6 +120,7 @@ def _without_values(module: nn.Module, args: Any, kwargs: Any) -> Template:
 
 
 def _with_values(module: nn.Module, args: Any, kwargs: Any) -> Template:
+    """By a run that leaves no trace."""
     args, kwargs = fresh((args, kwargs), torch.Tensor.detach)
     with undisturbed(module) as originals, originals.noting(), torch.no_grad():
         return describe(module.forward(*args, **kwargs), args, kwargs)
