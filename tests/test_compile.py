@@ -178,6 +178,16 @@ def test_a_factor_that_depends_on_the_call_has_no_graph() -> None:
     assert_trains_alike(model, eager, depth, x)
 
 
+def test_a_block_that_the_user_compiled_stays_as_it_is() -> None:
+    model = settled(lambda: nn.Sequential(*(Residual() for _ in range(6))))
+    model[2].compile(backend="aot_eager")
+    x = vectors(4, WIDTH)
+    eager, depth = gated(model, x)
+    with pytest.warns(sd.StochasticDepthWarning, match=r'1 of 6 blocks \("2": it was compiled on'):
+        depth.compile("aot_eager")
+    assert_trains_alike(model, eager, depth, x)
+
+
 def test_no_block_that_can_be_compiled_is_an_error() -> None:
     model, x = make("explicit")
     _, depth = gated(model, x, scale="none")

@@ -363,3 +363,15 @@ def test_a_resnet_checkpoint_is_read_by_code_that_knows_nothing(tmp_path: Any) -
     plain = ResNet()
     plain.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
     torch.testing.assert_close(plain.eval()(x), model.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+@oldest
+def test_weights_that_a_module_shares_which_is_not_called() -> None:
+    model: Any = settled(lambda: nn.Sequential(*residuals(6)))
+    model[2].idle = nn.Linear(WIDTH, WIDTH)
+    model[2].idle.weight = model[4].linear.weight
+    x = vectors(2, WIDTH)
+    with pytest.warns(sd.StochasticDepthWarning, match=CANNOT_FOLD) as caught:
+        depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=x)
+    assert "4.linear shares a weight with 2.idle, which was not called" in str(caught[0].message)
+    refused_unchanged(model, depth, '"4:0"', "which was not called")

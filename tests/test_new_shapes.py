@@ -11,6 +11,7 @@ from torch import nn
 import stochastic_depth as sd
 from comparing import assert_identical_gradients
 from networks import ResNet
+from stochastic_depth.gating import stand_in
 
 pytestmark = pytest.mark.oldest
 
@@ -227,3 +228,39 @@ def test_buffers_stay_where_shapes_are_looked_up() -> None:
     with depth.fixed({block.name: False for block in depth.blocks}):
         model(torch.randn(3, 5, 8))
     assert all(bool((buffer == 1).all()) for buffer in model.buffers())
+
+
+def test_shapes_beyond_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first ones came to is forgotten, and found anew."""
+    monkeypatch.setattr(stand_in, "_KEPT", 4)
+    model = nn.Sequential(*(Normed() for _ in range(6)))
+    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=torch.randn(4, 5, 8), scale="none")
+    with depth.fixed({block.name: False for block in depth.blocks}):
+        for length in [*range(1, 9), 1, 2]:
+            x = expected = torch.randn(1, length, 8)
+            for block in model:
+                expected = block.norm(expected)  # type: ignore[operator]
+            assert torch.equal(model(x), expected)
+
+
+class Around(nn.Module):
+    """Has a connection of its own inside of its branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = sd.Residual(Averaged()), Averaged()
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x + self.outer(self.inner(x)))
+
+
+def test_connections_inside_of_the_branch() -> None:
+    model = nn.Sequential(*(Around() for _ in range(6)))
+    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=torch.randn(4, 5, 8), scale="none")
+    x = expected = torch.randn(3, 5, 8)
+    for block in model:
+        expected = block.norm(expected)  # type: ignore[operator]
+    with depth.fixed({block.name: False for block in depth.blocks}):
+        assert torch.equal(model(x), expected)
+    assert all(gate.calls <= 1 for gate in depth._plan.gates)  # none by the look-up

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -183,3 +184,41 @@ def test_a_layer_that_cannot_be_tried_is_refused() -> None:
     with pytest.raises(sd.RefusedBlockError, match=r'block "layers\.1" cannot be taken out'):
         sd.prune(model, ["layers.0"], example_inputs=torch.randn(4, 8))
     assert list(model.modules()) == before
+
+
+@dataclass
+class Output:
+    last: Tensor
+    layers: int
+
+
+class OfAClass(nn.Module):
+    """Returns an object of a class of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(Block() for _ in range(6)))
+
+    def forward(self, x: Tensor) -> Output:
+        return Output(self.layers(x), len(self.layers))
+
+
+def test_outputs_in_a_dataclass() -> None:
+    model, x = OfAClass(), torch.randn(4, 8)
+    left = [model.layers[number] for number in (0, 5)]
+    pruned: Any = sd.prune(model, 2, example_inputs=x)
+    assert [*pruned.layers] == left
+    assert torch.equal(pruned(x).last, left[1](left[0](x)))
+    assert pruned(x).layers == 2
+
+
+def test_blocks_that_were_compiled() -> None:
+    model, x = nn.Sequential(*(Block() for _ in range(6))), torch.randn(4, 8)
+    left = [model[number] for number in (0, 5)]
+    for block in model:
+        block.compile(backend="eager")
+    pruned: Any = sd.prune(model, 2, example_inputs=x)
+    assert [*pruned] == left
+    assert all(block._compiled_call_impl is not None for block in pruned)
+    with torch.no_grad():
+        assert torch.equal(pruned(x), left[1].forward(left[0].forward(x)))

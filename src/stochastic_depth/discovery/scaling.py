@@ -212,7 +212,10 @@ class Folding:
             holders = self._holders[self._parameters[name]]
             idle = [holder for holder in holders if holder not in self.recording.calls_of]
             if idle and len(holders) > 1:
-                return Fold(obstacle=f"{name} is shared with {idle[-1]}, which was not called")
+                user = next((holder for holder in holders if holder not in idle), name)
+                return Fold(
+                    obstacle=f"{user} shares a weight with {idle[-1]}, which was not called"
+                )
             for use in sorted(self._uses[name] - inside):
                 return Fold(obstacle=f"{name} is shared with {self.recording.module_at(use)}")
         return Fold(tuple(names))
