@@ -8,7 +8,7 @@ from typing import Any
 
 from figures_text import machine, read
 
-NAMES = {"resnet56": "ResNet-56", "resnet110": "ResNet-110", "vit": "ViT, 12 layers of 96"}
+NAMES = {"resnet56": "ResNet-56", "resnet110": "ResNet-110", "vit": "ViT, 12 layers of 64"}
 ENOUGH = 2  # seeds, to say how sure a mean is
 
 
@@ -38,8 +38,8 @@ def errors() -> str:
             )
     return (
         "\n".join(lines) + f"\n\n{_epochs(epochs)} of CIFAR-10, {settings['pixels']} pixels, "
-        f"batch {settings['batch']}, bfloat16; drop rate {settings['drop_rate']} linear "
-        "(the ViT's: 0.2); augmented: on random crops, half of them mirrored. Means over the "
+        f"batch {settings['batch']}, bfloat16; drop rate {settings['drop_rate']} linear (the ViT: "
+        "float32, 0.2); augmented: on random crops, half of them mirrored. Means over the "
         "seeds with their standard error, at the end of the training, on 10,000 test images; the "
         "time is a core's. A run that is not at its end says nothing yet "
         f"(`python benchmarks/errors.py`; {machine(content)}).\n"

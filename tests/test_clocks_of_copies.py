@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -127,3 +128,12 @@ def test_a_long_chain_of_copies_goes_on() -> None:
     again = pickle.loads(pickle.dumps(model))
     assert sd.get_stochastic_depth(again).state_dict()["step"] == 3
     assert first is not model
+
+
+def test_a_copy_whose_original_is_gone_waits_for_steps() -> None:
+    model, x, _ = gated("pre-norm", schedule=sd.linear_warmup(10))
+    twin = copy.deepcopy(copy.deepcopy(model))
+    del model, _
+    gc.collect()
+    with pytest.warns(sd.StochasticDepthWarning, match="stands at step 0"):
+        train(twin, sgd(twin), x, range(6))

@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import stochastic_depth as sd
 from comparing import every_model_and_unit, run
@@ -375,3 +376,17 @@ def test_weights_that_a_module_shares_which_is_not_called() -> None:
         depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=x)
     assert "4.linear shares a weight with 2.idle, which was not called" in str(caught[0].message)
     refused_unchanged(model, depth, '"4:0"', "which was not called")
+
+
+@oldest
+@pytest.mark.parametrize("change", [
+    lambda layer: nn.utils.parametrizations.weight_norm(layer),
+    lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+])  # fmt: skip
+def test_weights_that_were_parametrized_after_apply(change: Any) -> None:
+    model: Any = settled(lambda: nn.Sequential(*residuals(6)))
+    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=vectors(2, WIDTH))
+    change(model[4].linear)
+    for fold in (depth.folded_state_dict, depth.fold, lambda: depth.prune(3)):
+        with pytest.raises(sd.RefusedBlockError, match=r"cannot be folded: .weight. is not an nn"):
+            fold()

@@ -348,6 +348,34 @@ def test_parameters_that_the_optimizer_gets_later(tmp_path: Path) -> None:
     assert ours.depth.state_dict()["step"] == STEPS
 
 
+def test_of_several_optimizers_that_of_the_blocks_counts(tmp_path: Path) -> None:
+    """Of a GAN the module's forward is the generator's; the discriminator steps twice as often."""
+
+    class Gan(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.critic, self.automatic_optimization = nn.Linear(3, 1), False
+
+        def configure_optimizers(self) -> Any:
+            made = super().configure_optimizers()
+            return [torch.optim.SGD(self.critic.parameters(), lr=self.lr), made]
+
+        def training_step(self, images: list[Tensor], index: int) -> Any:
+            optimizers: Any = self.optimizers()
+            critic, made = optimizers
+            for _ in range(2):
+                critic.zero_grad()
+                self.critic(images[0].mean((2, 3))).mean().backward()
+                critic.step()
+            made.zero_grad()
+            self(images[0]).square().mean().backward()
+            made.step()
+
+    ours = callback(module=None, fold=False)
+    trainer(tmp_path, ours, max_steps=-1, max_epochs=1).fit(Gan(), images())
+    assert ours.depth.state_dict()["step"] == EPOCH
+
+
 def test_what_is_saved_behind_a_fit_goes_on_unfolded(tmp_path: Path) -> None:
     fit = trainer(tmp_path, callback(), max_steps=6)
     module = Net()

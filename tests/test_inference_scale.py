@@ -376,3 +376,14 @@ def test_a_branch_that_ends_otherwise_in_inference_is_refused() -> None:
     expected = depth.remove().eval()(x)
     sd.apply_stochastic_depth(model, 0.2, example_inputs=x, scale="train")
     assert torch.equal(model.eval()(x), expected)
+
+
+def test_copies_are_disabled_with_their_original() -> None:
+    plain, model, x, depth = gated("resnet")
+    average = AveragedModel(model)
+    loader = [batch(x, number) for number in range(4)]
+    with depth.disabled():
+        update_bn(loader, average)
+    update_bn(loader, ResNetTwin(plain, survival(depth)))
+    for mine, its in zip(average.module.buffers(), plain.buffers(), strict=True):
+        assert torch.equal(mine, its)

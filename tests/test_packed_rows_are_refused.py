@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -210,3 +211,54 @@ def test_a_coin_of_a_blocks_own_is_not_taken_for_rows_that_meet() -> None:
         options: Any = {"mode": "sample", "example_inputs": torch.arange(6)}
         depth = sd.apply_stochastic_depth(model, 0.2, **options)
         assert str(depth).count("runs on the kept rows") == len(depth.blocks) > 0
+
+
+class Masked(nn.Module):
+    """Attention under a mask that may be of all examples together, or of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        return x + self.out((q @ k.mT + mask).softmax(-1) @ v)
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Masked() for _ in range(6))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, mask)
+        return x
+
+
+CAUSAL = torch.full((5, 5), -1e9).triu(1)
+
+
+@pytest.mark.parametrize("batch", [2, 3, 7])
+@pytest.mark.parametrize("watched", [CAUSAL, CAUSAL[None]])
+def test_a_mask_for_each_example_where_all_had_one(watched: Tensor, batch: int) -> None:
+    model: Any = settled(Attending).train()
+    x = torch.randn(8, 5, WIDTH)
+    sd.apply_stochastic_depth(model, 0.5, "uniform", mode="sample", example_inputs=(x, watched))
+    model(torch.randn(batch, 5, WIDTH), watched)
+    says = (
+        rf'"blocks\.0" is called with \({batch}, 5, 5\) as "mask".*with the mask for each example'
+    )
+    with pytest.raises(sd.ChangedModelError, match=says):
+        model(torch.randn(batch, 5, WIDTH), CAUSAL.repeat(batch, 1, 1))
+
+
+def test_a_mask_of_all_examples_where_each_had_one() -> None:
+    model: Any = settled(Attending).train()
+    x, mask = torch.randn(8, 5, WIDTH), CAUSAL.repeat(8, 1, 1)
+    sd.apply_stochastic_depth(model, 0.5, "uniform", mode="sample", example_inputs=(x, mask))
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(model(x, CAUSAL[None]), twin(x, mask))
+    with pytest.raises(sd.ChangedModelError, match="with the rows of 5 and 8 examples"):
+        model(x, CAUSAL)

@@ -511,3 +511,29 @@ def test_it_exports(name: str, tmp_path: Path) -> None:
     (found,) = reference.ReferenceEvaluator(str(file)).run(None, {"x": x.numpy()})
     # Another library's kernels sum in another order.
     assert torch.allclose(torch.from_numpy(found.copy()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sparse_matrix_among_the_inputs() -> None:
+    class Convolved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+        def forward(self, x: Tensor, matrix: Tensor) -> Tensor:
+            return x + torch.sparse.mm(matrix, self.linear(self.norm(x)).relu())
+
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Convolved() for _ in range(6))
+
+        def forward(self, x: Tensor, matrix: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x, matrix)
+            return x
+
+    x, matrix = torch.randn(30, 8), torch.eye(30).roll(1, 0).to_sparse()
+    model = Graph()
+    first, last = model.blocks[0], model.blocks[5]
+    pruned = sd.prune(model, 2, example_inputs=(x, matrix))
+    assert torch.equal(pruned(x, matrix), last(first(x, matrix), matrix))

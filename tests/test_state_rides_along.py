@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
@@ -297,3 +298,74 @@ def test_fused_sgd_begins_a_momentum_late(nesterov: bool) -> None:
         found.append(run.model.state_dict())
     # Fused kernels take other roundings than sums over lists.
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+class Renamed(torch.optim.SGD):
+    """Whose step calls that of its base: torch runs the hooks of both."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+class Twice(Renamed):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+@oldest
+@pytest.mark.parametrize("kind", [Renamed, Twice])
+def test_a_step_that_calls_its_bases_counts_once(kind: Any) -> None:
+    torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1)  # from here on its steps run hooks
+    Renamed(nn.Linear(1, 1).parameters(), 0.1)
+    run = Run(lambda parameters: kind(parameters, 0.1))
+    run.steps(3)
+    assert run.depth.state_dict()["step"] == 3
+    with pytest.raises(ValueError, match="broken off"):
+        run.optimizer.step(broken_off)
+    run.steps(2)
+    assert run.depth.state_dict()["step"] == 5
+
+
+def broken_off() -> Any:
+    raise ValueError("broken off")
+
+
+@oldest
+def test_an_optimizer_that_was_loaded_before_it_is_followed_is_warned_of() -> None:
+    first = Run()
+    first.steps(3)
+    saved = first.saved()
+    model = network()
+    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=images())
+    optimizer = momentum(model.parameters())
+    optimizer.load_state_dict(saved["optimizer"])
+    depth.follow(optimizer)
+    train(model)
+    with pytest.warns(sd.StochasticDepthWarning, match="Follow an optimizer before its state is"):
+        optimizer.step()
+
+
+@oldest
+def test_an_optimizer_of_other_parts_is_warned_of() -> None:
+    model: Any = nn.ModuleDict({"net": network(), "other": nn.Linear(4, 4)})
+    depth = sd.apply_stochastic_depth(model["net"], 0.2, example_inputs=images())
+    with pytest.warns(sd.StochasticDepthWarning, match="holds no parameter of the blocks"):
+        depth.follow(momentum(model["other"].parameters()))
+    depth.follow(momentum(model.parameters()))
+    for parameter in model["net"].parameters():
+        parameter.requires_grad_(False)  # then any tells
+    model["net"].more = nn.Linear(4, 4)
+    depth.follow(momentum(model["net"].more.parameters()))
+
+
+@oldest
+def test_what_takes_no_hooks_is_refused() -> None:
+    class Wrapped(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optim = optimizer  # as torch's PostLocalSGDOptimizer
+
+    run = Run()
+    with pytest.raises(sd.OptionError, match=r"follow\(\) got a Wrapped.*pass the optimizer, or"):
+        run.depth.follow(Wrapped(run.optimizer))

@@ -258,3 +258,14 @@ def test_looking_between_two_steps_changes_nothing() -> None:
         if step % 5 == 0:
             depth.step()  # without a forward
             twin.check()
+
+
+def test_blocks_in_eval_mode_run() -> None:
+    """As frozen ones do in fine-tuning."""
+    model, x, depth = gated("pre-norm", 0.0)
+    for layer in model.layers[:2]:
+        layer.eval()
+    model(x)
+    shown = depth.metrics()
+    assert shown["stochastic_depth/blocks_run"] == len(depth.blocks)
+    assert shown["stochastic_depth/skipped"] == 0.0

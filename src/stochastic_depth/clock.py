@@ -64,7 +64,7 @@ class Clock:
         version = sum(p._version for p in trained)
         self._changes += self._seen is not None and self._seen[1] != version
         self._seen = gate, version
-        if self._changes >= _PATIENCE and self._leader is None:
+        if self._changes >= _PATIENCE and not self._is_led():
             self._warned = True
             warn(
                 f'the parameters of "{gate}" changed {_PATIENCE} times while stochastic '
@@ -72,6 +72,13 @@ class Clock:
                 "depth.follow(optimizer), or for depth.step() after each optimizer step"
             )
         return True
+
+    def _is_led(self) -> bool:
+        """Whether a model that this one is a copy of is still there."""
+        leader = self._leader
+        while leader is not None and leader.owner() is None:
+            leader = leader._leader
+        return leader is not None
 
     def __getstate__(self) -> dict[str, Any]:
         leaders: list[Clock] = []

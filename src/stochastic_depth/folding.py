@@ -71,7 +71,10 @@ def scaled_parameters(model: nn.Module, plan: Plan) -> dict[Tensor, Tensor]:
         RefusedBlockError: A branch has none that could, or the result is not finite.
     """
     factors = {name: by for name, by in _fold_factors(plan).items() if by != 1.0}
-    parameters = {name: model.get_parameter(name) for name in factors}
+    try:
+        parameters = {name: model.get_parameter(name) for name in factors}
+    except AttributeError as error:  # it got a parametrization, or is pruned
+        raise _refused(f"the inference scale cannot be folded: {error.args[0]} any more") from error
     return {p: _scaled(name, p, factors[name]) for name, p in parameters.items()}
 
 

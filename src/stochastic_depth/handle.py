@@ -19,7 +19,7 @@ from stochastic_depth.discovery.undisturbed import Arguments
 from stochastic_depth.distributions import Distribution, DropRate, resolve_rates
 from stochastic_depth.draw import check_choice
 from stochastic_depth.errors import ChangedModelError, OptionError, SelectionError, nearest, warn
-from stochastic_depth.following import Following
+from stochastic_depth.following import Following, followed_parameters
 from stochastic_depth.gating.attach import detach, gated_modules
 from stochastic_depth.gating.compiled import compile_blocks
 from stochastic_depth.gating.gate import KEY, Gate
@@ -80,15 +80,16 @@ class StochasticDepth:
         for name in ("optimizer", "_base_optimizer"):  # the latter is that of timm's Lookahead
             while isinstance(inner := getattr(optimizer, name, None), Optimizer):
                 optimizer = inner
-        if not isinstance(optimizer, Optimizer):
+        # Some call themselves one and take no hooks (PostLocalSGDOptimizer).
+        if getattr(optimizer, "defaults", None) is None or not isinstance(optimizer, Optimizer):
             raise OptionError(
                 f"follow() got a {type(optimizer).__name__}",
                 expected="a torch.optim.Optimizer",
                 instead="pass the optimizer, or call depth.step() after each of its steps",
             )
-        parameters = set(self.model.parameters())
+        parameters = followed_parameters(self.model, self._plan)
         if parameters.isdisjoint(p for group in optimizer.param_groups for p in group["params"]):
-            warn("the optimizer that is followed holds no parameter of the model")
+            warn("the optimizer that is followed holds no parameter of the blocks")
         plan, handle = self._plan, weakref.ref(self)
         if plan.following is not None:
             plan.following.remove()
@@ -163,7 +164,7 @@ class StochasticDepth:
             yield
 
     def disabled(self) -> AbstractContextManager[None]:
-        """Every branch runs at its inference scale, in train mode too (`update_bn`)."""
+        """Every branch runs at its inference scale, in train mode and in copies (`update_bn`)."""
         return self._plan.force(None, disabled=True)
 
     def metrics(self) -> dict[str, float]:

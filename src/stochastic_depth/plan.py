@@ -342,14 +342,19 @@ class Plan:
     @contextmanager
     def force(self, fixed: Mapping[str, Any] | None, *, disabled: bool = False) -> Iterator[None]:
         """Force gates in this thread, on top of what is forced already."""
-        before = self.forced
-        self._thread.forced = before[0] if fixed is None else fixed, before[1] or disabled
-        self.forcing += 1
+        clocks = self.clock.with_followers() if disabled else [self.clock]  # an average's, too
+        plans: list[Plan] = [plan for clock in clocks if (plan := clock.owner())]
+        before = [plan.forced for plan in plans]
+        for plan in plans:
+            chosen, off = plan.forced
+            plan._thread.forced = chosen if fixed is None else fixed, off or disabled
+            plan.forcing += 1
         try:
             yield
         finally:
-            self._thread.forced = before
-            self.forcing -= 1
+            for plan, forced in zip(plans, before, strict=True):
+                plan._thread.forced = forced
+                plan.forcing -= 1
 
     # Copies.
 

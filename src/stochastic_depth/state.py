@@ -146,7 +146,8 @@ def metrics(plan: Plan) -> dict[str, float]:
             share = kept if isinstance(kept, bool) else len(kept) / (gate.last_batch or 1)
             shares.setdefault(plan.block_of[unit], []).append(float(share))
     if shares:
-        run = sum(sum(of_block) / len(of_block) for of_block in shares.values())
+        # A block that was not drawn for, as it is in eval mode, runs.
+        run = len(blocks) - sum(1.0 - sum(each) / len(each) for each in shares.values())
         found["stochastic_depth/blocks_run"] = run
         found["stochastic_depth/skipped"] = 1.0 - run / len(blocks)
     return found

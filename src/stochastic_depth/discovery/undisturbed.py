@@ -154,7 +154,8 @@ def telling(example: Arguments) -> Arguments:
     level, say, may not be negative.
     """
     leaves, spec = tree_flatten(example)
-    floats = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    dense = [x for x in leaves if isinstance(x, Tensor) and x.layout is torch.strided]
+    floats = [leaf for leaf in dense if leaf.is_floating_point()]
     main = max(floats, key=lambda leaf: leaf.numel(), default=None)
     if main is None or main.is_meta or main.numel() < 2 or bool((main != main.flatten()[0]).any()):
         return example

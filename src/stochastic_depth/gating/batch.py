@@ -6,6 +6,7 @@ take these rows of whatever comes from outside of the branch, its last ones put 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,6 +123,7 @@ class BatchDims:
         name: The block's.
         positional: The names of its forward's parameters.
         writes: Whether it changes an argument in place, which a part of a split must not be.
+        forms: A block's: the shapes of the leaves of its arguments, in its watched calls.
     """
 
     inputs: Mapping[Argument, tuple[int, int]] = field(default_factory=dict)
@@ -130,6 +132,7 @@ class BatchDims:
     name: str = ""
     positional: tuple[str, ...] = ()
     writes: bool = False
+    forms: Mapping[Argument, set[torch.Size]] = field(default_factory=dict)
 
     def __or__(self, other: BatchDims) -> BatchDims:
         """Of a call that is a part of two branches."""
@@ -163,7 +166,27 @@ class BatchDims:
                 instead="pass example_inputs as in the training (with the mask, say), or "
                 'mode="batch"',
             )
-        return int(sizes.pop())
+        size = int(sizes.pop())
+        for place, leaf in placed_leaves(args, kwargs, self.positional) if size > 1 else ():
+            if isinstance(leaf, Tensor) and not self._is_known(place, leaf, size):
+                before = tuple(next(iter(self.forms[place])))
+                raise ChangedModelError(
+                    f'"{self.name}" is called with {tuple(leaf.shape)} as "{place.place}", where '
+                    f"it was watched with {before}: nothing says whether that holds the batch",
+                    expected="the arguments that it was watched with",
+                    instead="pass example_inputs as in the training (with the mask for each "
+                    'example, say), or mode="batch"',
+                )
+        return size
+
+    def _is_known(self, place: Argument, leaf: Tensor, size: int) -> bool:
+        """Whether as many dimensions as when it was watched, and none has become the batch."""
+        forms = self.forms.get(place)
+        return not forms or any(
+            len(form) == leaf.ndim
+            and (place in self.inputs or (1, size) not in zip(form, leaf.shape, strict=True))
+            for form in forms
+        )
 
     def take(self, rows: Rows, args: Any, kwargs: Any) -> tuple[Any, Any, dict[Argument, Any]]:
         """The arguments for the kept rows, and for each leaf what puts the others back.
@@ -203,16 +226,20 @@ def of_block(
     """Of a block, from its watched calls and what it returns when dropped."""
     inputs: dict[Argument, tuple[int, int]] = {}
     outputs: dict[int, int] = {}
+    forms: dict[Argument, set[torch.Size]] = defaultdict(set)
     for call in calls:
         inputs |= batches.inputs(call, positional)
         outputs |= batches.dims(call.outputs)
+        for (place, leaf), shape in zip(call.places, call.shapes, strict=True):
+            if shape is not None:
+                forms[Argument(named(place, positional), leaf)].add(shape)
     handed_on = {
         number: Argument(named(leaf.place, positional), leaf.leaf)
         for number, leaf in enumerate(whole.leaves if whole is not None else ())
         if isinstance(leaf, Argument) and number in outputs
     }
     writes = any(_writes(batches.few, call) for call in calls)
-    return BatchDims(inputs, outputs, handed_on, name, positional, writes)
+    return BatchDims(inputs, outputs, handed_on, name, positional, writes, forms)
 
 
 def of_branch_calls(

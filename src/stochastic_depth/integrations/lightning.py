@@ -13,6 +13,7 @@ from stochastic_depth.distributions import Distribution, DropRate
 from stochastic_depth.draw import Draw
 from stochastic_depth.errors import OptionError, StochasticDepthWarning
 from stochastic_depth.folding import KEY, fold_state_dict
+from stochastic_depth.following import followed_parameters
 from stochastic_depth.integrations.training import Scale, Training, unfold
 from stochastic_depth.plan import Mode, Unit
 from stochastic_depth.schedules import ScheduleFunction
@@ -133,7 +134,7 @@ class StochasticDepth(Training, Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follows the optimizer of the gated module, before its state is loaded."""
-        parameters = set(self.depth.model.parameters())
+        parameters = followed_parameters(self.depth.model, self.depth._plan)
         optimizers = trainer.optimizers
         for optimizer in optimizers:
             if any(p in parameters for group in optimizer.param_groups for p in group["params"]):

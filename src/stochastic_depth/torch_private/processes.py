@@ -105,6 +105,21 @@ def is_made_up_step() -> bool:
     return frame is not None
 
 
+def is_inner_step(optimizer: Any) -> bool:
+    """Whether this step is one that the `step` of a subclass calls: torch runs hooks in both.
+
+    Called by such a hook.
+    """
+    steps = [vars(kind)["step"] for kind in type(optimizer).__mro__ if "step" in vars(kind)]
+    if sum(hasattr(step, "hooked") for step in steps) < 2:
+        return False
+    calls_hooks = sys._getframe(2)
+    frame, code = calls_hooks.f_back, calls_hooks.f_code
+    while frame and not (frame.f_code is code and frame.f_locals.get("self") is optimizer):
+        frame = frame.f_back
+    return frame is not None
+
+
 def sharded_dtypes(module: nn.Module) -> tuple[torch.dtype | None, torch.dtype | None]:
     """What a unit of `fully_shard` casts the inputs of its module to, and its outputs."""
     policy = known(known(module, "_get_fsdp_state")(), "_mp_policy")
