@@ -333,34 +333,6 @@ def broken_off() -> Any:
 
 
 @oldest
-def test_an_optimizer_that_was_loaded_before_it_is_followed_is_warned_of() -> None:
-    first = Run()
-    first.steps(3)
-    saved = first.saved()
-    model = network()
-    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=images())
-    optimizer = momentum(model.parameters())
-    optimizer.load_state_dict(saved["optimizer"])
-    depth.follow(optimizer)
-    train(model)
-    with pytest.warns(sd.StochasticDepthWarning, match="Follow an optimizer before its state is"):
-        optimizer.step()
-
-
-@oldest
-def test_an_optimizer_of_other_parts_is_warned_of() -> None:
-    model: Any = nn.ModuleDict({"net": network(), "other": nn.Linear(4, 4)})
-    depth = sd.apply_stochastic_depth(model["net"], 0.2, example_inputs=images())
-    with pytest.warns(sd.StochasticDepthWarning, match="holds no parameter of the blocks"):
-        depth.follow(momentum(model["other"].parameters()))
-    depth.follow(momentum(model.parameters()))
-    for parameter in model["net"].parameters():
-        parameter.requires_grad_(False)  # then any tells
-    model["net"].more = nn.Linear(4, 4)
-    depth.follow(momentum(model["net"].more.parameters()))
-
-
-@oldest
 def test_what_takes_no_hooks_is_refused() -> None:
     class Wrapped(torch.optim.Optimizer):
         def __init__(self, optimizer: torch.optim.Optimizer) -> None:

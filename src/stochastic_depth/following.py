@@ -10,14 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from stochastic_depth import state
 from stochastic_depth.errors import warn
 from stochastic_depth.folding import KEY, is_riding
-from stochastic_depth.gating.attach import gated_modules
 from stochastic_depth.plan import Plan
 from stochastic_depth.torch_private.processes import is_inner_step, is_made_up_step
 
@@ -36,8 +34,7 @@ class Following:
         self, optimizer: Optimizer, plan: Plan, advance: Callable[[], None], *, save_state: bool
     ) -> None:
         self._plan, self._advance = plan, advance
-        # It was loaded, or has trained, without a state of ours in it.
-        self._lacks_state = save_state and bool(optimizer.state)
+        self._lacks_state = False  # the optimizer was loaded, without a state of ours in it
         self._hooks: list[RemovableHandle] = [optimizer.register_step_post_hook(self._count)]
         if isinstance(optimizer, SGD) and any(group["fused"] for group in optimizer.param_groups):
             self._hooks.append(optimizer.register_step_pre_hook(_begin_momenta))
@@ -64,10 +61,10 @@ class Following:
             return
         if self._lacks_state and self._plan.clock.step == 0:
             warn(
-                "the optimizer that is followed has steps behind it, and no state of stochastic "
-                "depth, which begins at step 0. Follow an optimizer before its state is loaded, or "
-                "pass the saved depth.state_dict() to depth.load_state_dict(); take no notice "
-                "where these steps were made without stochastic depth"
+                "the optimizer that is followed was loaded from a state with steps behind it, "
+                "which held none of stochastic depth: it begins at step 0. Pass the saved "
+                "depth.state_dict() to depth.load_state_dict(), or take no notice where the "
+                "checkpoint is of a training without stochastic depth"
             )
         self._lacks_state = False
         self._advance()
@@ -85,13 +82,6 @@ class Following:
         if riding:  # what is left is for the others: the dictionary is a copy
             state.load(self._plan, state_dict.pop((alike or riding)[0]))
         self._lacks_state = not riding and bool(state_dict.get("state"))
-
-
-def followed_parameters(model: nn.Module, plan: Plan) -> set[nn.Parameter]:
-    """Those whose optimizer tells the steps: of gated blocks, where these train; else all."""
-    gated = (module for _, module, gate in gated_modules(model) if gate.plan is plan)
-    trained = {p for module in gated for p in module.parameters() if p.requires_grad}
-    return trained or set(model.parameters())
 
 
 def _begin_momenta(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -19,7 +19,7 @@ from stochastic_depth.discovery.undisturbed import Arguments
 from stochastic_depth.distributions import Distribution, DropRate, resolve_rates
 from stochastic_depth.draw import check_choice
 from stochastic_depth.errors import ChangedModelError, OptionError, SelectionError, nearest, warn
-from stochastic_depth.following import Following, followed_parameters
+from stochastic_depth.following import Following
 from stochastic_depth.gating.attach import detach, gated_modules
 from stochastic_depth.gating.compiled import compile_blocks
 from stochastic_depth.gating.gate import KEY, Gate
@@ -87,9 +87,9 @@ class StochasticDepth:
                 expected="a torch.optim.Optimizer",
                 instead="pass the optimizer, or call depth.step() after each of its steps",
             )
-        parameters = followed_parameters(self.model, self._plan)
+        parameters = set(self.model.parameters())
         if parameters.isdisjoint(p for group in optimizer.param_groups for p in group["params"]):
-            warn("the optimizer that is followed holds no parameter of the blocks")
+            warn("the optimizer that is followed holds no parameter of the model")
         plan, handle = self._plan, weakref.ref(self)
         if plan.following is not None:
             plan.following.remove()

@@ -13,7 +13,7 @@ from stochastic_depth.distributions import Distribution, DropRate
 from stochastic_depth.draw import Draw
 from stochastic_depth.errors import OptionError, StochasticDepthWarning
 from stochastic_depth.folding import KEY, fold_state_dict
-from stochastic_depth.following import followed_parameters
+from stochastic_depth.gating.attach import gated_modules
 from stochastic_depth.integrations.training import Scale, Training, unfold
 from stochastic_depth.plan import Mode, Unit
 from stochastic_depth.schedules import ScheduleFunction
@@ -134,12 +134,15 @@ class StochasticDepth(Training, Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follows the optimizer of the gated module, before its state is loaded."""
-        parameters = followed_parameters(self.depth.model, self.depth._plan)
-        optimizers = trainer.optimizers
-        for optimizer in optimizers:
-            if any(p in parameters for group in optimizer.param_groups for p in group["params"]):
-                self.depth.follow(optimizer)
-                return
+        depth, optimizers = self.depth, trainer.optimizers
+        blocks = [module for _, module, _ in gated_modules(depth.model)]
+        for modules in (blocks, [depth.model]):  # of a GAN's that of the gated part
+            of_these = {parameter for module in modules for parameter in module.parameters()}
+            for optimizer in optimizers:
+                groups = optimizer.param_groups
+                if not of_these.isdisjoint(p for group in groups for p in group["params"]):
+                    depth.follow(optimizer)
+                    return
         if not optimizers:
             return
         with warnings.catch_warnings():  # its parameters may be added later
