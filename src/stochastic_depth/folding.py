@@ -71,11 +71,12 @@ def scaled_parameters(model: nn.Module, plan: Plan) -> dict[Tensor, Tensor]:
         RefusedBlockError: A branch has none that could, or the result is not finite.
     """
     factors = {name: by for name, by in _fold_factors(plan).items() if by != 1.0}
-    try:
-        parameters = {name: model.get_parameter(name) for name in factors}
-    except AttributeError as error:  # it got a parametrization, or is pruned
-        raise _refused(f"the inference scale cannot be folded: {error.args[0]} any more") from error
-    return {p: _scaled(name, p, factors[name]) for name, p in parameters.items()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if gone := [name for name in factors if name not in parameters]:  # parametrized, or pruned
+        raise _refused(
+            f'the inference scale cannot be folded: "{gone[0]}" is no parameter any more'
+        )
+    return {parameters[name]: _scaled(name, parameters[name], by) for name, by in factors.items()}
 
 
 def _scaled(name: str, value: Tensor, factor: float) -> Tensor:

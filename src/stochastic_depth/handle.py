@@ -80,11 +80,11 @@ class StochasticDepth:
         for name in ("optimizer", "_base_optimizer"):  # the latter is that of timm's Lookahead
             while isinstance(inner := getattr(optimizer, name, None), Optimizer):
                 optimizer = inner
-        # Some call themselves one and take no hooks (PostLocalSGDOptimizer).
+        # PostLocalSGDOptimizer is one by its class alone: it holds another, and takes no hooks.
         if getattr(optimizer, "defaults", None) is None or not isinstance(optimizer, Optimizer):
             raise OptionError(
                 f"follow() got a {type(optimizer).__name__}",
-                expected="a torch.optim.Optimizer",
+                expected="a torch.optim.Optimizer whose step runs hooks",
                 instead="pass the optimizer, or call depth.step() after each of its steps",
             )
         parameters = set(self.model.parameters())
