@@ -71,12 +71,17 @@ def scaled_parameters(model: nn.Module, plan: Plan) -> dict[Tensor, Tensor]:
         RefusedBlockError: A branch has none that could, or the result is not finite.
     """
     factors = {name: by for name, by in _fold_factors(plan).items() if by != 1.0}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    if gone := [name for name in factors if name not in parameters]:  # parametrized, or pruned
-        raise _refused(
-            f'the inference scale cannot be folded: "{gone[0]}" is no parameter any more'
-        )
-    return {parameters[name]: _scaled(name, parameters[name], by) for name, by in factors.items()}
+    parameters = {name: _parameter(model, name) for name in factors}
+    return {p: _scaled(name, p, factors[name]) for name, p in parameters.items()}
+
+
+def _parameter(model: nn.Module, name: str) -> Tensor:
+    try:
+        # By attributes: a checkpoint wrapper around the layer hands them on, under its own name.
+        return model.get_parameter(name)
+    except AttributeError as error:  # parametrized, or pruned
+        why = f'the inference scale cannot be folded: "{name}" is no parameter any more'
+        raise _refused(why) from error
 
 
 def _scaled(name: str, value: Tensor, factor: float) -> Tensor:
