@@ -22,8 +22,8 @@ def errors() -> str:
         ways = groups[run["network"], run["images"], run["augmented"]]
         ways.setdefault(run["way"], []).append(run)
     lines = [
-        "| network, images | way | test error | of plain's time | ahead of plain for good "
-        "| seeds at the end |",
+        "| network, images | way | test error | of plain's time "
+        "| ahead of plain for good, from epoch | seeds at the end |",
         "|---|---|---|---|---|---|",
     ]
     for (network, images, augmented), ways in groups.items():

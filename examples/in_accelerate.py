@@ -42,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         accelerator.load_state(str(options.out))
         step = int(depth.state_dict()["step"])
     while step < options.steps:
-        for images, labels in training:
+        # What is left of the epoch that was cut off.
+        rest = accelerator.skip_first_batches(training, step % len(training))
+        for images, labels in rest:
             loss = F.cross_entropy(model(images), labels)
             accelerator.backward(loss)
             optimizer.step()

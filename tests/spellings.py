@@ -117,6 +117,7 @@ SUMS: dict[str, Sum] = {
     "stack at the end": lambda block, x, y: torch.stack([y, x], -1).sum(-1),
     "python's sum": lambda block, x, y: sum([x, y]),  # type: ignore[dict-item, return-value]
     "addmm": lambda block, x, y: torch.addmm(x, y, torch.eye(8, dtype=x.dtype)),
+    "addbmm": lambda block, x, y: torch.addbmm(x, y[None], torch.eye(8, dtype=x.dtype)[None]),
 }
 SUMS_WITH_A_FACTOR: dict[str, Sum] = {  # on the skip connection, which is not skipped then
     "add to the branch": lambda block, x, y: torch.add(y, x, alpha=0.5),

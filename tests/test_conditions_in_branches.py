@@ -105,3 +105,48 @@ def test_a_condition_is_a_part_of_its_branch(kind: type[Layer], scale: Any) -> N
     with depth.fixed({"layers.1:1": False}):
         # A factor in the weights or on the value: up to rounding.
         torch.testing.assert_close(model(*example), plain(*example), rtol=1e-5, atol=1e-6)
+
+
+CUT: dict[str, Any] = {
+    "a number": lambda y, mask: torch.where(mask, y, 0.0),
+    "a tensor": lambda y, mask: torch.where(mask, y, torch.tensor(0.0)),
+    "zeros": lambda y, mask: torch.where(mask, y, torch.zeros_like(y)),
+    "masked_fill": lambda y, mask: y.masked_fill(~mask, 0.0),
+}
+
+
+class Cut(nn.Module):
+    """Adds where a mask says so."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.branch, self.cut = mlp(), CUT[how]
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y: Tensor = self.cut(self.branch(x), mask)
+        return x + y
+
+
+class OfCut(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Cut(how) for _ in range(6))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, mask)
+        return x
+
+
+@pytest.mark.parametrize("how", [*CUT])
+def test_zeros_in_the_place_of_what_is_masked(how: str) -> None:
+    model, x, mask = OfCut(how), torch.randn(4, 5, 8), torch.rand(4, 5, 1) > 0.3
+    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=(x, mask), scale="none")
+    assert len(depth.blocks) == 6
+    with depth.fixed({block.name: False for block in depth.blocks}):
+        assert torch.equal(model(x, mask), x)
+    ones = OfCut(how)
+    for block in ones.blocks:
+        block.cut = lambda y, mask: torch.where(mask, y, 1.0)  # type: ignore[assignment]
+    with pytest.raises(sd.RefusedBlockError, match="is not zero"):
+        sd.apply_stochastic_depth(ones, 0.2, example_inputs=(x, mask), scale="none")

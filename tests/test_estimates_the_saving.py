@@ -406,3 +406,65 @@ def test_distributions_of_the_users() -> None:
         sd.drop_rate_for(model, 0.9, up_to_twice, example_inputs=x)
     assert sd.drop_rate_for(model, 0.1, lambda n, rate: [0.2] * n, example_inputs=x) == 0.0
     assert sd.drop_rate_for(model, 0.0, example_inputs=x) == 0.0
+
+
+class KeepsAState(nn.Module):
+    """Goes on from the state of its last call, which its model sets to None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.state: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = torch.zeros_like(x) if self.state is None else self.state
+        self.state = (self.enter(x) + 0.5 * before).tanh()
+        y: Tensor = self.leave(self.state)
+        return y
+
+
+class OfStates(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(KeepsAState() for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for branch in self.branches:
+            branch.state = None  # type: ignore[assignment]
+        for branch in self.branches:
+            x = x + branch(x)
+        return x
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_a_state_that_a_block_keeps(timed: bool) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), OfStates()), vectors(4, 8)
+    with pytest.warns(sd.StochasticDepthWarning, match="of the last call of its module"):
+        found = sd.estimate_saving(model, 0.3, "uniform", example_inputs=x, timed=timed)
+    assert all(block.flops == found.blocks[0].flops > 0 for block in found.blocks)
+
+
+class NoBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise RuntimeError("no way back")
+
+
+class OneWay(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = NoBackward.apply(self.branch(x))
+        return x + y
+
+
+def test_a_backward_that_fails_is_said() -> None:
+    model, x = nn.Sequential(*(OneWay() for _ in range(6))), vectors(4, 8)
+    with pytest.raises(sd.ExampleInputsError, match=r"cannot be measured: .*no way back"):
+        sd.estimate_saving(model, 0.3, example_inputs=x)

@@ -490,3 +490,19 @@ def test_importing_the_package_loads_no_trainer() -> None:
     )
     with warnings.catch_warnings():
         subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_fit_that_broke_off_begins_anew_with_another_callback(tmp_path: Path) -> None:
+    """As in a notebook whose cell is run again."""
+
+    class Breaks(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *rest: Any) -> None:
+            raise RuntimeError("broken")
+
+    module = Net()
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer(tmp_path, callback(), Breaks()).fit(module, images())
+    ours = callback()
+    trainer(tmp_path, ours, max_steps=3).fit(module, images())
+    assert ours._finished is not None
+    assert ours._finished.state["step"] == 3

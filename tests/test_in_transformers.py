@@ -464,3 +464,12 @@ def tokenizer() -> Any:
     words = Tokenizer(WordLevel({str(n): n for n in range(64)}, unk_token="0"))
     make: Any = PreTrainedTokenizerFast
     return make(tokenizer_object=words, pad_token="0", eos_token="1")
+
+
+def test_a_second_trainer_of_one_model(tmp_path: Path) -> None:
+    """The first one was broken off, or never trained."""
+    model = gpt2()
+    trainer(tmp_path, model, texts(labels=False), ours())
+    callback = ours(fold=False)
+    trainer(tmp_path, model, texts(labels=False), callback).train()
+    assert callback.depth.state_dict()["step"] == STEPS

@@ -6,8 +6,10 @@ import copy
 from typing import Any
 
 import pytest
+import torch
 
 import stochastic_depth as sd
+from networks import WIDTH, residuals, vectors
 from riding import Run, images, network
 
 oldest = pytest.mark.oldest
@@ -64,3 +66,15 @@ def test_a_handle_whose_gates_are_gone_says_so() -> None:
 
 def test_dir_shows_the_public_names_alone() -> None:
     assert dir(sd) == sorted([*sd.__all__, "__version__"])
+
+
+class Named(torch.Tensor):
+    """As a library's own tensors are (torchvision's images, say)."""
+
+
+def test_an_example_of_a_class_of_its_own() -> None:
+    x = vectors(4, WIDTH)
+    depth = sd.apply_stochastic_depth(residuals(6), 0.2, example_inputs=x.as_subclass(Named))
+    assert len(depth.blocks) == 6
+    with depth.fixed({block.name: False for block in depth.blocks}):
+        assert torch.equal(depth.model.train()(x.as_subclass(Named)), x)

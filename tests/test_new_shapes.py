@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import random
+import warnings
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -264,3 +268,61 @@ def test_connections_inside_of_the_branch() -> None:
     with depth.fixed({block.name: False for block in depth.blocks}):
         assert torch.equal(model(x), expected)
     assert all(gate.calls <= 1 for gate in depth._plan.gates)  # none by the look-up
+
+
+class Kept:
+    """An object that the branches put values into."""
+
+    def __init__(self) -> None:
+        self.kept: dict[int, Any] = {}
+
+
+class Putting(nn.Module):
+    def __init__(self, number: int, *, reads: bool) -> None:
+        super().__init__()
+        self.number, self.reads = number, reads
+        self.enter, self.leave = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, store: Kept) -> torch.Tensor:
+        y = self.enter(x) * (1 + 0 * random.random()) * (1 + 0 * np.random.rand())
+        store.kept[self.number] = y
+        if self.reads and float(y.sum()) == 12345.0:  # so it has to be run with values
+            y = -y
+        return self.leave(y.tanh())
+
+
+class WithAStore(nn.Module):
+    def __init__(self, *, reads: bool) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(Putting(n, reads=reads) for n in range(6))
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(6))
+
+    def forward(self, x: torch.Tensor, store: Kept) -> torch.Tensor:
+        for branch, norm in zip(self.branches, self.norms, strict=True):
+            x = norm(x + branch(x, store))
+        return x
+
+
+def generators() -> Any:
+    numpys: Any = np.random.get_state(legacy=False)
+    return random.getstate(), numpys["state"]["key"].tolist(), numpys["state"]["pos"]
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_looking_leaves_no_trace_outside_of_the_model(reads: bool) -> None:
+    """Not in an object, not in a hook, not in the generators of Python and numpy."""
+    model = WithAStore(reads=reads)
+    example = torch.randn(2, 5, 8), Kept()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", sd.StochasticDepthWarning)
+        depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=example, scale="none")
+    seen: list[Any] = []
+    for branch in model.branches:
+        branch.enter.register_forward_hook(lambda *call: seen.append(call))  # type: ignore[union-attr]
+    for length in (5, 7, 7):
+        store, states = Kept(), generators()
+        with depth.fixed({block.name: False for block in depth.blocks}):
+            model(torch.randn(2, length, 8), store)
+        assert not store.kept
+        assert not seen
+        assert states == generators()

@@ -262,3 +262,75 @@ def test_a_mask_of_all_examples_where_each_had_one() -> None:
     torch.testing.assert_close(model(x, CAUSAL[None]), twin(x, mask))
     with pytest.raises(sd.ChangedModelError, match="with the rows of 5 and 8 examples"):
         model(x, CAUSAL)
+
+
+class HiddenAtFirst(nn.Module):
+    """Attention across the examples, which hardly shows as a training begins."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.norm, self.qkv = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+        gains = {"rezero": 0.0, "layer scale": 1e-6}
+        self.gain = nn.Parameter(torch.full((WIDTH,), gains.get(how, 1.0)))
+        if how == "zero init":
+            nn.init.zeros_(self.out.weight)
+            nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.qkv(self.norm(x))
+        return x + self.gain * self.out((q @ q.mT).softmax(-1) @ q)
+
+
+@pytest.mark.parametrize("how", ["shown", "rezero", "layer scale", "zero init"])
+def test_rows_that_meet_where_the_branch_is_nothing_yet(how: str) -> None:
+    model, x = nn.Sequential(*(HiddenAtFirst(how) for _ in range(6))), torch.randn(8, WIDTH)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(sd.RefusedBlockError, match="its rows depend on each other"):
+        sd.apply_stochastic_depth(model, 0.3, example_inputs=x, mode="sample", scale="none")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    # Within the examples they may meet.
+    depth = sd.apply_stochastic_depth(
+        model, 0.3, example_inputs=torch.randn(8, 5, WIDTH), mode="sample", scale="none"
+    )
+    assert len(depth.blocks) == 6
+
+
+class PutsRows(nn.Module):
+    """Has a module of its branch put values into a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.branch = nn.LayerNorm(WIDTH), PutsIntoADict()
+
+    def forward(self, x: Tensor, into: dict[str, Tensor]) -> Tensor:
+        return x + self.branch(self.norm(x), into)
+
+
+class PutsIntoADict(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, into: dict[str, Tensor]) -> Tensor:
+        into[f"value {len(into)}"] = x.tanh()
+        return self.out(x.tanh())
+
+
+class OfPutsRows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(PutsRows() for _ in range(6))
+
+    def forward(self, x: Tensor) -> Any:
+        into: dict[str, Tensor] = {}
+        for block in self.blocks:
+            x = block(x, into)
+        return x, into
+
+
+def test_a_dict_that_would_hold_some_rows_is_refused() -> None:
+    with pytest.raises(sd.RefusedBlockError, match="what it puts into its arguments is lost"):
+        sd.apply_stochastic_depth(
+            OfPutsRows(), 0.3, example_inputs=torch.randn(8, WIDTH), mode="sample", scale="none"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -222,3 +223,76 @@ def test_blocks_that_were_compiled() -> None:
     assert all(block._compiled_call_impl is not None for block in pruned)
     with torch.no_grad():
         assert torch.equal(pruned(x), left[1].forward(left[0].forward(x)))
+
+
+class PostNorm(nn.Module):
+    def __init__(self, act: nn.Module, norm: nn.Module) -> None:
+        super().__init__()
+        self.enter, self.leave, self.act, self.norm = nn.Linear(8, 8), nn.Linear(8, 8), act, norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(x + self.leave(self.act(self.enter(x))))
+        return y
+
+
+@pytest.mark.parametrize("norm", [None, nn.LayerNorm(8)])
+def test_norms_behind_blocks_that_share_modules(norm: nn.Module | None) -> None:
+    act, x = nn.GELU(), torch.randn(4, 8)
+    model = nn.Sequential(*(PostNorm(act, norm or nn.LayerNorm(8)) for _ in range(6)))
+    depth = sd.apply_stochastic_depth(copy.deepcopy(model), 0.2, example_inputs=x, scale="none")
+    with depth.fixed({"1": False, "3": False}):
+        expected = depth.model.eval()(x)
+    pruned = sd.prune(model, ["0", "2", "4", "5"], example_inputs=x)
+    assert torch.equal(pruned.eval()(x), expected)
+
+
+class Numbered(Block):
+    """Gets something of its own by its number; its branch is nothing at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(8, 8)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor, mine: Tensor) -> Tensor:  # type: ignore[override]
+        return x + self.last((x + mine).tanh())
+
+
+class OfNumbered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Numbered() for _ in range(6))
+        self.of_each = nn.Parameter(torch.randn(6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, block in enumerate(self.blocks):
+            x = block(x, self.of_each[number])
+        return x
+
+
+def test_what_a_block_gets_by_its_number_where_branches_are_nothing_yet() -> None:
+    model, x = OfNumbered(), torch.randn(4, 8)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pruned: Any = sd.prune(model, ["blocks.0", "blocks.5"], example_inputs=x)
+    assert len(pruned.blocks) == 6  # of which four hand their input on
+    assert all(torch.equal(value, before[name]) for name, value in pruned.state_dict().items())
+
+
+class Again(nn.Module):
+    """One block stands at three places of a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shared = Block()
+        self.blocks = nn.ModuleList([Block(), shared, Block(), shared, Block(), shared])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_a_block_at_several_places_is_named() -> None:
+    with pytest.raises(sd.RefusedBlockError, match=r'\("blocks\.1" is also "blocks\.3"\)'):
+        sd.prune(Again(), ["blocks.0", "blocks.2", "blocks.4"], example_inputs=torch.randn(4, 8))

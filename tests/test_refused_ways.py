@@ -230,3 +230,53 @@ def test_a_checkpoint_of_weights_that_take_no_factor() -> None:
         depth = gate(model)
     with pytest.raises(sd.RefusedBlockError, match=r'"5:0" cannot be folded.*scale="train"'):
         sd.fold_state_dict(model.state_dict(), depth.state_dict())
+
+
+class Gained(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+        self.gain, self.shift = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+class GainedInCall(Gained):
+    def __call__(self, x: Tensor) -> Any:
+        return super().__call__(x * self.gain)
+
+
+class GainedBehindCall(Gained):
+    def __call__(self, x: Tensor) -> Any:
+        return super().__call__(x) + self.shift
+
+
+def _gain(module: Any, args: Any) -> Any:
+    return (args[0] * module.gain,)
+
+
+def _shift(module: Any, args: Any) -> Any:
+    return (args[0] + module.shift,)
+
+
+@pytest.mark.parametrize("mode", ["batch", "sample"])
+@pytest.mark.parametrize(
+    ("kind", "hook"),
+    [(Gained, _gain), (Gained, _shift), (GainedInCall, None), (GainedBehindCall, None)],
+)
+def test_a_hook_that_changes_nothing_yet(kind: type[nn.Module], hook: Any, mode: Any) -> None:
+    """Its weight is one, or zero, as long as nobody trains."""
+    model = nn.Sequential(*(kind() for _ in range(6)))
+    for block in model if hook is not None else ():
+        block.register_forward_pre_hook(hook)
+    with pytest.raises(sd.RefusedBlockError, match="do would be skipped with it"):
+        sd.apply_stochastic_depth(model, 0.2, example_inputs=torch.randn(8, 8), mode=mode)
+
+
+def test_a_hook_that_only_looks() -> None:
+    model, shapes = nn.Sequential(*(Gained() for _ in range(6))), []
+    for block in model:
+        block.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape))
+    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=torch.randn(8, 8))
+    assert str(depth).count("skipped whole") == 6

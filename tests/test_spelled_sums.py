@@ -68,6 +68,15 @@ def some_rows(block: Summed, x: Tensor, y: Tensor) -> Tensor:
     return x.index_add(0, torch.tensor([0, 1]), y[:2])
 
 
+def put(block: Summed, x: Tensor, y: Tensor) -> Tensor:
+    return x.clone().put_(torch.arange(x.numel()), y.reshape(-1), accumulate=True)
+
+
+def as_complex(block: Summed, x: Tensor, y: Tensor) -> Tensor:
+    pair = torch.complex(x, y)
+    return pair.real + pair.imag
+
+
 def by_einsum(block: Summed, x: Tensor, y: Tensor) -> Tensor:
     return torch.einsum("k,kbc->bc", torch.ones(2), torch.stack([x, y]))
 
@@ -114,8 +123,8 @@ def broadcast(block: Summed, x: Tensor, y: Tensor) -> Tensor:
 
 
 LEFT_OUT = [
-    largest, chosen, some_rows, by_einsum, by_nansum, by_cumsum, by_foreach, by_halves, highway,
-    by_a_gate, by_its_forward, by_a_matrix, broadcast,
+    largest, chosen, some_rows, put, as_complex, by_einsum, by_nansum, by_cumsum, by_foreach,
+    by_halves, highway, by_a_gate, by_its_forward, by_a_matrix, broadcast,
 ]  # fmt: skip
 
 
@@ -159,3 +168,33 @@ def test_these_are_followed(add: Sum, mode: Any) -> None:
         part = twin[int(number)].ffn if branch == "1" else twin[int(number)].attn
         part.register_forward_hook(lambda module, args, output: output * 0)
     assert torch.equal(found, twin.train()(x))
+
+
+class OneVector(nn.Module):
+    """Without a batch."""
+
+    def __init__(self, add: Any) -> None:
+        super().__init__()
+        self.branch, self.add = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), add
+
+    def forward(self, x: Tensor) -> Tensor:
+        total: Tensor = self.add(x, self.branch(x))
+        return total
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda x, y: torch.addmv(x, torch.eye(8), y),
+        lambda x, y: torch.addr(x[None], torch.ones(1), y)[0],
+    ],
+)
+def test_sums_with_a_product_of_vectors(add: Any) -> None:
+    model, x = nn.Sequential(*(OneVector(add) for _ in range(6))), torch.randn(8)
+    twin = copy.deepcopy(model)
+    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=x, scale="none")
+    with depth.fixed({str(number): False for number in (1, 3, 4)}):
+        expected = x
+        for number in (0, 2, 5):
+            expected = twin[number](expected)
+        assert torch.equal(model(x), expected)

@@ -240,3 +240,115 @@ def test_of_a_pair_the_stream_alone_is_handed_on() -> None:
     sd.apply_stochastic_depth(model, 0.9, "uniform", example_inputs=x, scale="none")
     for _ in range(3):
         assert isinstance(model.train()(x), Tensor)
+
+
+class Wrapped(nn.Module):
+    """A cell and a layer behind it, which computes the branch from the state."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.cell, self.out = kind(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        state = self.cell(x, state)
+        return self.out(state[0] if isinstance(state, tuple) else state), state
+
+
+class OfWrapped(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.norm, self.rec = nn.LayerNorm(8), Wrapped(kind)
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        y, state = self.rec(self.norm(x), state)
+        return x + y, state
+
+
+class InLine(Wrapped):
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        y, state = super().forward(x, state)
+        return x + y, state
+
+
+def state_of_a_cell(kind: type[nn.Module]) -> Any:
+    h = torch.randn(4, 8)
+    return (h, torch.randn(4, 8)) if kind is nn.LSTMCell else h
+
+
+@pytest.mark.parametrize("layer", [OfWrapped, InLine])
+@pytest.mark.parametrize("kind", [nn.GRUCell, nn.LSTMCell, nn.RNNCell])
+def test_a_state_that_the_branch_is_computed_from(
+    layer: type[nn.Module], kind: type[nn.Module]
+) -> None:
+    x, states = torch.randn(4, 8), [state_of_a_cell(kind) for _ in range(6)]
+    out, after = closed(Stack(layer, kind), x, states)
+    assert torch.equal(out, x)
+    mine, its = map(torch.utils._pytree.tree_leaves, (after, states))
+    assert all(torch.equal(a, b) for a, b in zip(mine, its, strict=True))
+    with pytest.raises(sd.RefusedBlockError, match='mode="sample"'):
+        closed(Stack(layer, kind), x, states, mode="sample")
+
+
+def test_a_state_that_is_the_branch_itself_is_refused() -> None:
+    with pytest.raises(sd.RefusedBlockError, match=r'hands out a state of "layers.0.cell"'):
+        closed(Stack(IsItsState, nn.GRUCell), torch.randn(4, 8), [torch.randn(4, 8)] * 6)
+
+
+class IsItsState(Cell):
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        state = self.cell(self.norm(x), state)
+        return x + state, state
+
+
+class Conditioned(nn.Module):
+    """Takes a condition in the form of the state before it."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.norm, self.rnn = nn.LayerNorm(8), kind(8, 8, batch_first=True)
+
+    def forward(self, x: Tensor, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Any]:
+        y, state = self.rnn(self.norm(x + given[0].transpose(0, 1)), given[1])
+        return x + y, state
+
+
+class IntoTheState(Conditioned):
+    """Nobody can tell which of the two the state was."""
+
+    def forward(self, x: Tensor, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Any]:
+        y, state = self.rnn(self.norm(x), given[0] + given[1])
+        return x + y, state
+
+
+class Swapped(nn.Module):
+    """Hands out the states of an LSTM in the other order, and back."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.norm, self.rec = nn.LayerNorm(8), Turned(kind)
+
+    def forward(self, x: Tensor, states: tuple[Tensor, Tensor]) -> tuple[Tensor, Any]:
+        y, (c, h) = self.rec(self.norm(x), *states)
+        return x + y, (h, c)
+
+
+class Turned(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.rnn = kind(8, 8, batch_first=True)
+
+    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Any]:
+        y, (h, c) = self.rnn(x, (h, c))
+        return y, (c, h)
+
+
+def test_which_of_several_states_of_one_form_it_was() -> None:
+    x, states = torch.randn(4, 5, 8), [state(nn.LSTM) for _ in range(6)]
+    _, after = closed(Stack(Conditioned, nn.GRU), x, states)
+    assert all(torch.equal(mine, its[1]) for mine, its in zip(after, states, strict=True))
+    _, after = closed(Stack(Swapped, nn.LSTM), x, states)
+    for mine, its in zip(after, states, strict=True):
+        assert torch.equal(mine[0], its[0])
+        assert torch.equal(mine[1], its[1])
+    with pytest.raises(sd.RefusedBlockError, match=r'hands out a state of "layers.0.rnn"'):
+        closed(Stack(IntoTheState, nn.GRU), x, states)

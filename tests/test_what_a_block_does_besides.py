@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
-from typing import Any
+from collections import UserDict, defaultdict, deque
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -350,3 +352,141 @@ class Routed(Plain):
 def test_a_loss_that_a_branch_leaves_behind_is_named() -> None:
     with pytest.warns(sd.StochasticDepthWarning, match=r'"1\.experts\.loss" .* 5 others'):
         sd.apply_stochastic_depth(network(Routed), 0.2, example_inputs=torch.randn(4, 3))
+
+
+class Slotted:
+    """An object without a `__dict__`."""
+
+    __slots__ = ("count", "found")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.found: list[Any] = []
+
+
+@dataclass
+class Record:
+    last: Any = None
+    found: list[Any] = field(default_factory=list)
+
+
+class Found(NamedTuple):
+    found: list[Any]
+
+
+class Into(Plain):
+    """Puts its output into something that it is given."""
+
+    def forward(self, x: Tensor, into: Any) -> Tensor:  # type: ignore[override]
+        x = super().forward(x)
+        PUTS[type(into)](into, x)
+        return x
+
+
+PUTS: dict[type, Any] = {
+    Slotted: lambda into, x: into.found.append(x),
+    Record: lambda into, x: into.found.append(x),
+    Found: lambda into, x: into.found.append(x),
+    UserDict: lambda into, x: into.update({len(into): x}),
+    dict: lambda into, x: into["found"].append(x),
+    tuple: lambda into, x: into[0].append(x),
+    list: lambda into, x: into[0].append(x),
+    deque: lambda into, x: into.append(x),
+    SimpleNamespace: lambda into, x: into.found["all"].append(x),
+}
+MAKES: dict[type, Any] = {
+    **{kind: kind for kind in (Slotted, Record, UserDict, deque)},
+    Found: lambda: Found([]),
+    dict: lambda: {"found": []},
+    tuple: lambda: ([], None),
+    list: lambda: [[]],
+    SimpleNamespace: lambda: SimpleNamespace(found={"all": []}),
+}
+
+
+class IntoIt(nn.Module):
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.kind, self.blocks = kind, nn.ModuleList(Into() for _ in range(6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        into = MAKES[self.kind]()
+        for block in self.blocks:
+            x = block(x, into)
+        return x, into
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """In any of these."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts: Any = value.values() if isinstance(value, dict | UserDict) else ()
+    if isinstance(value, list | tuple | deque):
+        parts = value
+    elif isinstance(value, Slotted | Record | SimpleNamespace):
+        found = value.found
+        parts = found.values() if isinstance(found, dict) else found
+    return [tensor for part in parts for tensor in tensors(part)]
+
+
+@pytest.mark.parametrize("mode", ["batch", "sample"])
+@pytest.mark.parametrize("kind", [*PUTS])
+def test_what_a_dropped_block_puts_into_something_nested_arrives(kind: type, mode: Any) -> None:
+    model, x = IntoIt(kind), torch.randn(8, 8)
+    depth = sd.apply_stochastic_depth(model, 0.3, example_inputs=x, mode=mode, scale="none")
+    with depth.fixed({block.name: False for block in depth.blocks}):
+        _, into = model.train()(x)
+    assert [torch.equal(each, x) for each in tensors(into)] == [True] * 6
+    for _ in range(5):
+        out, into = model(x)
+        assert [each.shape for each in tensors(into)] == [x.shape] * 6
+        assert torch.equal(tensors(into)[-1], out)
+
+
+def _in_a_list(block: Any) -> None:
+    block.stats["calls"][0] += 1
+
+
+def _in_an_object(block: Any) -> None:
+    block.object.stats["calls"] += 1
+
+
+def _in_slots(block: Any) -> None:
+    block.holder.count += 1
+
+
+def _in_a_default(block: Any) -> None:
+    block.default["calls"].append(1)
+
+
+class CountsDeeply(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stats, self.object = {"calls": [0]}, SimpleNamespace(stats={"calls": 0})
+        self.holder = Slotted()
+        self.default: dict[str, list[int]] = defaultdict(list)
+        self.count: Any = None
+
+    def read(self) -> list[int]:
+        return [
+            self.stats["calls"][0],
+            self.object.stats["calls"],
+            self.holder.count,
+            len(self.default["calls"]),
+        ]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count(self)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("count", [_in_a_list, _in_an_object, _in_slots, _in_a_default])
+def test_a_count_in_something_nested_goes_on_in_a_dropped_block(count: Any) -> None:
+    model, x = network(CountsDeeply), torch.randn(4, 3)
+    for block in model[1:]:
+        block.count = count
+    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=x, scale="none")
+    before = [sum(block.read()) for block in model[1:]]
+    with depth.fixed({block.name: False for block in depth.blocks}):
+        model.train()(x)
+    assert [sum(block.read()) - n for block, n in zip(model[1:], before, strict=True)] == [1] * 6

@@ -146,3 +146,55 @@ def test_a_branch_that_is_added_to_a_part() -> None:
         found = model(x)
     plain[2].mlp.register_forward_hook(lambda module, args, output: output * 0)
     assert torch.equal(found, plain(x))
+
+
+class AddsInPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += self.mlp(1 * x)
+        return x
+
+
+class UnderAnotherName(nn.Module):
+    """Goes on with the tensor that its blocks wrote to, which has two names."""
+
+    def __init__(self, *, by_return: bool) -> None:
+        super().__init__()
+        self.stem, self.by_return = nn.Linear(8, 8), by_return
+        self.blocks = nn.ModuleList(AddsInPlace() for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = x = self.stem(x)
+        for block in self.blocks:
+            out = block(x)
+            x = out if self.by_return else x
+        return kept * x
+
+
+@pytest.mark.parametrize("by_return", [False, True])
+def test_rows_that_are_taken_out_are_written_back(by_return: bool) -> None:
+    torch.manual_seed(0)
+    model, x = UnderAnotherName(by_return=by_return), torch.randn(8, 8)
+    twin = copy.deepcopy(model)
+    depth = sd.apply_stochastic_depth(model, 0.3, "uniform", example_inputs=x, mode="sample")
+    in_part = 0
+    for _ in range(10):
+        model.zero_grad()
+        twin.zero_grad()
+        mine, its = (x.clone().requires_grad_() for _ in range(2))
+        y = model(mine)
+        expected = twin.stem(its)
+        for name, kept in depth.last_gates.items():
+            rows = torch.zeros(8, 1).index_fill_(0, torch.tensor(kept, dtype=torch.long), 1.0)
+            in_part += 0 < len(kept) < 8
+            branch: Any = twin.get_submodule(name)
+            expected = expected + rows * branch.mlp(expected) / 0.7
+        # Other kernels for other numbers of rows: rounding.
+        torch.testing.assert_close(y, expected * expected)
+        y.sum().backward()
+        (expected * expected).sum().backward()
+        torch.testing.assert_close(mine.grad, its.grad, rtol=1e-4, atol=1e-4)
+    assert in_part > 10

@@ -20,6 +20,7 @@ import logging
 import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from stochastic_depth.discovery.own_drops import switched_off
+from stochastic_depth.discovery.undisturbed import is_unmaterialised
 from stochastic_depth.errors import (
     ExampleInputsError,
     OptionError,
@@ -51,9 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("torch._subclasses").setLevel(logging.CRITICAL)  # it prints tracebacks
     try:
         options = _parser().parse_args(arguments)
-        with contextlib.redirect_stdout(sys.stderr):  # what the model's own code prints
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # what the model prints
+            found = stack.enter_context(warnings.catch_warnings(record=True))
             model, example = _loaded(options.model, options.input, options.timed)
             saving, refused = _estimate(model, example, options)
+        for one in found:  # where there is no error, which is one line
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
     except StochasticDepthError as error:
         print(textwrap.shorten(f"stochastic_depth: {error}", _LONG), file=sys.stderr)
         return 2
@@ -158,11 +164,14 @@ def _estimate(
         except SelectionError:  # nothing is left
             raise error from None
     except ExampleInputsError as error:
+        instead = "pass an --input that fits, or package.module:function that returns the model "
+        instead += "and a dict"
+        if is_unmaterialised(model):
+            instead = "pass --timed, which makes its weights: without these not every model runs"
         raise ExampleInputsError(
             error.arrived,
             expected="a model with an example of its own, or one of images",
-            instead="pass an --input that fits, or package.module:function that returns the model "
-            "and a dict",
+            instead=instead,
         ) from error
     return saving, refused
 

@@ -257,6 +257,7 @@ class StochasticDepth:
             RefusedBlockError: As `fold()`.
         """
         self._check_gates()
+        self._plan.warn_unstepped("folded_state_dict()")
         return folding.folded(self.model, self._plan)
 
     def prune(

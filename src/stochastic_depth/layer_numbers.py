@@ -19,6 +19,7 @@ from torch import nn
 from stochastic_depth.torch_private.trees import PLAIN_VALUES
 
 _NUMBERS = ("layer_idx", "layer_id", "layer_index")  # as which a layer knows its place
+_OWN_COUNTS = ("num_layers", "n_layers", "n_layer")  # as which what holds them counts them
 _COUNTS = ("layer", "depth", "block")  # in the name of an entry that may say how many there are
 
 Change = dict[str, Any]
@@ -108,8 +109,9 @@ def tell(
         for module in layer.modules():
             mine = {n: number for n in _NUMBERS if vars(module).get(n) == left[number]}
             put(module, mine, undo)
-    if holders and vars(holders[-1]).get("num_layers") == size:
-        put(holders[-1], {"num_layers": len(left)}, undo)
+    for name in _OWN_COUNTS:
+        if holders and vars(holders[-1]).get(name) == size:
+            put(holders[-1], {name: len(left)}, undo)
     owner = next(filter(_config, holders), None)
     if owner is None:
         return

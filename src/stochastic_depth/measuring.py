@@ -7,8 +7,8 @@ closed: what that takes grows with the depth, not with its square.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from statistics import median
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stochastic_depth.discovery.kept import put_back
 from stochastic_depth.discovery.undisturbed import Arguments, fresh, undisturbed, without_values
 from stochastic_depth.errors import ExampleInputsError, OptionError, StochasticDepthError
 from stochastic_depth.handle import StochasticDepth
@@ -52,6 +53,7 @@ class Costs:
             arguments = stack.enter_context(without_values(self._model, example))
             stack.enter_context(undisturbed(self._model))
             self._begin(arguments)
+            stack.enter_context(_needing_a_backward(self._model))
             self.flops = self._costs(count_flops, arguments)
             if timed:
                 rounds = [self._costs(_seconds, arguments) for _ in range(1 + _ROUNDS)][1:]
@@ -122,6 +124,8 @@ class Costs:
         self, measure: Measure, module: nn.Module, calls: list[Arguments], gates: dict[str, bool]
     ) -> float:
         self._model.zero_grad()
+        for part in module.modules():  # a state that it keeps hangs on the forward before
+            vars(part).update({k: v.detach() for k, v in vars(part).items() if _trains(v)})
         copies = [fresh(call, torch.clone) for call in calls]
 
         def run() -> None:
@@ -129,8 +133,24 @@ class Costs:
                 leaves = [leaf for leaf in tree_leaves(module(*args, **kwargs)) if _trains(leaf)]
                 torch.autograd.backward(leaves, [torch.ones_like(leaf) for leaf in leaves])
 
-        with self._depth.fixed(gates):
+        with self._depth.fixed(gates), put_back(module):
             return measure(run)
+
+
+@contextmanager
+def _needing_a_backward(model: nn.Module) -> Iterator[None]:
+    """What fails in it is an error of ours."""
+    try:
+        yield
+    except StochasticDepthError:
+        raise
+    except Exception as error:
+        raise ExampleInputsError(
+            f"a step of {type(model).__name__}, or of one of its blocks alone, cannot be measured: "
+            f"{type(error).__name__}: {error}",
+            expected="a model whose blocks can be called by themselves, forward and backward",
+            instead="leave the block out with blocks=, or time a training with and without it",
+        ) from error
 
 
 def _lies_in(name: str, other: str) -> bool:

@@ -25,6 +25,7 @@ from stochastic_depth.discovery.undisturbed import (
     is_unmaterialised,
     telling,
     undisturbed,
+    with_large_weights,
 )
 from stochastic_depth.errors import (
     ChangedModelError,
@@ -111,6 +112,8 @@ def prune(
             parameter.copy_(value)
         undo.callback(plan.scale_by, plan.scale)
         plan.scale_by("none")
+        shown = undo.enter_context(ExitStack())
+        shown.enter_context(with_large_weights(model))
         outputs = partial(_outputs, model, telling(_moved(model, example)))
         try:
             standing_in, expected = _standing_in(model, plan, out, outputs, exact=exact)
@@ -125,6 +128,7 @@ def prune(
         own_configs(model, undo)
         gone = {model.get_submodule(name): name for name in out}
         _take_out(model, standing_in, outputs, expected, is_exact=not norms_go)
+        shown.close()
         undo.pop_all()
     still = [(gone[module], name) for name, module in model.named_modules() if module in gone]
     if still:
@@ -217,6 +221,7 @@ class _Way:
     def __init__(self, name: str, block: nn.Module, stack: ExitStack) -> None:
         self._name, self._block = name, block
         self._calls: list[tuple[Any, Any, Any]] = []
+        self._is_inside = False  # other blocks may call the same modules
         self._arguments: Arguments = (), {}
         hook = block.register_forward_pre_hook(self._begin, with_kwargs=True)
         stack.callback(hook.remove)
@@ -225,10 +230,12 @@ class _Way:
                 stack.callback(module.register_forward_hook(self._note).remove)
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._arguments = fresh((args, kwargs), _itself)
+        self._arguments, self._is_inside = fresh((args, kwargs), _itself), True
 
     def _note(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._calls.append((module, next(iter(args), None), output))
+        if self._is_inside:
+            self._calls.append((module, next(iter(args), None), output))
+            self._is_inside = module is not self._block
 
     def standing_in(self) -> PassThrough:
         """What does the same.
@@ -332,7 +339,8 @@ def _take_out(
             try:
                 found = outputs()
             except Exception as error:
-                return None, f"fails: {type(error).__name__}: {error}"
+                arrived = getattr(error, "arrived", error)  # of an error of ours, no advice
+                return None, f"fails: {type(error).__name__}: {arrived}"
             if not _shapes(found) <= shapes:
                 return None, "returns something of another shape"
             # Which of several lists makes fewer of something shows where each is tried alone.
@@ -352,8 +360,12 @@ def _take_out(
         _, why = attempt(chosen, wanted, each_is_tried=True)
         if not why:
             return
+    places = model.named_modules(remove_duplicate=False)
+    of = {model.get_submodule(name): name for name in standing_in}
+    again = [f'"{of[m]}" is also "{name}"' for name, m in places if of.get(m, name) != name]
     raise RefusedBlockError(
-        f"without {', '.join(list(standing_in)[:3])} {type(model).__name__} {why}",
+        f"without {', '.join(list(standing_in)[:3])} {type(model).__name__} {why}"
+        + (f" ({again[0]})" if again else ""),
         expected="a model that runs the blocks of a Sequential or ModuleList one by one, or calls "
         "each by its name",
         instead="keep those with something of their own around them",

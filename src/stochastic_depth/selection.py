@@ -238,7 +238,7 @@ def _all_but(plan: Plan, keep: float, trained: Mapping[str, float] | None) -> li
         raise OptionError(
             f"keep is {keep!r}, {count} of {len(blocks)} blocks",
             expected=f"{least} to {len(blocks)} of them{why}",
-            instead="pass such a number, such a fraction (0.5), or the names of those to keep",
+            instead="pass such a number, a fraction that makes it, or the names of those to keep",
         )
     wanted = count - len(stuck)
     if trained is None:

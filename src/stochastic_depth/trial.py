@@ -7,20 +7,46 @@ import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from stochastic_depth.discovery.memory import memory_of
 from stochastic_depth.discovery.operations import is_real_or_complex
-from stochastic_depth.discovery.undisturbed import noise_like
-from stochastic_depth.gating.batch import MORE
+from stochastic_depth.discovery.templates import placed_leaves
+from stochastic_depth.discovery.undisturbed import noise_like, with_large_weights
+from stochastic_depth.gating.batch import MORE, is_written
 from stochastic_depth.gating.block import carry_out, decision_of, run_in_part
 from stochastic_depth.gating.gate import ModuleCall
 from stochastic_depth.gating.ranks import LOCAL
 from stochastic_depth.rows import Rows
 from stochastic_depth.torch_private.tracing import is_wrapper
 from stochastic_depth.torch_private.trees import tree_leaves, tree_map
+
+
+class Outcome(NamedTuple):
+    """What a call has come to, and the leaves of its arguments, before and behind it."""
+
+    output: Any
+    given: list[Any]
+    left: list[Any]
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """The tensors that were given; None in the places of other leaves."""
+        return [leaf if isinstance(leaf, Tensor) else None for leaf in self.given]
+
+    @property
+    def written(self) -> list[Tensor | None]:
+        """Those that were written to."""
+        return [x if x is not None and is_written(x) else None for x in self.tensors]
+
+    @property
+    def put(self) -> list[Any]:
+        """What was put into them."""
+        before = set(map(id, self.given))
+        return [leaf for leaf in self.left if id(leaf) not in before]
 
 
 class Trial:
@@ -34,10 +60,12 @@ class Trial:
     def __init__(self, call: ModuleCall, units: Sequence[int]) -> None:
         self.call, self.units, self.gate = call, units, call.gate
 
-    def outcome(self, *, runs: Rows | bool) -> Any:
+    def outcome(self, *, runs: Rows | bool) -> Outcome:
         """What it comes to where these units run, are dropped, or run on these rows."""
         args, kwargs = tree_map(_apart, (self.call.args, self.call.kwargs))
-        return under(self.call._replace(args=args, kwargs=kwargs), self.units, runs=runs)
+        given = tree_leaves((args, kwargs))
+        output = under(self.call._replace(args=args, kwargs=kwargs), self.units, runs=runs)
+        return Outcome(output, given, tree_leaves((args, kwargs)))
 
     def why_not(self) -> str | None:
         """Why they cannot be dropped, or run on some rows; None: they can."""
@@ -49,9 +77,10 @@ class Trial:
                 self.outcome(runs=False)
                 return None
             self.call = _with_unlike_rows(self.call)
-            closed = self.outcome(runs=False)
-            doing = 'mode="sample": it fails on some rows of the batch alone'
-            why = self._of_rows(closed) or self._of_rows_in_training()
+            with with_large_weights(self.call.module):
+                closed = self.outcome(runs=False)
+                doing = 'mode="sample": it fails on some rows of the batch alone'
+                why = self._of_rows(closed) or self._of_rows_in_training()
             return why and f'mode="sample": {why}'
         except Exception as error:
             return f"{doing}: {error}"
@@ -80,7 +109,8 @@ class Trial:
                 opened = self.outcome(runs=True)
             except Exception:  # it was watched as in inference, as it does not train by itself
                 return None
-            if self._generators() != generators or not _all_close(opened, self.outcome(runs=True)):
+            again = self.outcome(runs=True)
+            if self._generators() != generators or not _all_close(opened.output, again.output):
                 return None
             closed = self.outcome(runs=False)
             for rows in _windows(size, lone=False):
@@ -98,8 +128,19 @@ class Trial:
             states += [keys.tobytes(), place]
         return states
 
-    def _unlike(self, rows: Rows, opened: Any, closed: Any) -> str | None:
-        return _unlike(self.gate.batch.outputs, rows, opened, closed, self.outcome(runs=rows))
+    def _unlike(self, rows: Rows, opened: Outcome, closed: Outcome) -> str | None:
+        found, batch = self.outcome(runs=rows), self.gate.batch
+        places = placed_leaves(self.call.args, self.call.kwargs, batch.positional)
+        dims = {
+            n: batch.inputs[place][0]
+            for n, (place, _) in enumerate(places)
+            if place in batch.inputs
+        }
+        if list(map(_form, found.put)) != list(map(_form, opened.put)):
+            return "what it puts into its arguments is lost on some rows of the batch alone"
+        return _unlike(batch.outputs, rows, opened.output, closed.output, found.output) or _unlike(
+            dims, rows, opened.written, closed.tensors, found.tensors
+        )
 
 
 def under(call: ModuleCall, units: Sequence[int], *, runs: Rows | bool) -> Any:
@@ -118,15 +159,50 @@ def acts_around(call: ModuleCall) -> str:
     is_plain = kind.__call__ is nn.Module.__call__ and not module._forward_pre_hooks
     if gate.whole is None or is_plain or is_wrapper(module):
         return ""
-    outcomes = []
-    for run, warned in ((carry_out, gate.warned), (run_in_part, True)):
-        gate.warned = warned
-        args, kwargs = tree_map(_apart, (call.args, call.kwargs))
-        closed = decision_of(gate, [False] * len(gate.units), None, LOCAL)
-        outcomes.append(run(call._replace(args=args, kwargs=kwargs), closed))
-    gate.warned = False
-    is_same = _all_close(*outcomes)
+    closed = decision_of(gate, [False] * len(gate.units), None, LOCAL)
+    args, kwargs = tree_map(_apart, (call.args, call.kwargs))
+    skipped = carry_out(call._replace(args=args, kwargs=kwargs), closed)
+    args, kwargs = tree_map(_apart, (call.args, call.kwargs))
+    warned, gate.warned = gate.warned, True
+    with _watched_forward(module) as (taken, made):
+        found = run_in_part(call._replace(args=args, kwargs=kwargs), closed)
+    gate.warned = warned
+    # A product with a weight that is one now makes another tensor of the same values.
+    is_same = _all_close(skipped, found)
+    is_same = is_same and _places(taken) <= _places([args, kwargs])
+    is_same = is_same and _places([found]) <= _places(made)
     return "" if is_same else "what its hooks, or its `__call__`, do would be skipped with it"
+
+
+@contextmanager
+def _watched_forward(module: nn.Module) -> Iterator[tuple[list[Any], list[Any]]]:
+    """Collects what a module's forward is called with, and what it returns."""
+    taken: list[Any] = []
+    made: list[Any] = []
+    forward, before = module.forward, vars(module).get("forward")
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        taken.append([args, kwargs])
+        made.append(forward(*args, **kwargs))
+        return made[-1]
+
+    vars(module)["forward"] = watched
+    try:
+        yield taken, made
+    finally:
+        del vars(module)["forward"]
+        if before is not None:
+            vars(module)["forward"] = before
+
+
+def _form(leaf: Any) -> object:
+    """What a value is like, whatever it holds."""
+    return type(leaf), leaf.shape if isinstance(leaf, Tensor) else None
+
+
+def _places(values: Any) -> set[int]:
+    """The memories of the tensors in something nested."""
+    return {memory_of(leaf) for leaf in tree_leaves(values) if isinstance(leaf, Tensor)}
 
 
 def _all_close(one: Any, other: Any) -> bool:

@@ -184,12 +184,21 @@ def _told_apart(example: Arguments) -> Arguments:
     seen: set[int] = set()
 
     def another(leaf: Any) -> Any:
+        if _is_of_a_plain_subclass(leaf):  # of it every operation makes more than one object
+            leaf = leaf.as_subclass(Tensor)
         is_again = isinstance(leaf, Tensor) and id(leaf) in seen
         seen.add(id(leaf))
         return leaf.detach() if is_again else leaf
 
     args, kwargs = tree_map(another, example)
     return args, kwargs
+
+
+def _is_of_a_plain_subclass(leaf: Any) -> bool:
+    """Whether it is a tensor of a class that computes as tensors do."""
+    if not isinstance(leaf, Tensor) or type(leaf) in (Tensor, nn.Parameter):
+        return False
+    return type(leaf).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def _own_example(model: nn.Module) -> Tensor | dict[str, Any]:

@@ -10,7 +10,8 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import is_dataclass
+from itertools import islice
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from stochastic_depth.discovery.recording import Call, Recording
 
 _PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device)
 _LISTS = (list, tuple, set, deque)
+_DEEP, _MANY = 2, 1000  # containers inside of a container are looked through; entries of each
 
 
 class Before:
@@ -91,14 +93,22 @@ def _kept(module: nn.Module) -> dict[str, Any]:
     return {**vars(module), **module._buffers}
 
 
-def _content(value: Any) -> dict[Any, Any] | None:
-    """What a container, or an object with attributes, holds; None for anything else."""
+def _content(value: Any, deep: int = _DEEP) -> dict[Any, Any] | None:
+    """What a container, or an object with attributes, holds, and these; None for anything else."""
     if isinstance(value, dict):
-        return dict(value)
-    if isinstance(value, _LISTS):
-        return dict(enumerate(value))
-    is_other = isinstance(value, Tensor | nn.Module) or callable(value)
-    return None if is_other or is_dataclass(value) else dict(getattr(value, "__dict__", {}))
+        found = dict(islice(value.items(), _MANY))
+    elif isinstance(value, _LISTS):
+        found = dict(enumerate(islice(value, _MANY)))
+    elif isinstance(value, (Tensor, nn.Module, ModuleType, *_PLAIN)) or callable(value):
+        return None
+    else:
+        slots = [name for kind in type(value).__mro__ for name in vars(kind).get("__slots__", ())]
+        found = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+        found |= getattr(value, "__dict__", {})
+    for key, each in [*found.items()] if deep else ():
+        inside = _content(each, deep - 1)
+        found |= {(key, name): item for name, item in (inside or {}).items()}
+    return found
 
 
 def _same(before: dict[Any, Any] | None, value: Any) -> bool:

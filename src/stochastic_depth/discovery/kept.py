@@ -192,6 +192,10 @@ def _refill(container: Any, content: list[Any]) -> None:
 
 def tables_of(module: nn.Module) -> tuple[dict[Any, Any], ...]:
     """Where a module keeps what it has."""
-    hooks = module._forward_hooks, module._forward_pre_hooks
     flags = module._forward_hooks_with_kwargs, module._forward_pre_hooks_with_kwargs
-    return vars(module), module._parameters, module._buffers, *hooks, *flags
+    return vars(module), module._parameters, module._buffers, *hooks_of(module), *flags
+
+
+def hooks_of(module: nn.Module) -> tuple[dict[Any, Any], ...]:
+    """Its hooks on forwards."""
+    return module._forward_hooks, module._forward_pre_hooks

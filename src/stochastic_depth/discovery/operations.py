@@ -55,10 +55,10 @@ _TABLE = {
         autograd_function _fft_r2c _fft_c2r _fft_c2c real imag view_as_real view_as_complex""",
     Kind.SUM: "add",
     Kind.JOIN: "cat stack",
-    Kind.PRODUCT: "mul mm bmm matmul einsum",
+    Kind.PRODUCT: "mul mm mv bmm matmul einsum",
     Kind.BIASED: """
-        addmm baddbmm linear convolution _convolution mkldnn_convolution convolution_overrideable
-        mkldnn_linear _mkldnn_linear""",
+        addmm addmv addr addbmm baddbmm linear convolution _convolution mkldnn_convolution
+        convolution_overrideable mkldnn_linear _mkldnn_linear""",
     Kind.NORM: """
         native_layer_norm layer_norm native_group_norm group_norm _fused_rms_norm rms_norm""",
     Kind.BATCH_NORM: """
@@ -95,7 +95,7 @@ def degree(kind: Kind, name: str, degrees: Sequence[int]) -> int:
     if kind in SUMS:
         found, vanishes = degrees[0] if len(set(degrees)) == 1 else None, all(zeros)
     elif kind in PRODUCTS and len(degrees) > 2:
-        bias = degrees[0] if name in ("addmm", "baddbmm") else degrees[2]
+        bias = degrees[0] if name in _WITH_A_PRODUCT else degrees[2]
         found, vanishes = bias if 2 * bias == sum(degrees) else None, all(zeros)
     elif kind in PRODUCTS:
         found, vanishes = sum(degrees), any(zeros)
@@ -120,15 +120,21 @@ FILLED = frozenset(
     "rand_like randint_like randn_like zeros_like".split()
 )
 """Operations that ask their input for its shape alone: the result does not depend on its values."""
-_WITH_A_PRODUCT = {"addcmul": "mul", "addcdiv": "div", "addmm": "mm", "baddbmm": "bmm"}
+_WITH_A_PRODUCT = {
+    "addcmul": "mul",
+    "addcdiv": "div",
+    **dict.fromkeys(("addmm", "addmv", "addr"), "mm"),
+    **dict.fromkeys(("addbmm", "baddbmm"), "bmm"),
+}
 SPELLINGS = frozenset(("add", "sub", "rsub", "lerp", *_WITH_A_PRODUCT))
 """Operations that may be a sum of two terms."""
 ZEROS = frozenset("zeros zeros_like new_zeros".split())
 LOOK_UPS = frozenset("embedding _embedding_bag index index_select gather take scatter".split())
 """Operations that an index tells which values to take, or where to put them."""
 MERGES = frozenset(
-    "where maximum minimum logaddexp index_add scatter_add index_put scatter scatter_reduce "
-    "masked_scatter slice_scatter select_scatter copy stack _foreach_add unseen_kernel".split()
+    "where maximum minimum logaddexp index_add scatter_add index_put put scatter scatter_reduce "
+    "complex masked_scatter slice_scatter select_scatter copy stack _foreach_add "
+    "unseen_kernel".split()
 )
 """Operations that may join a branch to its skip connection, as a sum does: nobody can tell."""
 _STAYS = frozenset("alias clone contiguous _to_copy lift_fresh add sum".split())
@@ -175,6 +181,12 @@ class Operation:
 
 
 operation_of = cache(Operation)
+
+
+def name_of_made(name: str, inputs: Sequence[int], made: Any) -> str:
+    """The name of an operation; of one that makes the number 0 of nothing, "zeros"."""
+    is_number = not inputs and type(made) is Tensor and made.numel() == 1 and not made.is_meta
+    return "zeros" if is_number and not made else name
 
 
 def kind_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Kind:

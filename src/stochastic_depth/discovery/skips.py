@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
-from itertools import permutations
+from itertools import permutations, zip_longest
 
 import torch
 from torch import nn
+from torch.nn.modules.rnn import RNNCellBase
 
 from stochastic_depth.discovery.effects import within
 from stochastic_depth.discovery.grouping import Site
@@ -27,7 +28,7 @@ from stochastic_depth.discovery.operations import (
     Kind,
     is_real_or_complex,
 )
-from stochastic_depth.discovery.recording import RECURRENT, Node, Recording, reached
+from stochastic_depth.discovery.recording import RECURRENT, Call, Node, Recording, reached
 from stochastic_depth.discovery.templates import Argument, Constant, Made, Template
 
 
@@ -132,8 +133,8 @@ class Skip:
 
 def _is_same(nodes: Sequence[Node], way: Sequence[int]) -> bool:
     """Whether the values along a way, from an input to an output, are the same in the end."""
-    first, last = nodes[way[0]], nodes[way[-1]]
-    if (first.shape, first.dtype, first.device) != (last.shape, last.dtype, last.device):
+    first = nodes[way[0]]
+    if not _are_alike(nodes, way[0], way[-1]):
         return False
     if any(torch.promote_types(first.dtype, nodes[i].dtype) != nodes[i].dtype for i in way):
         return False  # rounded in between
@@ -198,35 +199,66 @@ def keep_states(site: Site) -> str | None:
     """Have a dropped block hand a state on as it was given.
 
     A state is computed from an argument of its own form, which takes its place in the template of
-    the module. The name of a recurrent module is returned that was given none.
+    the module. The name of a recurrent module is returned that was given none, or that makes the
+    branch's value of it.
     """
     recording, nodes = site.recording, site.recording.nodes
     stream = site.path | {addition.root for addition in site.additions}
-    handed_out = {node for node in site.call.outputs if node is not None} - stream
+    ends = {addition.branch for addition in site.additions}
     for call in site.branch_calls:
+        inside = [recording.calls[index] for index in call.inside]
+        steps = [step for step in inside if issubclass(step.kind, RECURRENT)]
+        given = {state: before for step in steps for state, before in _states(step)}
+        # What a branch is computed from may be a state as well.
+        handed_out = {n for n in site.call.outputs if n is not None and n not in stream - {*given}}
         if call.template is None or handed_out.isdisjoint(call.outputs):
             continue
         leaves, taken = list(call.template.leaves), set(stream)
         for number, node in enumerate(call.outputs):
             if node is None or node not in handed_out or not isinstance(leaves[number], Made):
                 continue
-            form = nodes[node].shape, nodes[node].dtype, nodes[node].device
-            for before in call.inputs:
-                state = None if before is None or before in taken else nodes[before]
-                if state is None or (state.shape, state.dtype, state.device) != form:
-                    continue
-                if not state.of_parameters and recording.reaches(state.index, node):
-                    taken.add(state.index)  # of several of one form each has its own
-                    leaves[number] = call.place_of(state.index)
-                    break
-            else:
-                inside = [recording.calls[index] for index in call.inside]
-                is_state = any(issubclass(c.kind, RECURRENT) and node in c.outputs for c in inside)
-                is_read = any(user >= site.call.end for user in recording.consumers[node])
-                if is_state and (is_read or node in recording.calls[0].outputs):
-                    return call.module
+            alike = [
+                value
+                for value in call.inputs
+                if value is not None and value not in taken and _are_alike(nodes, value, node)
+                if _is_handed_on(site, value) and recording.reaches(value, node)
+            ]
+            if node in given:
+                before = given[node]
+                alike = [b for b in alike if b == before or recording.reaches(b, before)]
+                alike = [before] if before in alike else alike if len(alike) < 2 else []
+            if alike and node not in ends:
+                taken.add(alike[0])  # of several of one form each has its own
+                leaves[number] = call.place_of(alike[0])
+                continue
+            is_read = any(user >= site.call.end for user in recording.consumers[node])
+            if node in given and (is_read or node in recording.calls[0].outputs):
+                return call.module
         call.template = replace(call.template, leaves=tuple(leaves))
     return None
+
+
+def _states(step: Call) -> Iterator[tuple[int, int]]:
+    """The states that a recurrent module hands out, each with what it was before, or -1."""
+    before = [node for node in step.inputs[1:] if node is not None]
+    count = len(before) or len(step.outputs) - (not issubclass(step.kind, RNNCellBase))
+    for state, node in zip_longest(step.outputs[-count:], before, fillvalue=-1):
+        if state is not None:
+            yield state, node
+
+
+def _is_handed_on(site: Site, value: int) -> bool:
+    """Whether a value is an input of the block, or one in other words (detached, say)."""
+    node = site.recording.nodes[value]
+    while node.kind is Kind.MOVE and node.inputs and node.index not in site.call.inputs:
+        node = site.recording.nodes[node.inputs[0]]
+    return node.index in site.call.inputs and not node.of_parameters
+
+
+def _are_alike(nodes: Sequence[Node], one: int, other: int) -> bool:
+    """Whether two values have one form."""
+    first, second = nodes[one], nodes[other]
+    return (first.shape, first.dtype, first.device) == (second.shape, second.dtype, second.device)
 
 
 def keeps_branch(site: Site) -> str | None:

@@ -30,6 +30,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Mode = Literal["train", "train but BatchNorm", "eval"]
 
 _MARKS = ("gated_from", "_is_stochastic_depth_residual")  # of the classes of modules that may draw
+_SMALL = 0.1  # weights below
 _inside: list[Any] = []  # the stance, once for each caller who wants it
 _lock = threading.Lock()
 
@@ -53,13 +54,11 @@ def undisturbed(model: nn.Module, mode: Mode = "eval") -> Iterator[Originals]:
     saved = {buffer: buffer.detach().clone() for buffer in versions}
     copies = {id(buffer): value.clone() for buffer, value in saved.items()}
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    mha, numpy = torch.backends.mha, sys.modules.get("numpy")
+    mha = torch.backends.mha
     with ExitStack() as stack:
         stack.enter_context(put_back(model))
         stack.enter_context(torch.random.fork_rng(devices=cuda))
-        stack.callback(random.setstate, random.getstate())
-        if numpy:
-            stack.callback(numpy.random.set_state, numpy.random.get_state())
+        stack.enter_context(same_generators())
         stack.enter_context(eagerly())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # what there is to warn about comes again in the training
@@ -83,6 +82,19 @@ def undisturbed(model: nn.Module, mode: Mode = "eval") -> Iterator[Originals]:
                 for buffer, version in versions.items():
                     if buffer._version != version:
                         buffer.copy_(saved[buffer])
+
+
+@contextmanager
+def same_generators() -> Iterator[None]:
+    """The random generators of Python and numpy are as before afterwards."""
+    numpy: Any = sys.modules.get("numpy")
+    ours, theirs = random.getstate(), numpy and numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(ours)
+        if numpy:
+            numpy.random.set_state(theirs)
 
 
 @contextmanager
@@ -117,6 +129,22 @@ def without_collecting() -> Iterator[None]:
 def is_unmaterialised(model: nn.Module) -> bool:
     """Whether some of its weights have a shape and no values."""
     return any(parameter.is_meta for parameter in model.parameters())
+
+
+@contextmanager
+def with_large_weights(module: nn.Module) -> Iterator[None]:
+    """Weights that (nearly) hide a branch as a training begins, zeros often, let it show."""
+    before = {p: p.data for p in module.parameters() if type(p) is nn.Parameter}
+    for parameter, values in before.items():
+        is_plain = values.is_floating_point() and values.layout is torch.strided
+        if is_plain and not values.is_meta and bool((values.abs() < _SMALL).all()):
+            scale = max(1, values[0].numel()) if values.ndim > 1 else 1
+            parameter.data = (noise_like(values).abs() + _SMALL) / scale
+    try:
+        yield
+    finally:
+        for parameter, values in before.items():
+            parameter.data = values
 
 
 @contextmanager

@@ -130,6 +130,7 @@ class Watcher(DispatchMode):
             self._reads.append(len(self.recording.nodes))
         out = func(*args, **kwargs)
         made = [out] if isinstance(out, Tensor) else tensors_in((out,))
+        name = operations.name_of_made(name, inputs, out)
         if operation.depends:
             name, kind, inputs = self._as_called(name, args, kwargs, inputs, made[0])
         if name == "div" or (kind in _REPLAYED and not (kind is Kind.MOVE and operation.stays)):

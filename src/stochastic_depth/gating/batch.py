@@ -209,11 +209,31 @@ class BatchDims:
             output, places, lambda leaf, n: rows.join(leaf, self.outputs[n], places[n])
         )
 
+    def write_back(
+        self, rows: Rows, call: Arguments, taken: Arguments, rests: Mapping[Argument, Any]
+    ) -> dict[int, Tensor]:
+        """Write into the arguments of a call what it has written into those for the kept rows.
+
+        Returns those arguments, by the `id` of those for the kept rows.
+        """
+        before, after = (placed_leaves(*each, self.positional) for each in (call, taken))
+        found: dict[int, Tensor] = {}
+        for (place, leaf), (_, kept) in zip(before, after, strict=True):
+            if place in rests and is_written(kept):
+                leaf.copy_(rows.join(kept, self.inputs[place][0], rests[place]))
+                found[id(kept)] = leaf
+        return found
+
     def spread(self, rows: Rows, output: Any) -> Any:
         """The output for the kept rows, with zeros between."""
         return change_leaves(
             output, self.outputs, lambda leaf, n: rows.spread(leaf, self.outputs[n])
         )
+
+
+def is_written(copy: Tensor) -> bool:
+    """Whether a new copy of a tensor was written to since."""
+    return copy.is_inference() or copy._version > 0
 
 
 def of_block(

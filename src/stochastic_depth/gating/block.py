@@ -24,9 +24,9 @@ from stochastic_depth.gating.ranks import LOCAL, Setup, known_states, refuse, re
 from stochastic_depth.gating.recomputation import remembered
 from stochastic_depth.gating.stand_in import around, library_hooks, show
 from stochastic_depth.plan import Row
-from stochastic_depth.rows import Rows
+from stochastic_depth.rows import Rows, change_leaves
 from stochastic_depth.torch_private.tracing import is_compiled, is_traced_by_fx
-from stochastic_depth.torch_private.trees import tree_map
+from stochastic_depth.torch_private.trees import tree_leaves, tree_map
 
 # In newer torch `is_compiling` is true in all threads while one compiles; 2.6 has but that one.
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
@@ -196,8 +196,12 @@ def _run_on_rows(call: ModuleCall, decision: Decision) -> Any:
     let_rows_vary(gate, module, some, named)
     hooks = library_hooks(module)
     run = around(hooks, module, run)
-    output = _run(ModuleCall(gate, module, run, some, named), decision._replace(rows=None))
-    output = gate.batch.put_back(rows, output, rests)
+    found = _run(ModuleCall(gate, module, run, some, named), decision._replace(rows=None))
+    output = gate.batch.put_back(rows, found, rests)
+    if gate.batch.writes:
+        written = gate.batch.write_back(rows, (args, kwargs), (some, named), rests)
+        own = dict(enumerate(written.get(id(leaf)) for leaf in tree_leaves(found)))
+        output = change_leaves(output, own, lambda leaf, n: leaf if own[n] is None else own[n])
     show(hooks, module, args, kwargs, output)
     return output
 

@@ -191,8 +191,9 @@ def gate_of(module: nn.Module) -> Gate | None:
 
 def changed(gate: Gate, what: str) -> ChangedModelError:
     """The error for a block that does not run as it was watched."""
+    name = f'"{gate.name}"' if gate.name else "the model"
     return ChangedModelError(
-        f'"{gate.name}" does not run as it did when it was watched: {what}',
+        f"{name} does not run as it did when it was watched: {what}",
         expected="the modules that were watched, called as they were",
         instead="change the model first (convert_sync_batchnorm, quantisation, new heads) and "
         "apply stochastic depth afterwards; or depth.remove(), change, apply again. In inference: "

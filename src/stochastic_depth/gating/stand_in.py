@@ -10,20 +10,19 @@ And what forward hooks see by which a model's own library collects what its laye
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.discovery.kept import put_back
+from stochastic_depth.discovery.kept import hooks_of, put_back
 from stochastic_depth.discovery.templates import Made, Template, describe, signature
-from stochastic_depth.discovery.undisturbed import fresh, undisturbed
+from stochastic_depth.discovery.undisturbed import fresh, same_generators, undisturbed
 from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.gating.gate import Gate, Original, Role, running
 from stochastic_depth.torch_private.processes import is_part
 from stochastic_depth.torch_private.tracing import autocasts, fake_mode, without_modes
-from stochastic_depth.torch_private.trees import tree_map
 
 _OTHERS = ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _KEPT = 1024  # shapes; beyond that the oldest are forgotten
@@ -103,14 +102,18 @@ def _without_values(module: nn.Module, args: Any, kwargs: Any) -> Template:
     buffers = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers()]
     mode = fake_mode()
 
-    def fake(value: Any) -> Any:
-        return mode.from_tensor(value.detach()) if isinstance(value, Tensor) else value
-
     with without_modes(), torch.no_grad():
-        args, kwargs = tree_map(fake, (args, kwargs))
+        args, kwargs = fresh((args, kwargs), lambda tensor: mode.from_tensor(tensor.detach()))
     # A module may keep what it has computed: no fake must stay, which `put_back` sees to.
     try:
-        with put_back(module), without_modes(), mode, _full_parameters(module), torch.no_grad():
+        with ExitStack() as stack:
+            stack.enter_context(put_back(module))
+            stack.enter_context(same_generators())
+            stack.enter_context(_without_hooks(module))
+            stack.enter_context(without_modes())
+            stack.enter_context(mode)
+            stack.enter_context(_full_parameters(module))
+            stack.enter_context(torch.no_grad())
             return describe(module.forward(*args, **kwargs), args, kwargs)
     finally:
         with torch.no_grad():
@@ -122,8 +125,24 @@ def _without_values(module: nn.Module, args: Any, kwargs: Any) -> Template:
 def _with_values(module: nn.Module, args: Any, kwargs: Any) -> Template:
     """By a run that leaves no trace."""
     args, kwargs = fresh((args, kwargs), torch.Tensor.detach)
-    with undisturbed(module) as originals, originals.noting(), torch.no_grad():
+    stack = undisturbed(module)
+    with torch.no_grad(), _without_hooks(module), stack as originals, originals.noting():
         return describe(module.forward(*args, **kwargs), args, kwargs)
+
+
+@contextmanager
+def _without_hooks(module: nn.Module) -> Iterator[None]:
+    """Users' hooks do not see what is computed for a shape; torch's own may make weights."""
+    before = [(table, dict(table)) for part in module.modules() for table in hooks_of(part)]
+    for table, hooks in before:
+        for number, hook in hooks.items():
+            if not getattr(hook, "__module__", type(hook).__module__).startswith("torch."):
+                del table[number]
+    try:
+        yield
+    finally:
+        for table, hooks in before:
+            table.update(hooks)
 
 
 @contextmanager

@@ -69,12 +69,15 @@ class Training:
         """Gate a model, to go on where its last training ended.
 
         Args:
-            model: It is left alone where it is gated already.
+            model: It is left alone where this callback has gated it already.
             example: What to watch it with; None: its own.
             scale: As in `sd.apply_stochastic_depth`.
         """
-        if self._depth is not None and self._depth is _handle_of(model):
+        there = _handle_of(model)
+        if there is not None and there is self._depth:
             return
+        if there is not None and there.model is model and there._plan.is_of_a_callback:
+            there.remove()  # another callback's, whose training was broken off
         if self._finished is not None:
             self._finished.unfold(model)
         self._depth = apply_stochastic_depth(
@@ -90,6 +93,7 @@ class Training:
             schedule=self.schedule,
             draw=self.draw,
         )
+        self._depth._plan.is_of_a_callback = True
         if self._finished is not None:
             self._finished.goes_on(self._depth)
 
