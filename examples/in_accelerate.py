@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DataLoaderConfiguration, set_seed
 from timm import create_model
 
 import stochastic_depth as sd
@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the last state")
     options = parser.parse_args(arguments)
     set_seed(0)
-    accelerator = Accelerator(cpu=True)
+    shuffled_by_seed = DataLoaderConfiguration(use_seedable_sampler=True)
+    accelerator = Accelerator(cpu=True, dataloader_config=shuffled_by_seed)
     training, held_out = loaders()
     images = next(iter(held_out))[0]
     model = create_model("resnet18", num_classes=10)
@@ -42,8 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         accelerator.load_state(str(options.out))
         step = int(depth.state_dict()["step"])
     while step < options.steps:
-        # What is left of the epoch that was cut off.
+        # What is left of the epoch that was cut off, in its order.
         rest = accelerator.skip_first_batches(training, step % len(training))
+        rest.set_epoch(step // len(training))
         for images, labels in rest:
             loss = F.cross_entropy(model(images), labels)
             accelerator.backward(loss)

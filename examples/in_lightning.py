@@ -3,7 +3,8 @@
     python examples/in_lightning.py --epochs 10 --out runs/lightning
     python examples/in_lightning.py --epochs 20 --out runs/lightning --resume
 
-What `--resume` continues draws on as if nothing had been. `plain.pt` holds a plain model's weights.
+What `--resume` continues goes on with the same draws; its loader shuffles anew. `plain.pt` holds a
+plain model's weights.
 """
 
 import argparse

@@ -43,8 +43,9 @@ sys.exit(fsdp.main())
 def torchrun(ranks: int, script: Path, *options: str) -> subprocess.CompletedProcess[str]:
     paths = [str(EXAMPLES.parent / "src"), str(EXAMPLES), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    # One restart more than is needed: once in a while a thread of gloo's aborts a Python that ends.
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, f"--nproc-per-node={ranks}", "--max-restarts=1", str(script), *OPTIONS]
+    command = [*launcher, f"--nproc-per-node={ranks}", "--max-restarts=2", str(script), *OPTIONS]
     return subprocess.run(
         [*command, *options],
         env=environment,

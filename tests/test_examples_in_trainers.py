@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import in_accelerate
 import in_lightning
@@ -64,3 +65,13 @@ def test_the_weights_that_lightning_leaves_are_those_of_a_plain_model(
         for images, labels in in_lightning.loaders()[1]
     ]
     assert 100 * sum(wrong) / len(wrong) == pytest.approx(error, abs=0.01)  # as printed
+
+
+def test_accelerate_goes_on_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    """With the weights that it would have had."""
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    in_accelerate.main(["--steps=4", f"--out={cut}"])
+    in_accelerate.main(["--steps=8", f"--out={cut}", "--resume"])
+    in_accelerate.main(["--steps=8", f"--out={whole}"])
+    mine, its = (load_file(folder / "model.safetensors") for folder in (cut, whole))
+    assert all(torch.equal(mine[name], its[name]) for name in its)

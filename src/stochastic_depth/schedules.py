@@ -153,8 +153,12 @@ def linear_decay(steps: float, start: float = 0) -> Schedule:
     return _lines(text, (start, 1.0), (steps, 0.0))
 
 
-def piecewise_linear(points: Iterable[tuple[float, float]]) -> Schedule:
+def piecewise_linear(
+    points: Iterable[tuple[float, float]] | Mapping[float, float],
+) -> Schedule:
     """Straight lines between points ``(step, factor)``, constant before the first, after the last.
+
+    A mapping from steps to factors says the same.
 
     Zipformer (icefall) schedules the rates of its branches so, one schedule per kind of branch.
 
@@ -162,9 +166,12 @@ def piecewise_linear(points: Iterable[tuple[float, float]]) -> Schedule:
         >>> schedule = piecewise_linear([(1000, 1.0), (2000, 0.5), (4000, 0.0)])
         >>> [schedule(step) for step in (0, 1500, 3000, 9999)]
         [1.0, 0.75, 0.25, 0.0]
+        >>> piecewise_linear({0: 0.0, 10: 1.0})(5)
+        0.5
     """
+    pairs = points.items() if isinstance(points, Mapping) else points
     checked = [
-        (_STEPS.read(s, "a point's step"), _FACTOR.read(f, "a point's factor")) for s, f in points
+        (_STEPS.read(s, "a point's step"), _FACTOR.read(f, "a point's factor")) for s, f in pairs
     ]
     if not checked or any(later <= earlier for (earlier, _), (later, _) in pairwise(checked)):
         raise OptionError(

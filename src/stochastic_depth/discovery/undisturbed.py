@@ -30,7 +30,6 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Mode = Literal["train", "train but BatchNorm", "eval"]
 
 _MARKS = ("gated_from", "_is_stochastic_depth_residual")  # of the classes of modules that may draw
-_SMALL = 0.1  # weights below
 _inside: list[Any] = []  # the stance, once for each caller who wants it
 _lock = threading.Lock()
 
@@ -136,15 +135,26 @@ def with_large_weights(module: nn.Module) -> Iterator[None]:
     """Weights that (nearly) hide a branch as a training begins, zeros often, let it show."""
     before = {p: p.data for p in module.parameters() if type(p) is nn.Parameter}
     for parameter, values in before.items():
-        is_plain = values.is_floating_point() and values.layout is torch.strided
-        if is_plain and not values.is_meta and bool((values.abs() < _SMALL).all()):
-            scale = max(1, values[0].numel()) if values.ndim > 1 else 1
-            parameter.data = (noise_like(values).abs() + _SMALL) / scale
+        if _hides(values):
+            noise = noise_like(values)
+            is_matrix = values.ndim > 1
+            # Who takes a root of a gain wants it above zero.
+            parameter.data = noise / values[0].numel() ** 0.5 if is_matrix else noise.abs() + 0.1
     try:
         yield
     finally:
         for parameter, values in before.items():
             parameter.data = values
+
+
+def _hides(values: Tensor) -> bool:
+    """Whether what is multiplied by these weights is nearly nothing."""
+    is_plain = type(values) is Tensor and values.layout is torch.strided  # not a part of one
+    if not is_plain or values.is_meta or not values.is_floating_point():
+        return False
+    largest = float(values.abs().max()) if values.numel() else 1.0
+    is_constant = largest < 0.1 and bool((values == values.flatten()[0]).all())
+    return largest < 1e-3 or is_constant
 
 
 @contextmanager
