@@ -303,6 +303,13 @@ class WithAStore(nn.Module):
         return x
 
 
+def of_torch(module: nn.Module, args: Any, output: Any) -> None:
+    """A hook that may be needed: it stays."""
+
+
+of_torch.__module__ = "torch.nn.utils.made_up"
+
+
 def generators() -> Any:
     numpys: Any = np.random.get_state(legacy=False)
     return random.getstate(), numpys["state"]["key"].tolist(), numpys["state"]["pos"]
@@ -317,8 +324,11 @@ def test_looking_leaves_no_trace_outside_of_the_model(reads: bool) -> None:
         warnings.simplefilter("ignore", sd.StochasticDepthWarning)
         depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=example, scale="none")
     seen: list[Any] = []
-    for branch in model.branches:
-        branch.enter.register_forward_hook(lambda *call: seen.append(call))  # type: ignore[union-attr]
+    hooked: list[Any] = [branch.enter for branch in model.branches]
+    for module in hooked:
+        for hook in (lambda *call: seen.append(call), of_torch, lambda *call: seen.append(call)):
+            module.register_forward_hook(hook)
+    before = [list(module._forward_hooks.items()) for module in hooked]
     for length in (5, 7, 7):
         store, states = Kept(), generators()
         with depth.fixed({block.name: False for block in depth.blocks}):
@@ -326,3 +336,4 @@ def test_looking_leaves_no_trace_outside_of_the_model(reads: bool) -> None:
         assert not store.kept
         assert not seen
         assert states == generators()
+    assert before == [list(module._forward_hooks.items()) for module in hooked]

@@ -101,7 +101,6 @@ def _without_values(module: nn.Module, args: Any, kwargs: Any) -> Template:
     # Buffers are real there as well: an operation on buffers alone changes them.
     buffers = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers()]
     mode = fake_mode()
-
     with without_modes(), torch.no_grad():
         args, kwargs = fresh((args, kwargs), lambda tensor: mode.from_tensor(tensor.detach()))
     # A module may keep what it has computed: no fake must stay, which `put_back` sees to.
@@ -125,8 +124,8 @@ def _without_values(module: nn.Module, args: Any, kwargs: Any) -> Template:
 def _with_values(module: nn.Module, args: Any, kwargs: Any) -> Template:
     """By a run that leaves no trace."""
     args, kwargs = fresh((args, kwargs), torch.Tensor.detach)
-    stack = undisturbed(module)
-    with torch.no_grad(), _without_hooks(module), stack as originals, originals.noting():
+    as_before = undisturbed(module)
+    with torch.no_grad(), _without_hooks(module), as_before as originals, originals.noting():
         return describe(module.forward(*args, **kwargs), args, kwargs)
 
 
@@ -142,6 +141,7 @@ def _without_hooks(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for table, hooks in before:
+            table.clear()  # they are called in the order in which they stand there
             table.update(hooks)
 
 
