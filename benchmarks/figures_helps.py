@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from statistics import mean, stdev
 from typing import Any
 
@@ -44,6 +45,26 @@ def errors() -> str:
         "time is a core's. A run that is not at its end says nothing yet "
         f"(`python benchmarks/errors.py`; {machine(content)}).\n"
     )
+
+
+def _long(way: str) -> list[dict[str, Any]]:
+    """The runs of ResNet-56 on 2,000 images as they are that are at their end."""
+    content = read("errors.json")["results"]
+    whole = content["settings"]["epochs"]["2000"]
+    found = [r for r in content["runs"].values() if r["network"] == "resnet56"]
+    found = [r for r in found if r["images"] == 2000 and r["way"] == way and not r["augmented"]]
+    return [run for run in found if run["epochs"] == whole]
+
+
+def long_error(way: str) -> Callable[[], str]:
+    """Their test error."""
+    return lambda: _mean(_long(way))
+
+
+def long_time() -> str:
+    """The time of those with stochastic depth, of that of those without."""
+    plain = {run["seed"]: run for run in _long("plain")}
+    return _time("batch", [(r, plain[r["seed"]]) for r in _long("batch") if r["seed"] in plain])
 
 
 def _epochs(epochs: dict[int, int]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from figures_helps import long_error, long_time
 from figures_text import RESULTS, machine, over, percent, read
 
 
@@ -138,6 +139,9 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "demo_images": lambda: str(read("demo/metrics.json")["test_images"]),
     "demo_errors": _errors("stochastic_depth"),
     "demo_errors_plain": _errors("plain"),
+    "long_error": long_error("batch"),
+    "long_error_plain": long_error("plain"),
+    "long_time": long_time,
     "short_error": _short(lambda run: run["stochastic_depth"]["test_error"], ".2%"),
     "short_error_plain": _short(lambda run: run["plain"]["test_error"], ".2%"),
     "short_lost": _short(_lost, ".1f"),
