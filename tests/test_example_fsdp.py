@@ -36,16 +36,15 @@ def report_or_die(step, *arguments):
     report(step, *arguments)
 
 fsdp.report = report_or_die
-sys.exit(fsdp.main())
+fsdp.end(fsdp.main())
 """
 
 
 def torchrun(ranks: int, script: Path, *options: str) -> subprocess.CompletedProcess[str]:
     paths = [str(EXAMPLES.parent / "src"), str(EXAMPLES), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    # One restart more than is needed: once in a while a thread of gloo's aborts a Python that ends.
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, f"--nproc-per-node={ranks}", "--max-restarts=2", str(script), *OPTIONS]
+    command = [*launcher, f"--nproc-per-node={ranks}", "--max-restarts=1", str(script), *OPTIONS]
     return subprocess.run(
         [*command, *options],
         env=environment,

@@ -307,16 +307,16 @@ class Conditioned(nn.Module):
         super().__init__()
         self.norm, self.rnn = nn.LayerNorm(8), kind(8, 8, batch_first=True)
 
-    def forward(self, x: Tensor, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Any]:
-        y, state = self.rnn(self.norm(x + given[0].transpose(0, 1)), given[1])
+    def forward(self, x: Tensor, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Any]:
+        y, state = self.rnn(self.norm(x + pair[0].transpose(0, 1)), pair[1])
         return x + y, state
 
 
 class IntoTheState(Conditioned):
     """Nobody can tell which of the two the state was."""
 
-    def forward(self, x: Tensor, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Any]:
-        y, state = self.rnn(self.norm(x), given[0] + given[1])
+    def forward(self, x: Tensor, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Any]:
+        y, state = self.rnn(self.norm(x), pair[0] + pair[1])
         return x + y, state
 
 

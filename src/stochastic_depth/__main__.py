@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = stack.enter_context(warnings.catch_warnings(record=True))
             model, example = _loaded(options.model, options.input, options.timed)
             saving, refused = _estimate(model, example, options)
-        for one in found:  # where there is no error, which is one line
+        for one in found:  # only now: an error is one line, without warnings above it
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
     except StochasticDepthError as error:
         print(textwrap.shorten(f"stochastic_depth: {error}", _LONG), file=sys.stderr)

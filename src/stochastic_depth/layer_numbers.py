@@ -19,7 +19,7 @@ from torch import nn
 from stochastic_depth.torch_private.trees import PLAIN_VALUES
 
 _NUMBERS = ("layer_idx", "layer_id", "layer_index")  # as which a layer knows its place
-_OWN_COUNTS = ("num_layers", "n_layers", "n_layer")  # as which what holds them counts them
+_OWN_COUNTS = ("num_layers", "n_layers", "n_layer")  # in the module around the layers
 _COUNTS = ("layer", "depth", "block")  # in the name of an entry that may say how many there are
 
 Change = dict[str, Any]

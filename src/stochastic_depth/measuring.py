@@ -53,7 +53,7 @@ class Costs:
             arguments = stack.enter_context(without_values(self._model, example))
             stack.enter_context(undisturbed(self._model))
             self._begin(arguments)
-            stack.enter_context(_needing_a_backward(self._model))
+            stack.enter_context(_failing_by_name(self._model))
             self.flops = self._costs(count_flops, arguments)
             if timed:
                 rounds = [self._costs(_seconds, arguments) for _ in range(1 + _ROUNDS)][1:]
@@ -124,7 +124,7 @@ class Costs:
         self, measure: Measure, module: nn.Module, calls: list[Arguments], gates: dict[str, bool]
     ) -> float:
         self._model.zero_grad()
-        for part in module.modules():  # a state that it keeps hangs on the forward before
+        for part in module.modules():  # a state that it keeps is part of an earlier graph
             vars(part).update({k: v.detach() for k, v in vars(part).items() if _trains(v)})
         copies = [fresh(call, torch.clone) for call in calls]
 
@@ -138,8 +138,8 @@ class Costs:
 
 
 @contextmanager
-def _needing_a_backward(model: nn.Module) -> Iterator[None]:
-    """What fails in it is an error of ours."""
+def _failing_by_name(model: nn.Module) -> Iterator[None]:
+    """Turns an error in a measured step into one that says what failed."""
     try:
         yield
     except StochasticDepthError:

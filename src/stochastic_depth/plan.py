@@ -131,7 +131,7 @@ class Plan:
         self.forcing = 0  # how many `fixed` and `disabled` are in force, in any thread
         self.following: Any = None  # the `Following` of an optimizer
         self.handle: weakref.ref[Any] | None = None
-        self.is_of_a_callback = False  # that put the gates on, and takes them off
+        self.is_of_a_callback = False  # whether a trainer's callback put the gates on
         self.told_of_graphs = False  # that a user's torch.compile breaks at each gate
         self.setups: dict[str, Any] = {}  # by gate: how several processes train its block
         self.ranks_differed = False  # whether ranks may have skipped other blocks than each other

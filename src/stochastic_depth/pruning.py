@@ -112,23 +112,21 @@ def prune(
             parameter.copy_(value)
         undo.callback(plan.scale_by, plan.scale)
         plan.scale_by("none")
-        shown = undo.enter_context(ExitStack())
-        shown.enter_context(with_large_weights(model))
-        outputs = partial(_outputs, model, telling(_moved(model, example)))
-        try:
-            standing_in, expected = _standing_in(model, plan, out, outputs, exact=exact)
-        except ChangedModelError:  # in inference it calls its blocks otherwise: with a cache
-            outputs = partial(outputs, mode="train but BatchNorm")
-            standing_in, expected = _standing_in(model, plan, out, outputs, exact=exact)
-        for _, module, gate in list(gated_modules(model)):
-            if compiled := vars(module).get("_compiled_call_impl"):
-                undo.callback(setattr, module, "_compiled_call_impl", compiled)
-            undo.callback(swap_in, module, gate)
-        detach(model, plan)
-        own_configs(model, undo)
-        gone = {model.get_submodule(name): name for name in out}
-        _take_out(model, standing_in, outputs, expected, is_exact=not norms_go)
-        shown.close()
+        with with_large_weights(model):
+            outputs = partial(_outputs, model, telling(_moved(model, example)))
+            try:
+                standing_in, expected = _standing_in(model, plan, out, outputs, exact=exact)
+            except ChangedModelError:  # in inference it calls its blocks otherwise: with a cache
+                outputs = partial(outputs, mode="train but BatchNorm")
+                standing_in, expected = _standing_in(model, plan, out, outputs, exact=exact)
+            for _, module, gate in list(gated_modules(model)):
+                if compiled := vars(module).get("_compiled_call_impl"):
+                    undo.callback(setattr, module, "_compiled_call_impl", compiled)
+                undo.callback(swap_in, module, gate)
+            detach(model, plan)
+            own_configs(model, undo)
+            gone = {model.get_submodule(name): name for name in out}
+            _take_out(model, standing_in, outputs, expected, is_exact=not norms_go)
         undo.pop_all()
     still = [(gone[module], name) for name, module in model.named_modules() if module in gone]
     if still:

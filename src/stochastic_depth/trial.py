@@ -26,27 +26,27 @@ from stochastic_depth.torch_private.trees import tree_leaves, tree_map
 
 
 class Outcome(NamedTuple):
-    """What a call has come to, and the leaves of its arguments, before and behind it."""
+    """What a call returned, and the leaves of its arguments before and after it."""
 
     output: Any
-    given: list[Any]
-    left: list[Any]
+    before: list[Any]
+    after: list[Any]
 
     @property
     def tensors(self) -> list[Tensor | None]:
-        """The tensors that were given; None in the places of other leaves."""
-        return [leaf if isinstance(leaf, Tensor) else None for leaf in self.given]
+        """The tensors among its arguments; None in the places of other leaves."""
+        return [leaf if isinstance(leaf, Tensor) else None for leaf in self.before]
 
     @property
     def written(self) -> list[Tensor | None]:
-        """Those that were written to."""
+        """The tensors that the call has written to."""
         return [x if x is not None and is_written(x) else None for x in self.tensors]
 
     @property
     def put(self) -> list[Any]:
-        """What was put into them."""
-        before = set(map(id, self.given))
-        return [leaf for leaf in self.left if id(leaf) not in before]
+        """The leaves that the call has put into its arguments."""
+        known = set(map(id, self.before))
+        return [leaf for leaf in self.after if id(leaf) not in known]
 
 
 class Trial:
@@ -63,9 +63,9 @@ class Trial:
     def outcome(self, *, runs: Rows | bool) -> Outcome:
         """What it comes to where these units run, are dropped, or run on these rows."""
         args, kwargs = tree_map(_apart, (self.call.args, self.call.kwargs))
-        given = tree_leaves((args, kwargs))
+        before = tree_leaves((args, kwargs))
         output = under(self.call._replace(args=args, kwargs=kwargs), self.units, runs=runs)
-        return Outcome(output, given, tree_leaves((args, kwargs)))
+        return Outcome(output, before, tree_leaves((args, kwargs)))
 
     def why_not(self) -> str | None:
         """Why they cannot be dropped, or run on some rows; None: they can."""
@@ -196,7 +196,7 @@ def _watched_forward(module: nn.Module) -> Iterator[tuple[list[Any], list[Any]]]
 
 
 def _form(leaf: Any) -> object:
-    """What a value is like, whatever it holds."""
+    """The type and the shape of a value."""
     return type(leaf), leaf.shape if isinstance(leaf, Tensor) else None
 
 

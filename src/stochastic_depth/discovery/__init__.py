@@ -184,7 +184,7 @@ def _told_apart(example: Arguments) -> Arguments:
     seen: set[int] = set()
 
     def another(leaf: Any) -> Any:
-        if _is_of_a_plain_subclass(leaf):  # of it every operation makes more than one object
+        if _is_of_a_plain_subclass(leaf):  # the watch does not see how its results get their class
             leaf = leaf.as_subclass(Tensor)
         is_again = isinstance(leaf, Tensor) and id(leaf) in seen
         seen.add(id(leaf))

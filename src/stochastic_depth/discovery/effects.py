@@ -23,7 +23,7 @@ from stochastic_depth.discovery.recording import Call, Recording
 
 _PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device)
 _LISTS = (list, tuple, set, deque)
-_DEEP, _MANY = 2, 1000  # containers inside of a container are looked through; entries of each
+_DEEP, _MANY = 2, 1000  # how many levels inside of a container, and entries of each, are compared
 
 
 class Before:
@@ -94,7 +94,7 @@ def _kept(module: nn.Module) -> dict[str, Any]:
 
 
 def _content(value: Any, deep: int = _DEEP) -> dict[Any, Any] | None:
-    """What a container, or an object with attributes, holds, and these; None for anything else."""
+    """What a container or an object holds, and those inside of it; None: it is neither."""
     if isinstance(value, dict):
         found = dict(islice(value.items(), _MANY))
     elif isinstance(value, _LISTS):

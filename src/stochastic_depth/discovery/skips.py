@@ -199,8 +199,11 @@ def keep_states(site: Site) -> str | None:
     """Have a dropped block hand a state on as it was given.
 
     A state is computed from an argument of its own form, which takes its place in the template of
-    the module. The name of a recurrent module is returned that was given none, or that makes the
-    branch's value of it.
+    the module.
+
+    Returns:
+        The name of a recurrent module whose state would be lost: it was given none, nobody can tell
+        which argument it was, or the state is the branch's value as well. None: no state is lost.
     """
     recording, nodes = site.recording, site.recording.nodes
     stream = site.path | {addition.root for addition in site.additions}
@@ -208,9 +211,11 @@ def keep_states(site: Site) -> str | None:
     for call in site.branch_calls:
         inside = [recording.calls[index] for index in call.inside]
         steps = [step for step in inside if issubclass(step.kind, RECURRENT)]
-        given = {state: before for step in steps for state, before in _states(step)}
+        earlier = {state: before for step in steps for state, before in _states(step)}
         # What a branch is computed from may be a state as well.
-        handed_out = {n for n in site.call.outputs if n is not None and n not in stream - {*given}}
+        handed_out = {
+            n for n in site.call.outputs if n is not None and n not in stream - {*earlier}
+        }
         if call.template is None or handed_out.isdisjoint(call.outputs):
             continue
         leaves, taken = list(call.template.leaves), set(stream)
@@ -223,8 +228,8 @@ def keep_states(site: Site) -> str | None:
                 if value is not None and value not in taken and _are_alike(nodes, value, node)
                 if _is_handed_on(site, value) and recording.reaches(value, node)
             ]
-            if node in given:
-                before = given[node]
+            if node in earlier:
+                before = earlier[node]
                 alike = [b for b in alike if b == before or recording.reaches(b, before)]
                 alike = [before] if before in alike else alike if len(alike) < 2 else []
             if alike and node not in ends:
@@ -232,14 +237,14 @@ def keep_states(site: Site) -> str | None:
                 leaves[number] = call.place_of(alike[0])
                 continue
             is_read = any(user >= site.call.end for user in recording.consumers[node])
-            if node in given and (is_read or node in recording.calls[0].outputs):
+            if node in earlier and (is_read or node in recording.calls[0].outputs):
                 return call.module
         call.template = replace(call.template, leaves=tuple(leaves))
     return None
 
 
 def _states(step: Call) -> Iterator[tuple[int, int]]:
-    """The states that a recurrent module hands out, each with what it was before, or -1."""
+    """Each state that a recurrent module returns, with the state it was given for it, or -1."""
     before = [node for node in step.inputs[1:] if node is not None]
     count = len(before) or len(step.outputs) - (not issubclass(step.kind, RNNCellBase))
     for state, node in zip_longest(step.outputs[-count:], before, fillvalue=-1):
@@ -248,7 +253,7 @@ def _states(step: Call) -> Iterator[tuple[int, int]]:
 
 
 def _is_handed_on(site: Site, value: int) -> bool:
-    """Whether a value is an input of the block, or one in other words (detached, say)."""
+    """Whether a value is an input of the block, or a view of one (detached, say)."""
     node = site.recording.nodes[value]
     while node.kind is Kind.MOVE and node.inputs and node.index not in site.call.inputs:
         node = site.recording.nodes[node.inputs[0]]

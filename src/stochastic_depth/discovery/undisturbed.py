@@ -132,13 +132,16 @@ def is_unmaterialised(model: nn.Module) -> bool:
 
 @contextmanager
 def with_large_weights(module: nn.Module) -> Iterator[None]:
-    """Weights that (nearly) hide a branch as a training begins, zeros often, let it show."""
+    """For a while weights that are nearly zero (ReZero, layer scale) are noise.
+
+    So what they multiply shows, as it will in a training.
+    """
     before = {p: p.data for p in module.parameters() if type(p) is nn.Parameter}
     for parameter, values in before.items():
         if _hides(values):
             noise = noise_like(values)
             is_matrix = values.ndim > 1
-            # Who takes a root of a gain wants it above zero.
+            # A gain stays positive: a forward may take its root.
             parameter.data = noise / values[0].numel() ** 0.5 if is_matrix else noise.abs() + 0.1
     try:
         yield

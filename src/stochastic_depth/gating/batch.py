@@ -212,9 +212,10 @@ class BatchDims:
     def write_back(
         self, rows: Rows, call: Arguments, taken: Arguments, rests: Mapping[Argument, Any]
     ) -> dict[int, Tensor]:
-        """Write into the arguments of a call what it has written into those for the kept rows.
+        """Copy what a call has written into the kept rows back into its arguments.
 
-        Returns those arguments, by the `id` of those for the kept rows.
+        Returns:
+            Each argument that was written to, by the `id` of its kept rows.
         """
         before, after = (placed_leaves(*each, self.positional) for each in (call, taken))
         found: dict[int, Tensor] = {}

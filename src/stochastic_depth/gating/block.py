@@ -200,8 +200,9 @@ def _run_on_rows(call: ModuleCall, decision: Decision) -> Any:
     output = gate.batch.put_back(rows, found, rests)
     if gate.batch.writes:
         written = gate.batch.write_back(rows, (args, kwargs), (some, named), rests)
-        own = dict(enumerate(written.get(id(leaf)) for leaf in tree_leaves(found)))
-        output = change_leaves(output, own, lambda leaf, n: leaf if own[n] is None else own[n])
+        # It may hand out its very input.
+        inputs = {n: written[id(x)] for n, x in enumerate(tree_leaves(found)) if id(x) in written}
+        output = change_leaves(output, inputs, lambda leaf, n: inputs[n])
     show(hooks, module, args, kwargs, output)
     return output
 

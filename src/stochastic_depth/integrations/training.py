@@ -73,11 +73,11 @@ class Training:
             example: What to watch it with; None: its own.
             scale: As in `sd.apply_stochastic_depth`.
         """
-        there = _handle_of(model)
-        if there is not None and there is self._depth:
+        handle = _handle_of(model)
+        if handle is not None and handle is self._depth:
             return
-        if there is not None and there.model is model and there._plan.is_of_a_callback:
-            there.remove()  # another callback's, whose training was broken off
+        if handle is not None and handle.model is model and handle._plan.is_of_a_callback:
+            handle.remove()  # another callback's, whose training was broken off
         if self._finished is not None:
             self._finished.unfold(model)
         self._depth = apply_stochastic_depth(
