@@ -106,6 +106,9 @@ def _settle(model: nn.Module, gate: Gate, parts: Sequence[Gate]) -> None:
         and not is_wrapper(model.get_submodule(gate.name))
         and not gate.known.tensors.isdisjoint(gate.known.positional[:1])
     )
+    only_scales = gate.is_fast and gate.whole is not None and not gate.stands_in
+    if only_scales and all(p.owner is gate and p.name in inside for p in parts):
+        gate.asleep = False
 
 
 def _roles(

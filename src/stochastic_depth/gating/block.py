@@ -176,10 +176,13 @@ def _run(call: ModuleCall, decision: Decision) -> Any:
     gate, factors = call.gate, decision.factors
     if factors is not None and not gate.simple_ends:
         return run_in_part(call, decision)
+    as_graph = gate.plan.graphs or running.compiler is not None or is_compiled(call.module)
     check_parts(gate, call.module)
+    if as_graph or factors is not None:
+        rouse(gate, call.module, they_act=True)
     running.blocks.append((gate, factors, None, torch.is_grad_enabled(), None))
     try:
-        if gate.plan.graphs or running.compiler is not None or is_compiled(call.module):
+        if as_graph:
             return run_compiled(call, factors)
         return call()
     finally:
@@ -211,6 +214,7 @@ def run_in_part(call: ModuleCall, decision: Decision) -> Any:
     """Some of the branches, or on some rows: their modules look up what was decided."""
     gate, module, _, args, kwargs = call
     check_parts(gate, module)
+    rouse(gate, module, they_act=True)
     if not gate.stands_in and not all(decision.kept) and not gate.warned:
         gate.warned = True
         warn(
@@ -249,3 +253,11 @@ def check_parts(gate: Gate, module: nn.Module) -> None:
             part = getattr(part, name, None)
         if getattr(part, KEY, None) is None:
             raise changed(gate, f'its "{".".join(path)}" was replaced')
+
+
+def rouse(gate: Gate, module: nn.Module, *, they_act: bool) -> None:
+    """Have the ends of a block's branches gated when they act, and only then."""
+    if gate.asleep is they_act:
+        from stochastic_depth.gating import swap  # which makes classes of these calls
+
+        (swap.wake if they_act else swap.let_sleep)(gate, module)

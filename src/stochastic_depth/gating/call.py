@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from stochastic_depth.distributed import is_running
 from stochastic_depth.errors import warn
-from stochastic_depth.gating.block import begin, call_block, carry_out, check_parts, run_drawn
+from stochastic_depth.gating.block import (
+    begin,
+    call_block,
+    carry_out,
+    check_parts,
+    rouse,
+    run_drawn,
+)
 from stochastic_depth.gating.branch import call_branch_module, run_multiplied
 from stochastic_depth.gating.gate import KEY, Gate, ModuleCall, Original, running
 from stochastic_depth.gating.recomputation import next_noted, note
@@ -133,6 +140,12 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
                 part[KEY]
         except (KeyError, AttributeError):  # replaced; or wrapped (for a checkpoint, say)
             check_parts(gate, self)
+        if gate.asleep is not None:
+            they_act = factors is not None
+            if gate.asleep is they_act:
+                rouse(gate, self, they_act=they_act)
+            if gate.asleep and not they_act:
+                return run(self, *args, **kwargs)
         blocks = running.blocks
         seen = None if passage is None else [None, None]
         blocks.append((gate, factors, passage, has_grad, seen))
@@ -154,7 +167,8 @@ def _trace_of(original: Original) -> Original:
 def traced_call(module: nn.Module, original: Original, args: Any, kwargs: Any) -> Any:
     """A gated module's call in a trace."""
     gate: Any = module._stochastic_depth
-    if gate.units and (module.training or gate.plan.forcing or not gate.simple_ends):
+    is_open = not (module.training or gate.plan.forcing or gate.asleep)
+    if gate.units and not (is_open and gate.simple_ends):
         return call_between_graphs(module, original, args, kwargs)
     if gate.units:
         gate.scales = gate.plan.inference_factors(gate.units)

@@ -1,13 +1,17 @@
-"""The class swap: a gated module's class is a subclass that overrides `__call__`, and nothing else.
+"""The class swap: a gated module's class is a subclass of its own that overrides `__call__`.
 
 `__call__` lies above hooks, checkpoint wrappers and `module.compile()`, so a skipped block skips
 those, too. Parameters, state-dict keys, `isinstance` and `__name__` stay. As in
 `torch.nn.utils.parametrize`, undoing restores the very class.
+
+The end of a branch has its gate for the sake of a factor. While none is due, as in training with
+scale "eval", it sleeps: its class is its own, and a call of it costs what it always did.
 """
 
 from __future__ import annotations
 
 import copyreg
+import threading
 from functools import cache
 from typing import Any
 
@@ -16,8 +20,10 @@ from torch import nn
 from stochastic_depth.errors import SetupError
 from stochastic_depth.gating.call import block_call, part_call
 from stochastic_depth.gating.compiled import release
-from stochastic_depth.gating.gate import KEY, Gate
+from stochastic_depth.gating.gate import KEY, Gate, gate_of
 from stochastic_depth.torch_private.tracing import without_fused_path
+
+_lock = threading.Lock()
 
 
 def swap_in(module: nn.Module, gate: Gate) -> None:
@@ -31,12 +37,42 @@ def swap_in(module: nn.Module, gate: Gate) -> None:
 def swap_out(module: nn.Module) -> None:
     """Give a gated module its own class back."""
     gate: Gate = module.__dict__.pop(KEY)
+    gate.asleep = gate.asleep and False
     if gate.is_residual:
         module.__dict__[KEY] = None
         return
     release(module)
     kind: Any = type(module)
-    module.__class__ = _ungated(kind)
+    if hasattr(kind, "gated_from"):  # not asleep
+        module.__class__ = _ungated(kind)
+
+
+def let_sleep(gate: Gate, module: nn.Module) -> None:
+    """Give the ends of a block's branches their own classes back, until they are needed."""
+    with _lock:
+        if gate.asleep is not False:  # another thread was first
+            return
+        kinds: dict[nn.Module, Any] = {end: type(end) for end in _ends(gate, module)}
+        # fully_shard or a parametrization may have made other classes of theirs.
+        are_ours = all("gated_from" in vars(kind) for kind in kinds.values())
+        for end, kind in kinds.items() if are_ours else ():
+            end.__class__ = _ungated(kind)
+        gate.asleep = True if are_ours else None  # last: other threads look at it
+
+
+def wake(gate: Gate, module: nn.Module) -> None:
+    """Gate the ends again: for the next inference, or where they act in training, for good."""
+    with _lock:
+        for end in _ends(gate, module):
+            kind: Any = type(end)
+            if not hasattr(kind, "gated_from"):
+                end.__class__ = _gated(kind, is_part=True)
+        if "_is_replica" not in vars(module):  # of DataParallel, with ends of its own
+            gate.asleep = None if module.training else False
+
+
+def _ends(gate: Gate, module: nn.Module) -> list[nn.Module]:
+    return [end for end in module.modules() if (part := gate_of(end)) and part.owner is gate]
 
 
 @cache  # blocks of one class go on sharing one
@@ -67,6 +103,13 @@ def _gated(original: Any, *, is_part: bool) -> type[nn.Module]:
             make, arguments = _made, (original, self.__dict__[KEY], *arguments)
         return (make, arguments, *rest)
 
+    def train_gated(self: Any, *args: Any, **kwargs: Any) -> Any:
+        trained = original.train(self, *args, **kwargs)
+        gate = gate_of(self)
+        if gate is not None and gate.asleep and not self.training:
+            wake(gate, self)
+        return trained
+
     def begin_plain(self: Any, *args: Any, **kwargs: Any) -> None:
         # Not the gated module, but another of its class: a slice of a Sequential, say.
         self.__dict__.pop(KEY, None)
@@ -83,6 +126,7 @@ def _gated(original: Any, *, is_part: bool) -> type[nn.Module]:
             "__init__": begin_plain,
             "__call__": gated_call(original.__call__),
             "__reduce_ex__": reduce_gated,
+            **({} if is_part else {"train": train_gated}),
             "__prepare_scriptable__": _refuse_to_script,
             "__module__": original.__module__,
             "__qualname__": original.__qualname__,
