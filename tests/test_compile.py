@@ -129,6 +129,24 @@ def test_batch_mode_is_eager_to_the_bit(name: str, kinds: int, options: dict[str
     assert graphs() == 2 * kinds
 
 
+@pytest.mark.parametrize(("name", "kinds", "options"), BATCH)
+def test_what_trained_eagerly_before_needs_no_more_graphs(
+    name: str, kinds: int, options: dict[str, Any]
+) -> None:
+    """The ends of some blocks sleep then, and those of blocks that never ran do not."""
+    model, x = make(name)
+    eager, depth = gated(model, x, drop_distribution="uniform", **options)
+    assert_same_step(model.train(), eager.train(), x)
+    if name == "resnet" and options.get("scale") != "train":
+        ends = [hasattr(type(block.bn2), "gated_from") for block in model.stages[0]]
+        assert len(set(ends)) == 2
+    depth.compile("aot_eager")
+    for step in range(WARMUP):
+        assert_same_step(model, eager, batch(x, step))
+    assert graphs() == kinds
+    assert_trains_alike(model, eager, depth, x)
+
+
 # The factor goes into the last module's weights in eager, onto its output in a graph; and a value
 # with three gradients has them added in another order. That is rounding, of single precision.
 ROUNDED = [

@@ -94,7 +94,8 @@ def _obstacle(module: nn.Module, gate: Gate) -> str | None:
 def _kind(module: nn.Module) -> Any:
     """What blocks have in common that look alike; where they differ in more, torch finds out."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
-    return tuple((name, type(part)) for name, part in module.named_modules()), tuple(
+    parts = module.named_modules()  # by their own classes: ends may be asleep
+    return tuple((n, getattr(type(m), "gated_from", type(m))) for n, m in parts), tuple(
         (name, t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for name, t in tensors
     )
 
