@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import stochastic_depth as sd
 from comparing import rates
-from networks import WIDTH, PreNormLayer, batch, make, settled, vectors
+from networks import WIDTH, PreNormLayer, assert_equal, batch, make, settled, vectors
 from test_compile import (
     WARMUP,
     assert_same_step,
@@ -259,3 +259,19 @@ def test_modules_of_branches_that_are_compiled_go_on_running_as_graphs(training:
         model.train(training)(x)
         gates = depth.last_gates if training else dict.fromkeys(rates(depth), True)
         assert calls == [name for name in gates if gates[name]]
+
+
+@pytest.mark.parametrize("leave", ["fold", "remove"])
+@pytest.mark.parametrize("name", ["resnet", "pre-norm"])
+@pytest.mark.parametrize("way", [its_blocks, the_model, its_blocks_in_place])
+def test_what_was_compiled_runs_when_the_gates_are_gone(way: Way, name: str, leave: str) -> None:
+    """torch.compile has kept the gated calls of its modules."""
+    model, x = make(name)
+    eager, depth = gated(model, x, schedule=sd.linear_warmup(3))
+    result = way(model)
+    for step in range(WARMUP):
+        assert_same_step(result.train(), eager.train(), batch(x, step))
+    getattr(depth, leave)()
+    getattr(sd.get_stochastic_depth(eager), leave)()
+    assert_equal(result.eval()(x), eager.eval()(x))
+    assert_same_step(result.train(), eager.train(), x)

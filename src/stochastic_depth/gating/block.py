@@ -256,8 +256,15 @@ def check_parts(gate: Gate, module: nn.Module) -> None:
 
 
 def rouse(gate: Gate, module: nn.Module, *, they_act: bool) -> None:
-    """Have the ends of a block's branches gated when they act, and only then."""
+    """Have the ends of a block's branches gated when they act, and only then.
+
+    Raises:
+        ChangedModelError: One was replaced or compiled while it had no gate.
+    """
     if gate.asleep is they_act:
         from stochastic_depth.gating import swap  # which makes classes of these calls
 
-        (swap.wake if they_act else swap.let_sleep)(gate, module)
+        if not they_act:
+            swap.let_sleep(gate, module)
+        elif not swap.wake(gate, module):
+            raise changed(gate, "a module that ends its branch was replaced, or compiled by itself")

@@ -57,6 +57,7 @@ def call_branch_module(call: ModuleCall) -> Any:
         if role is None or (passage is None and factors is None):
             return _call(call)
         note_part(gate, (factors if passage is None else passage.decision, role))
+        owner.asleep = None  # a checkpoint may be around it, whose recomputation needs its gate
         if passage is None:
             return _multiplied(call, factors, role)
         return _call_as(call, role, passage)

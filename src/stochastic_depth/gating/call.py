@@ -46,7 +46,9 @@ def part_call(original: Original) -> Original:
 
     def call_part(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         attributes = self.__dict__  # each look-up at a module itself takes as long as ten in here
-        gate: Gate = attributes[KEY]
+        gate: Gate | None = attributes.get(KEY)
+        if gate is None:  # whoever kept this call of its calls a module that is plain again
+            return original(self, *args, **kwargs)
         blocks = running.blocks
         if blocks and "_compiled_call_impl" not in attributes:
             owner, factors, passage, has_grad, seen = blocks[-1]
@@ -77,7 +79,9 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
             set_compiler(compiler)
             return call_between_graphs(self, original, args, kwargs)
         attributes = self.__dict__
-        gate: Gate = attributes[KEY]
+        gate: Gate | None = attributes.get(KEY)
+        if gate is None:
+            return original(self, *args, **kwargs)
         plan = gate.plan
         hooks = top_hooks(False)  # noqa: FBT003
         if not gate.is_fast or plan.forcing or plan.graphs or (hooks is not None and is_running()):
@@ -140,12 +144,8 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
                 part[KEY]
         except (KeyError, AttributeError):  # replaced; or wrapped (for a checkpoint, say)
             check_parts(gate, self)
-        if gate.asleep is not None:
-            they_act = factors is not None
-            if gate.asleep is they_act:
-                rouse(gate, self, they_act=they_act)
-            if gate.asleep and not they_act:
-                return run(self, *args, **kwargs)
+        if gate.asleep is (factors is not None):
+            rouse(gate, self, they_act=factors is not None)
         blocks = running.blocks
         seen = None if passage is None else [None, None]
         blocks.append((gate, factors, passage, has_grad, seen))
@@ -166,7 +166,9 @@ def _trace_of(original: Original) -> Original:
 
 def traced_call(module: nn.Module, original: Original, args: Any, kwargs: Any) -> Any:
     """A gated module's call in a trace."""
-    gate: Any = module._stochastic_depth
+    gate: Any = getattr(module, KEY, None)
+    if gate is None:
+        return original(module, *args, **kwargs)
     is_open = not (module.training or gate.plan.forcing or gate.asleep)
     if gate.units and not (is_open and gate.simple_ends):
         return call_between_graphs(module, original, args, kwargs)
@@ -203,7 +205,9 @@ def _times(value: Tensor, scale: Any) -> Tensor:
 )
 def call_between_graphs(module: nn.Module, original: Original, args: Any, kwargs: Any) -> Any:
     """A call that no graph holds; the block's forward beneath it is compiled as before."""
-    gate: Gate = module.__dict__[KEY]
+    gate: Gate | None = module.__dict__.get(KEY)
+    if gate is None:
+        return original(module, *args, **kwargs)
     if gate.units and module.training and not gate.plan.told_of_graphs:
         gate.plan.told_of_graphs = True
         warn(

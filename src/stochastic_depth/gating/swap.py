@@ -48,31 +48,50 @@ def swap_out(module: nn.Module) -> None:
 
 
 def let_sleep(gate: Gate, module: nn.Module) -> None:
-    """Give the ends of a block's branches their own classes back, until they are needed."""
+    """Give the ends of a block's branches their own classes back, until they are needed.
+
+    Not where somebody has put something around them (torch.compile keeps a module's call), or has
+    changed these classes (a parametrization, fully_shard).
+    """
     with _lock:
         if gate.asleep is not False:  # another thread was first
             return
-        kinds: dict[nn.Module, Any] = {end: type(end) for end in _ends(gate, module)}
-        # fully_shard or a parametrization may have made other classes of theirs.
-        are_ours = all("gated_from" in vars(kind) for kind in kinds.values())
-        for end, kind in kinds.items() if are_ours else ():
+        ends = _ends(gate, module)
+        made = [vars(type(end)).get("size_as_made") == len(vars(type(end))) for end in ends]
+        gate.asleep = True if set(ends) == set(_at_paths(gate, module)) and all(made) else None
+        for end in ends if gate.asleep else ():
+            kind: Any = type(end)
             end.__class__ = _ungated(kind)
-        gate.asleep = True if are_ours else None  # last: other threads look at it
 
 
-def wake(gate: Gate, module: nn.Module) -> None:
-    """Gate the ends again: for the next inference, or where they act in training, for good."""
+def wake(gate: Gate, module: nn.Module) -> bool:
+    """Gate the ends again: for the next inference, or where they act in training, for good.
+
+    Returns:
+        Whether that was possible; else they are as they were.
+    """
     with _lock:
-        for end in _ends(gate, module):
+        ends = _ends(gate, module)
+        compiled = any("_orig_mod" in part._modules for part in _at_paths(gate, module))
+        if len(ends) < len(gate.parts) or compiled:
+            return False
+        for end in ends:
             kind: Any = type(end)
             if not hasattr(kind, "gated_from"):
                 end.__class__ = _gated(kind, is_part=True)
         if "_is_replica" not in vars(module):  # of DataParallel, with ends of its own
-            gate.asleep = None if module.training else False
+            gate.asleep = None if module.training and not gate.plan.forcing else False
+    return True
 
 
 def _ends(gate: Gate, module: nn.Module) -> list[nn.Module]:
     return [end for end in module.modules() if (part := gate_of(end)) and part.owner is gate]
+
+
+def _at_paths(gate: Gate, module: nn.Module) -> list[nn.Module]:
+    """What lies where the ends were: they, or what was put around them or in their place."""
+    parts = dict(module.named_modules(remove_duplicate=False))
+    return [parts[name] for path in gate.parts if (name := ".".join(path)) in parts]
 
 
 @cache  # blocks of one class go on sharing one
@@ -133,6 +152,7 @@ def _gated(original: Any, *, is_part: bool) -> type[nn.Module]:
             "__doc__": original.__doc__,
         },
     )
+    gated.size_as_made = len(vars(gated)) + 1  # type: ignore[attr-defined]
     return gated
 
 
