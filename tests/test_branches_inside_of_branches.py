@@ -4,12 +4,17 @@ the block says so; of branches that one module ends, each is multiplied once.
 
 from __future__ import annotations
 
+import copy
+from functools import partial
+from typing import Any
+
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import stochastic_depth as sd
 from layers import Interlaced
-from networks import WIDTH, residuals, vectors
+from networks import WIDTH, assert_equal, residuals, settled, vectors
 from stochastic_depth.discovery import watch
 from streams import Joint, JointBlock, OneLayer, Streams
 
@@ -22,6 +27,75 @@ pytestmark = [
 def test_the_inner_one_is_left_out_and_named() -> None:
     found = sd.find_residual_blocks(residuals(6, Interlaced), vectors(3, WIDTH))
     assert [block.left_out for block in found] == [(f"{n}.f",) for n in range(6)]
+
+
+class RootWeighted(nn.Module):
+    """A graph convolution with a weight for the node itself: a sum inside of a branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.value, self.root = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        source, target = edges
+        share = (self.query(x)[target] * x[source]).sum(-1, keepdim=True).sigmoid()
+        found = torch.zeros_like(x).index_add(0, target, share * self.value(x)[source])
+        return found + self.root(x)
+
+
+class GraphNetwork(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(3, WIDTH)
+        self.convs = nn.ModuleList(RootWeighted() for _ in range(5))
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(5))
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        x = self.stem(x)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = x + norm(conv(x, edges)).relu()
+        return x
+
+
+class Twice(nn.Module):
+    """Residual blocks that a residual sum is put around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = residuals(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+@pytest.mark.parametrize("scale", ["eval", "train", "none"])
+@pytest.mark.parametrize("name", ["graph", "twice"])
+def test_a_layer_with_a_sum_of_its_own_in_a_branch_in_line(name: str, scale: Any) -> None:
+    """Both sums would give their blocks the layer's name: the outer one is gated."""
+    model = settled(GraphNetwork if name == "graph" else Twice)
+    x, edges = vectors(9, 3), torch.randint(0, 9, (2, 20))
+    example: Any = (x, edges) if name == "graph" else (vectors(9, WIDTH),)
+    plain = copy.deepcopy(model)
+    depth = sd.apply_stochastic_depth(model, 0.2, "uniform", example_inputs=example, scale=scale)
+    ends = plain.norms if name == "graph" else plain.layers
+    assert [block.name.rpartition(".")[2] for block in depth.blocks] == list("01234")
+    assert all(block.left_out for block in sd.find_residual_blocks(plain, example))
+    kept = {"eval": 0.8}.get(scale, 1.0)
+    for number, block in enumerate(depth.blocks):
+        hooks = [
+            end.register_forward_hook(partial(_times, 0.0 if n == number else kept))
+            for n, end in enumerate(ends)
+        ]
+        with depth.fixed({block.name: False}):
+            assert_equal(model.eval()(*example), plain.eval()(*example))
+        for hook in hooks:
+            hook.remove()
+
+
+def _times(factor: float, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output if factor == 1.0 else output * factor
 
 
 @pytest.mark.parametrize("joint", [Joint, OneLayer])

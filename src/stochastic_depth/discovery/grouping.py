@@ -72,6 +72,7 @@ class Grouping:
         for addition in _without_inner(additions):
             key = addition.block_call.index, self._name(addition)
             gathered.setdefault(key, []).append(addition)
+        _leave_out_namesakes(gathered)
         self._merge_into_layers(gathered)
         found = [Site(recording, n, recording.calls[c], sums) for (c, n), sums in gathered.items()]
         self.sites = sorted(found, key=lambda site: site.additions[0].node)
@@ -185,6 +186,17 @@ def _without_inner(additions: list[Addition]) -> list[Addition]:
                 inner.add(one)
                 outer.left_out += [call.module for call in one.branch_calls]
     return [a for a in additions if a not in inner]
+
+
+def _leave_out_namesakes(gathered: dict[tuple[int, str], list[Addition]]) -> None:
+    """Without sums inside of a branch whose only module, a layer itself, names its block, too."""
+    for (call, name), inner in [*gathered.items()]:
+        alike = [found for (c, n), found in gathered.items() if n == name and c != call]
+        around = [a for found in alike for a in found if all(map(a.contains, inner))]
+        for outer in around:
+            outer.left_out += [call.module for one in inner for call in one.branch_calls]
+        if around:
+            del gathered[call, name]
 
 
 def _is_below(name: str, around: str) -> bool:

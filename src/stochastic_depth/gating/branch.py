@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.errors import ChangedModelError
+from stochastic_depth.errors import ChangedModelError, RecomputationError
 from stochastic_depth.gating.gate import Gate, ModuleCall, Role, changed, running
-from stochastic_depth.gating.recomputation import note_part, recalled
+from stochastic_depth.gating.recomputation import note_part, noted, recalled
 from stochastic_depth.gating.stand_in import stand_in
+from stochastic_depth.plan import Row
 from stochastic_depth.rows import change_leaves
 from stochastic_depth.torch_private.trees import tree_leaves
 
@@ -64,6 +65,8 @@ def call_branch_module(call: ModuleCall) -> Any:
     recomputes, recorded = recalled(gate)
     if recorded is not None:
         return _call_recomputed(call, *recorded)
+    if recomputes:
+        _refuse_unlike_forward(gate)
     if recomputes or gate.used_elsewhere:
         return _call(call)
     block = gate.owners[0].name
@@ -72,6 +75,23 @@ def call_branch_module(call: ModuleCall) -> Any:
         expected=f'"{block}" to be called as a module: {block}(x), not .forward(x)',
         instead="call the block itself; or, to use its parts, call depth.remove() or depth.fold()",
     )
+
+
+def _refuse_unlike_forward(gate: Gate) -> None:
+    """Refuse the backward of a reversible network, which calls branches without their blocks."""
+    for owner in gate.owners:
+        for decision in noted(owner):
+            if isinstance(decision, Row):
+                is_plain = decision.states[owner.index] and decision.factors[owner.index] is None
+            else:
+                is_plain = all(decision.kept) and not decision.factors and not decision.rows
+            if not is_plain:
+                raise RecomputationError(
+                    f'"{gate.name}" is called in a backward without its block "{owner.name}", '
+                    "which was dropped or scaled in the forward",
+                    expected="a backward that calls the block, as torch.utils.checkpoint does",
+                    instead="leave out with blocks=[...] what a backward of its own recomputes",
+                )
 
 
 def _call(call: ModuleCall) -> Any:

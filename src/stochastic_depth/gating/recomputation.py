@@ -80,6 +80,12 @@ def recalled(gate: Any) -> tuple[bool, Any | None]:
     return True, remembered(key, lambda: None) if key in recomputed[0] else None
 
 
+def noted(gate: Any) -> Iterable[Any]:
+    """What the forward that is recomputed noted for a block."""
+    _, recomputed = checkpoints()
+    return recomputed[0].get(gate, ()) if recomputed else ()
+
+
 def note_part(gate: Any, value: Any) -> None:
     """Write a decision down for a recomputation that starts inside of the block's `forward`."""
     note(checkpoints()[0], AsPart(gate, gate.name), value)
