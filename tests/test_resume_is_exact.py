@@ -22,7 +22,18 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import stochastic_depth as sd
-from networks import NETWORKS, assert_same, batch, make, residuals, settled, sgd, train, vectors
+from networks import (
+    NETWORKS,
+    assert_same,
+    batch,
+    gated,
+    make,
+    residuals,
+    settled,
+    sgd,
+    train,
+    vectors,
+)
 from riding import through_a_file
 
 oldest = pytest.mark.oldest
@@ -318,6 +329,13 @@ def test_a_state_that_lacks_something_is_refused(key: str) -> None:
 
 
 @oldest
+@pytest.mark.parametrize("state", [None, "state.pt", [1]])
+def test_what_is_no_state_is_refused(state: Any) -> None:
+    _, _, depth = gated("resnet")
+    with pytest.raises(sd.StateMismatchError, match=f"the state is a {type(state).__name__}"):
+        depth.load_state_dict(state)
+
+
 def test_a_state_dict_of_the_model_is_refused() -> None:
     mine = handle()
     with pytest.raises(sd.StateMismatchError):

@@ -269,3 +269,15 @@ def test_blocks_in_eval_mode_run() -> None:
     shown = depth.metrics()
     assert shown["stochastic_depth/blocks_run"] == len(depth.blocks)
     assert shown["stochastic_depth/skipped"] == 0.0
+
+
+def test_of_a_batch_before_a_resumption_nothing_is_said() -> None:
+    """In mode "sample" a state tells how often the gates were called, not with how many rows."""
+    model, x, depth = gated("pre-norm", mode="sample")
+    model.train()(x)
+    resumed, _, other = gated("pre-norm", mode="sample")
+    other.load_state_dict(depth.state_dict())
+    assert other.last_gates == {}
+    assert "stochastic_depth/skipped" not in other.metrics()
+    assert resumed.train()(x).equal(model(x))
+    assert other.last_gates == depth.last_gates

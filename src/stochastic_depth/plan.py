@@ -244,6 +244,8 @@ class Plan:
         for gate in self.gates:
             if not gate.calls or (gate.step, gate.calls) == gate.noted:
                 continue
+            if self.mode == "sample" and not gate.last_batch:
+                continue  # counted in a state that was loaded, of a batch that nobody knows
             row = self.drawn(gate.step, gate.calls - 1)
             for unit in gate.units:
                 kept: Any = row.kept[unit]

@@ -200,6 +200,12 @@ def load(plan: Plan, state: Mapping[str, Any]) -> None:
     Raises:
         StateMismatchError: The state was saved with other blocks, options or draws.
     """
+    if not isinstance(state, Mapping):
+        raise StateMismatchError(
+            f"the state is a {type(state).__name__}",
+            expected="what depth.state_dict() returned",
+            instead="pass that, or leave load_state_dict() out to start a new sequence",
+        )
     version = state.get("version", 1)
     if version != VERSION:
         raise StateMismatchError(
