@@ -189,7 +189,10 @@ def _without_inner(additions: list[Addition]) -> list[Addition]:
 
 
 def _leave_out_namesakes(gathered: dict[tuple[int, str], list[Addition]]) -> None:
-    """Without sums inside of a branch whose only module, a layer itself, names its block, too."""
+    """Leave out sums inside of another block's branch where both blocks would have one name.
+
+    So it is where a branch in the model's own forward is a layer with a residual sum of its own.
+    """
     for (call, name), inner in [*gathered.items()]:
         alike = [found for (c, n), found in gathered.items() if n == name and c != call]
         around = [a for found in alike for a in found if all(map(a.contains, inner))]

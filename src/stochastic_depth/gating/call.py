@@ -46,8 +46,9 @@ def part_call(original: Original) -> Original:
 
     def call_part(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         attributes = self.__dict__  # each look-up at a module itself takes as long as ten in here
-        gate: Gate | None = attributes.get(KEY)
-        if gate is None:  # whoever kept this call of its calls a module that is plain again
+        try:
+            gate: Gate = attributes[KEY]
+        except KeyError:  # torch.compile has kept this call; the gate is gone since
             return original(self, *args, **kwargs)
         blocks = running.blocks
         if blocks and "_compiled_call_impl" not in attributes:
@@ -79,8 +80,9 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
             set_compiler(compiler)
             return call_between_graphs(self, original, args, kwargs)
         attributes = self.__dict__
-        gate: Gate | None = attributes.get(KEY)
-        if gate is None:
+        try:
+            gate: Gate = attributes[KEY]
+        except KeyError:
             return original(self, *args, **kwargs)
         plan = gate.plan
         hooks = top_hooks(False)  # noqa: FBT003
