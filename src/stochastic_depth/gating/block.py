@@ -179,7 +179,7 @@ def _run(call: ModuleCall, decision: Decision) -> Any:
     as_graph = gate.plan.graphs or running.compiler is not None or is_compiled(call.module)
     check_parts(gate, call.module)
     if as_graph or factors is not None:
-        rouse(gate, call.module, they_act=True)
+        set_ends(gate, call.module, awake=True)
     running.blocks.append((gate, factors, None, torch.is_grad_enabled(), None))
     try:
         if as_graph:
@@ -214,7 +214,7 @@ def run_in_part(call: ModuleCall, decision: Decision) -> Any:
     """Some of the branches, or on some rows: their modules look up what was decided."""
     gate, module, _, args, kwargs = call
     check_parts(gate, module)
-    rouse(gate, module, they_act=True)
+    set_ends(gate, module, awake=True)
     if not gate.stands_in and not all(decision.kept) and not gate.warned:
         gate.warned = True
         warn(
@@ -255,16 +255,16 @@ def check_parts(gate: Gate, module: nn.Module) -> None:
             raise changed(gate, f'its "{".".join(path)}" was replaced')
 
 
-def rouse(gate: Gate, module: nn.Module, *, they_act: bool) -> None:
-    """Have the ends of a block's branches gated when they act, and only then.
+def set_ends(gate: Gate, module: nn.Module, *, awake: bool) -> None:
+    """Wake the ends of a block's branches, or let them sleep.
 
     Raises:
-        ChangedModelError: One was replaced or compiled while it had no gate.
+        ChangedModelError: One was replaced or compiled while it slept.
     """
-    if gate.asleep is they_act:
+    if gate.asleep is awake:
         from stochastic_depth.gating import swap  # which makes classes of these calls
 
-        if not they_act:
+        if not awake:
             swap.let_sleep(gate, module)
         elif not swap.wake(gate, module):
             raise changed(gate, "a module that ends its branch was replaced, or compiled by itself")

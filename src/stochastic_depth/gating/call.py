@@ -23,8 +23,8 @@ from stochastic_depth.gating.block import (
     call_block,
     carry_out,
     check_parts,
-    rouse,
     run_drawn,
+    set_ends,
 )
 from stochastic_depth.gating.branch import call_branch_module, run_multiplied
 from stochastic_depth.gating.gate import KEY, Gate, ModuleCall, Original, running
@@ -146,8 +146,8 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
                 part[KEY]
         except (KeyError, AttributeError):  # replaced; or wrapped (for a checkpoint, say)
             check_parts(gate, self)
-        if gate.asleep is (factors is not None):
-            rouse(gate, self, they_act=factors is not None)
+        if gate.asleep is (factors is not None):  # asleep, but needed; or awake for nothing
+            set_ends(gate, self, awake=factors is not None)
         blocks = running.blocks
         seen = None if passage is None else [None, None]
         blocks.append((gate, factors, passage, has_grad, seen))

@@ -62,7 +62,7 @@ class Gate(Counted):
     templates: dict[tuple[object, ...], Template] = field(default_factory=dict)
     last: Any = (None, None)  # the last signature, and what stands in: `Made`, or None: the input
     warned: bool = False  # a block's: that dropping it saves nothing
-    asleep: bool | None = None  # a block's: whether its ends have no gates just now; None: never
+    asleep: bool | None = None  # a block's: whether its ends sleep (see `swap`); None: never
     used_elsewhere: bool = False  # a branch module's: is called outside of its blocks, too
 
 

@@ -4,8 +4,8 @@
 those, too. Parameters, state-dict keys, `isinstance` and `__name__` stay. As in
 `torch.nn.utils.parametrize`, undoing restores the very class.
 
-The end of a branch has its gate for the sake of a factor. While none is due, as in training with
-scale "eval", it sleeps: its class is its own, and a call of it costs what it always did.
+The module that ends a branch is gated for the sake of a factor. While none is due, as in training
+with scale "eval", it *sleeps*: it has its own class back, and a call costs what it did before.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def swap_in(module: nn.Module, gate: Gate) -> None:
 def swap_out(module: nn.Module) -> None:
     """Give a gated module its own class back."""
     gate: Gate = module.__dict__.pop(KEY)
-    gate.asleep = gate.asleep and False
+    if gate.asleep:
+        gate.asleep = False  # its ends are plain from now on, or gated anew with it
     if gate.is_residual:
         module.__dict__[KEY] = None
         return
