@@ -1,4 +1,4 @@
-"""Promise: a sleeping end that is compiled, replaced, patched or recomputed is scaled or refused."""
+"""Promise: a sleeping end that others compile, replace, patch or recompute is scaled or refused."""
 
 from __future__ import annotations
 
