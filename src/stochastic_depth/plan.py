@@ -43,7 +43,7 @@ class Counted:
     blocks: tuple[int, ...] = ()
     step: int = 0  # in which `calls` counts
     calls: int = 0
-    last_batch: int = 0  # in mode "sample": the number of rows in its last call
+    last_batch: int = -1  # in mode "sample": the number of rows in its last call; -1: unknown
     noted: tuple[int, int] = (0, 0)  # the step and calls whose outcome `gates_before` holds
 
     def next_call(self, step: int) -> int:
@@ -244,7 +244,7 @@ class Plan:
         for gate in self.gates:
             if not gate.calls or (gate.step, gate.calls) == gate.noted:
                 continue
-            if self.mode == "sample" and not gate.last_batch:
+            if self.mode == "sample" and gate.last_batch < 0:
                 continue  # counted in a state that was loaded, of a batch that nobody knows
             row = self.drawn(gate.step, gate.calls - 1)
             for unit in gate.units:
