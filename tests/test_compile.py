@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 
 import stochastic_depth as sd
 from networks import WIDTH, Residual, batch, make, settled, vectors
+from stochastic_depth.torch_private.backward import HOOKS_CAN_BE_READ
 
 pytestmark = [
     pytest.mark.oldest,
@@ -139,7 +140,7 @@ def test_what_trained_eagerly_before_needs_no_more_graphs(
     assert_same_step(model.train(), eager.train(), x)
     if name == "resnet" and options.get("scale") != "train":
         ends = [hasattr(type(block.bn2), "gated_from") for block in model.stages[0]]
-        assert len(set(ends)) == 2
+        assert len(set(ends)) == (2 if HOOKS_CAN_BE_READ else 1)  # in torch 2.6 none sleeps
     depth.compile("aot_eager")
     for step in range(WARMUP):
         assert_same_step(model, eager, batch(x, step))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import stochastic_depth as sd
 from networks import vectors
+from stochastic_depth.torch_private.backward import HOOKS_CAN_BE_READ
 
 pytestmark = pytest.mark.oldest
 
@@ -73,17 +74,32 @@ class Reversible(nn.Module):
     ("scale", "closed"), [("eval", True), ("none", True), ("train", False), ("eval", False)]
 )
 def test_a_backward_that_calls_branches_without_their_blocks(scale: Any, closed: bool) -> None:
+    """It is refused where its gradients would be wrong; elsewhere they are those of autograd."""
     model, x = Reversible().double(), vectors(4, 3).double()
     plain = copy.deepcopy(model)
     depth = sd.apply_stochastic_depth(model, 0.2, "uniform", example_inputs=x, scale=scale)
+    twin = copy.deepcopy(model)
     with depth.fixed({"layers.2": not closed}):
         loss = model(x).square().mean()
-        if closed or scale == "train":
+        # In torch 2.6, where no call goes the fast way, each part of a block notes its factor.
+        if closed or (scale == "train" and HOOKS_CAN_BE_READ):
             with pytest.raises(sd.RecomputationError, match="without its block"):
                 loss.backward()
             return
         loss.backward()
-    plain(x).square().mean().backward()
-    for mine, its in zip(model.parameters(), plain.parameters(), strict=True):
+    values = twin.stem(x).chunk(2, -1)
+    with sd.get_stochastic_depth(twin).fixed({"layers.2": True}):
+        for layer in twin.layers:
+            values = layer(*values)
+    torch.cat(values, -1).square().mean().backward()
+    # The network's backward subtracts to have its inputs again, which rounds once more.
+    assert_gradients(model, twin, relative=1e-12)
+    if scale == "eval":
+        plain(x).square().mean().backward()
+        assert_gradients(model, plain, relative=0.0)
+
+
+def assert_gradients(model: nn.Module, twin: nn.Module, *, relative: float) -> None:
+    for mine, its in zip(model.parameters(), twin.parameters(), strict=True):
         assert mine.grad is not None
-        assert torch.equal(mine.grad, cast(Tensor, its.grad))
+        torch.testing.assert_close(mine.grad, its.grad, rtol=relative, atol=relative / 1000)
