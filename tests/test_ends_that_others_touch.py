@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import stochastic_depth as sd
 from networks import Residual, assert_equal, residuals, settled, sgd, train, vectors
 from sleeping import (
+    WHOLE,
     Mlp,
     WithMlp,
     by_hand,
@@ -41,6 +43,31 @@ def test_an_end_of_another_class_keeps_its_gate() -> None:
         assert is_on(model[1].linear)
         assert not is_on(model[2].linear)
         assert_equal(model.eval()(x), twin.eval()(x))
+
+
+def test_an_end_replaced_in_its_sleep_trains_right_until_it_is_refused() -> None:
+    """A training asks for it at every 16th step, an evaluation at once: no factor is due before."""
+    model, x, depth = trained()
+    twin, block = copy.deepcopy(model), model.get_submodule(WHOLE[1])
+    before, block.bn2 = block.bn2, nn.BatchNorm2d(block.bn2.num_features)
+    block.bn2.load_state_dict(before.state_dict())
+    ran = []
+    for _ in range(15):
+        depth.step()  # the copy's, too
+        assert_equal(model.train()(x), twin.train()(x))
+        ran.append(depth.last_gates[WHOLE[1]])
+    assert len(set(ran)) == 2
+    with pytest.raises(sd.ChangedModelError, match='its "bn2" was replaced'):
+        model.eval()(x)
+    model.train()
+    with depth.fixed({}), pytest.raises(sd.ChangedModelError, match='its "bn2" was replaced'):
+        model(x)
+    depth.step()
+    for _ in range(10):
+        twin(x)
+        runs = sd.get_stochastic_depth(twin).last_gates[WHOLE[1]]
+        with pytest.raises(sd.ChangedModelError) if runs else nullcontext():
+            model(x)
 
 
 def test_a_train_of_the_blocks_own_is_called_as_it_is() -> None:

@@ -28,15 +28,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from stochastic_depth import errors
 from stochastic_depth.discovery.own_drops import switched_off
 from stochastic_depth.discovery.undisturbed import is_unmaterialised
-from stochastic_depth.errors import (
-    ExampleInputsError,
-    OptionError,
-    RefusedBlockError,
-    SelectionError,
-    StochasticDepthError,
-)
 from stochastic_depth.estimating import Saving, estimate_saving
 
 _IMAGES = 2, 3, 224, 224  # of torchvision's models
@@ -45,7 +39,8 @@ _LONG = 1000  # characters of an error: some libraries list all that they know
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise OptionError(message, expected="what --help lists", instead="correct that option")
+        what = "what --help lists"
+        raise errors.OptionError(message, expected=what, instead="correct that option")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             saving, refused = _estimate(model, example, options)
         for one in found:  # only now: an error is one line, without warnings above it
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
-    except StochasticDepthError as error:
+    except errors.StochasticDepthError as error:
         print(textwrap.shorten(f"stochastic_depth: {error}", _LONG), file=sys.stderr)
         return 2
     lines = [str(saving), *(f"Refused: {name}: {why}" for name, why in refused.items())]
@@ -131,7 +126,7 @@ def _loaded(name: str, example: Tensor | None, timed: bool) -> tuple[nn.Module, 
         if not isinstance(made, nn.Module) or len(shown) > 1:
             raise TypeError(f"{what}() returns no model, or more than one and its example")
     except (Exception, SystemExit) as error:  # whatever such a library raises, or the function
-        raise OptionError(
+        raise errors.OptionError(
             f"{name!r} cannot be built: {type(error).__name__}: {error}",
             expected="timm:NAME, torchvision:NAME, transformers:TYPE, or package.module:function",
             instead="look whether that is installed here, and knows the name",
@@ -156,19 +151,19 @@ def _estimate(
                 scale=options.scale,
                 timed=options.timed,
             )
-    except RefusedBlockError as error:
+    except errors.RefusedBlockError as error:
         if not error.reasons.keys() - refused.keys():
             raise
         try:
             return _estimate(model, example, options, {**refused, **error.reasons})
-        except SelectionError:  # nothing is left
+        except errors.SelectionError:  # nothing is left
             raise error from None
-    except ExampleInputsError as error:
+    except errors.ExampleInputsError as error:
         instead = "pass an --input that fits, or package.module:function that returns the model "
         instead += "and a dict"
         if is_unmaterialised(model):
             instead = "pass --timed, which makes its weights: without these not every model runs"
-        raise ExampleInputsError(
+        raise errors.ExampleInputsError(
             error.arrived,
             expected="a model with an example of its own, or one of images",
             instead=instead,

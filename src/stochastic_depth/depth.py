@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
+from stochastic_depth import selection
 from stochastic_depth.discovery import own_drops, plain_model, watch
 from stochastic_depth.discovery.blocks import Discovery, ResidualBlock
 from stochastic_depth.discovery.undisturbed import without_collecting
@@ -21,14 +22,7 @@ from stochastic_depth.handle import StochasticDepth
 from stochastic_depth.plan import Mode, Plan, Scale, Unit
 from stochastic_depth.proving import prove
 from stochastic_depth.schedules import ScheduleFunction, resolve_schedule
-from stochastic_depth.selection import (
-    Keep,
-    Selector,
-    allowed_counts,
-    refuse_inexact,
-    select,
-    without_refused_parts,
-)
+from stochastic_depth.selection import Keep, Selector
 from stochastic_depth.torch_private.tracing import is_wrapper
 
 Rates = tuple[DropRate, Spread] | None
@@ -114,21 +108,25 @@ def apply_stochastic_depth(
     """
     example = example_inputs, example_kwargs
     rates = drop_rate, drop_distribution
-    return apply(model, rates, example, blocks, unit, mode, scale, schedule, draw)
+    return apply(model, Options(rates, example, blocks, unit, mode, scale, schedule, draw))
 
 
-def apply(
-    model: nn.Module,
-    rates: Rates,
-    example: tuple[Any, Mapping[str, Any] | None],
-    blocks: Selector | Sequence[Selector] | None,
-    unit: Unit,
-    mode: Mode,
-    scale: Literal["auto", "eval", "train", "none"],
-    schedule: ScheduleFunction | Mapping[str, ScheduleFunction] | None,
-    draw: Draw,
-) -> StochasticDepth:
-    """Puts stochastic depth on a model; the arguments are those of `apply_stochastic_depth`."""
+class Options(NamedTuple):
+    """What `apply` takes, as `apply_stochastic_depth` explains it."""
+
+    rates: Rates
+    example: tuple[Any, Mapping[str, Any] | None]
+    blocks: Selector | Sequence[Selector] | None
+    unit: Unit = "block"
+    mode: Mode = "batch"
+    scale: Literal["auto", "eval", "train", "none"] = "auto"
+    schedule: ScheduleFunction | Mapping[str, ScheduleFunction] | None = None
+    draw: Draw = Draw()
+
+
+def apply(model: nn.Module, options: Options) -> StochasticDepth:
+    """Puts stochastic depth on a model."""
+    rates, example, blocks, unit, mode, scale, schedule, draw = options
     check_choice("unit=", unit, ("block", "branch"))
     check_choice("mode=", mode, ("batch", "sample"))
     check_choice("scale=", scale, ("auto", "eval", "train", "none"))
@@ -147,10 +145,10 @@ def apply(
         own_drops.check_own_drops(model, drops, wanted=rates is None)
         found, shown = watch(model, *example)
         own_drops.warn_of_masks(found)
-        chosen = select(model, found, blocks)
+        chosen = selection.select(model, found, blocks)
         scale = _SCALES[mode] if scale == "auto" else scale
         if blocks is None:
-            chosen = without_refused_parts(chosen, unit, scale)
+            chosen = selection.without_refused_parts(chosen, unit, scale)
         _refuse_gated(model, chosen)
         _refuse_compiled(passed, chosen)
         if rates is None:
@@ -162,8 +160,8 @@ def apply(
         for name in plan.units:
             plan.schedule(0, name)  # where it fails, it is no fault of a block's
         plan.talks = _talks(model, found, plan)
-        plan.counts = tuple(allowed_counts(model, found, block) for block in chosen)
-        refuse_inexact(found, plan)
+        plan.counts = tuple(selection.allowed_counts(model, found, block) for block in chosen)
+        selection.refuse_inexact(found, plan)
         by_watching = not all(block.explicit for block in chosen)
         by_rows = by_watching and mode == "sample"
         batches = watch_more_rows(model, found.recording, shown) if by_rows else None
@@ -229,8 +227,8 @@ def prune(
             instead="prune the model first, and wrap it afterwards",
         )
     with own_drops.switched_off(plain_model(model)):  # which act in training only
-        example, rates = (example_inputs, example_kwargs), (0.0, None)
-        depth = apply(model, rates, example, blocks, "block", "batch", "none", None, Draw())
+        example = example_inputs, example_kwargs
+        depth = apply(model, Options((0.0, None), example, blocks, scale="none"))
     try:
         return depth.prune(keep, exact=exact)
     except BaseException:

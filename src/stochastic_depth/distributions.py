@@ -5,21 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
-from stochastic_depth.errors import (
-    Number,
-    OptionError,
-    SelectionError,
-    matching,
-    nearest,
-    wrong_value,
-)
+from stochastic_depth import errors
 
 DropRate = float | Iterable[float] | Mapping[str, float]
 Distribution = Callable[[int, float], Iterable[float]]
 Spread = str | Distribution | None
 
 
-_RATE = Number(
+_RATE = errors.Number(
     lambda rate: 0 <= rate < 1,
     expected="a number from 0 up to, but not including, 1",
     instead="pass the share of steps in which the block is dropped, such as 0.2",
@@ -90,7 +83,7 @@ def resolve_rates(
     if is_scalar or not isinstance(drop_rate, Iterable):
         return _spread(_rate(drop_rate, "drop_rate"), drop_distribution, names)
     if drop_distribution is not None:
-        raise OptionError(
+        raise errors.OptionError(
             f"drop_distribution is {drop_distribution!r} although drop_rate says each block's rate",
             expected="a distribution only beside a single number",
             instead="leave drop_distribution out, or pass one number as drop_rate",
@@ -98,15 +91,15 @@ def resolve_rates(
     if not isinstance(drop_rate, Mapping):
         return _per_block(drop_rate, names, source="drop_rate")
     if not drop_rate:
-        raise SelectionError(
+        raise errors.SelectionError(
             "drop_rate is an empty mapping",
             expected="at least one name or glob of a block with its rate",
-            instead=nearest("", names),
+            instead=errors.nearest("", names),
         )
     by_name = dict.fromkeys(names, 0.0)
     for key, value in drop_rate.items():
         rate = _rate(value, f"drop_rate[{key!r}]")
-        by_name |= dict.fromkeys(matching(key, names, argument="drop_rate"), rate)
+        by_name |= dict.fromkeys(errors.matching(key, names, argument="drop_rate"), rate)
     return tuple(by_name.values())
 
 
@@ -114,12 +107,12 @@ def _spread(rate: float, distribution: Spread, names: Sequence[str]) -> tuple[fl
     known = f"one of {', '.join(_BY_NAME)}, or a function (num_blocks, drop_rate)"
     name = "linear" if distribution is None else distribution
     if isinstance(name, str) and name not in _BY_NAME:
-        raise SelectionError(
-            f'drop_distribution is "{name}"', expected=known, instead=nearest(name, _BY_NAME)
+        raise errors.SelectionError(
+            f'drop_distribution is "{name}"', expected=known, instead=errors.nearest(name, _BY_NAME)
         )
     function = _BY_NAME[name] if isinstance(name, str) else name
     if not callable(function):
-        raise wrong_value(
+        raise errors.wrong_value(
             "drop_distribution",
             distribution,
             expected=known,
@@ -128,7 +121,7 @@ def _spread(rate: float, distribution: Spread, names: Sequence[str]) -> tuple[fl
     rates = function(len(names), rate)
     source = f"{getattr(function, '__name__', repr(function))}({len(names)}, {rate})"
     if not isinstance(rates, Iterable):
-        raise OptionError(
+        raise errors.OptionError(
             f"drop_distribution returned {rates!r} from {source}",
             expected="a list of rates, one per block",
             instead='return a list; for one rate everywhere, pass drop_distribution="uniform"',
@@ -139,7 +132,7 @@ def _spread(rate: float, distribution: Spread, names: Sequence[str]) -> tuple[fl
 def _per_block(rates: Iterable[float], names: Sequence[str], *, source: str) -> tuple[float, ...]:
     values = list(rates)
     if len(values) != len(names):
-        raise OptionError(
+        raise errors.OptionError(
             f"{source} holds {len(values)} rates for {len(names)} blocks",
             expected="one rate per block, in forward order",
             instead=f"give {len(names)} rates, or a mapping {{name or glob: rate}} for some blocks",

@@ -14,11 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from stochastic_depth.depth import Rates, apply
+from stochastic_depth.depth import Options, apply
 from stochastic_depth.discovery import example_for, plain_model
 from stochastic_depth.discovery.undisturbed import is_unmaterialised
 from stochastic_depth.distributions import Distribution, DropRate
-from stochastic_depth.draw import Draw
 from stochastic_depth.errors import Number, OptionError
 from stochastic_depth.gating.attach import detach, gated_modules
 from stochastic_depth.handle import StochasticDepth
@@ -147,7 +146,8 @@ def estimate_saving(
         (0.457, 768, 5888)
     """
     rates, example = (drop_rate, drop_distribution), (example_inputs, example_kwargs)
-    return _saving(*_measured(model, rates, example, blocks, unit, mode, scale, timed=timed))
+    options = Options(rates, example, blocks, unit, mode, scale)
+    return _saving(*_measured(model, options, timed=timed))
 
 
 def drop_rate_for(
@@ -204,7 +204,8 @@ def drop_rate_for(
         instead="pass 0.25 to save a quarter of it",
     ).read(saving, "saving")
     rates, example = (0.0, drop_distribution), (example_inputs, example_kwargs)
-    depth, costs = _measured(model, rates, example, blocks, unit, mode, scale, timed=timed)
+    options = Options(rates, example, blocks, unit, mode, scale)
+    depth, costs = _measured(model, options, timed=timed)
 
     def saved_at(rate: float) -> float:
         depth.set_drop_rate(rate, drop_distribution)
@@ -239,21 +240,11 @@ def _bisect(low: float, high: float, is_enough: Callable[[float], bool]) -> tupl
     return low, high
 
 
-def _measured(
-    model: nn.Module,
-    rates: Rates,
-    example: tuple[Any, Mapping[str, Any] | None],
-    blocks: Selector | Sequence[Selector] | None,
-    unit: Unit,
-    mode: Mode,
-    scale: Literal["auto", "eval", "train", "none"],
-    *,
-    timed: bool,
-) -> tuple[StochasticDepth, Costs]:
+def _measured(model: nn.Module, options: Options, *, timed: bool) -> tuple[StochasticDepth, Costs]:
     """The handle of a copy of the model, and what its blocks cost."""
     twin = _plain_copy(plain_model(model), timed=timed)
-    depth = apply(twin, rates, example, blocks, unit, mode, scale, None, Draw())
-    return depth, Costs(depth, example_for(twin, *example), timed=timed)
+    depth = apply(twin, options)
+    return depth, Costs(depth, example_for(twin, *options.example), timed=timed)
 
 
 def _plain_copy(model: nn.Module, *, timed: bool) -> nn.Module:
@@ -294,28 +285,13 @@ def _saving(depth: StochasticDepth, costs: Costs) -> Saving:
     blocks = []
     for number, (block, now, parameters, how) in enumerate(found):
         count, saved = of_block(number, flops)
-        times = of_block(number, seconds[1]) if seconds else None
-        blocks.append(
-            BlockSaving(
-                name=block.name,
-                kind=block.kind,
-                drop_rate=now.drop_rate,
-                parameters=parameters,
-                flops=round(count),
-                flops_saved=saved,
-                seconds=times and times[0],
-                seconds_saved=times and times[1],
-                when_dropped=how,
-            )
-        )
-    return Saving(
-        model=type(depth.model).__name__,
-        flops=sum(block.flops_saved for block in blocks) / (step or 1),
-        time=seconds and sum(block.seconds_saved or 0.0 for block in blocks) / seconds[0],
-        step_flops=int(step),
-        step_seconds=seconds and seconds[0],
-        blocks=tuple(blocks),
-    )
+        spent, spared = of_block(number, seconds[1]) if seconds else (None, None)
+        what = block.name, block.kind, now.drop_rate, parameters
+        blocks.append(BlockSaving(*what, round(count), saved, spent, spared, how))
+    share = sum(block.flops_saved for block in blocks) / (step or 1)
+    time = seconds and sum(block.seconds_saved or 0.0 for block in blocks) / seconds[0]
+    name = type(depth.model).__name__
+    return Saving(name, share, time, int(step), seconds and seconds[0], tuple(blocks))
 
 
 def _chances(plan: Plan) -> list[float]:

@@ -34,7 +34,7 @@ Factors = Sequence[tuple[float, ...] | None]
 """Of each gate, what its branches are multiplied by where they run; None: by nothing."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Counted:
     """What the plan knows of a gate: what it draws for, and how often it was called."""
 
@@ -79,8 +79,14 @@ class Row:
 _NO_ROW = Row(-1, -1, (), (), (), (), ())
 
 
+class _ReadAtEveryCall:
+    """What a gate reads of its plan at every call: out of slots, which lie side by side."""
+
+    __slots__ = ("clock", "forcing", "graphs", "row")
+
+
 @dataclass(eq=False)
-class Plan:
+class Plan(_ReadAtEveryCall):
     """Who is dropped how often, and how far the training has come.
 
     What it draws with is a unit: a block, or with unit="branch" each of its branches.
@@ -364,7 +370,8 @@ class Plan:
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
         twin = object.__new__(Plan)
         memo[id(self)] = twin
-        twin.__dict__.update(self.__dict__, clock=Clock(self.clock))
+        twin.__dict__.update(self.__dict__)
+        twin.clock, twin.graphs = Clock(self.clock), self.graphs
         twin.tally = self.tally.copy()
         twin.forget()
         twin.gates = copy.deepcopy(self.gates, memo)
@@ -376,7 +383,8 @@ class Plan:
         return {one.name: getattr(self, one.name) for one in fields(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        for name, value in state.items():
+            setattr(self, name, value)
         self.__post_init__()
 
 

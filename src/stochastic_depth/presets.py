@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from stochastic_depth.depth import Rates, apply
+from stochastic_depth.depth import Options, Rates, apply
 from stochastic_depth.draw import Draw
 from stochastic_depth.errors import Number
 from stochastic_depth.handle import StochasticDepth
@@ -90,7 +90,8 @@ def apply_drop_path(
     """
     example = example_inputs, example_kwargs
     rates = _rates(drop_rate, "linear_from_zero")
-    return apply(model, rates, example, blocks, "branch", "sample", "train", schedule, draw)
+    options = Options(rates, example, blocks, "branch", "sample", "train", schedule, draw)
+    return apply(model, options)
 
 
 def apply_layer_drop(
@@ -150,7 +151,7 @@ def apply_layer_drop(
     """
     example = example_inputs, example_kwargs
     rates = _rates(drop_rate, "uniform")
-    return apply(model, rates, example, blocks, "block", "batch", "none", schedule, draw)
+    return apply(model, Options(rates, example, blocks, "block", "batch", "none", schedule, draw))
 
 
 def apply_progressive_layer_dropping(
@@ -216,7 +217,7 @@ def apply_progressive_layer_dropping(
     example = example_inputs, example_kwargs
     rates = 1.0 - floor, _below_the_rate
     product = _times(Schedule((Progressive(speed),)), schedule)
-    return apply(model, rates, example, blocks, "block", "batch", "train", product, draw)
+    return apply(model, Options(rates, example, blocks, "block", "batch", "train", product, draw))
 
 
 def _below_the_rate(num_blocks: int, drop_rate: float) -> list[float]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth import folding
+from stochastic_depth import errors, folding
 from stochastic_depth.discovery.templates import Argument, Constant, Opaque, Template
 from stochastic_depth.discovery.undisturbed import (
     Arguments,
@@ -27,25 +27,12 @@ from stochastic_depth.discovery.undisturbed import (
     undisturbed,
     with_large_weights,
 )
-from stochastic_depth.errors import (
-    ChangedModelError,
-    ExampleInputsError,
-    OptionError,
-    RefusedBlockError,
-    warn,
-)
 from stochastic_depth.gating.attach import detach, gated_modules
 from stochastic_depth.gating.gate import gate_of
 from stochastic_depth.gating.swap import swap_in
 from stochastic_depth.layer_numbers import configured, own_configs, tell, unlike, way
 from stochastic_depth.plan import Plan
-from stochastic_depth.torch_private.trees import (
-    PLAIN_VALUES,
-    tensors_in,
-    tree_flatten,
-    tree_leaves,
-    tree_map,
-)
+from stochastic_depth.torch_private import trees
 
 Outputs = list[tuple[list[Tensor], bool]]
 """Of each part of what a model returns its tensors, and whether it is an object (a cache)."""
@@ -116,7 +103,7 @@ def prune(
             outputs = partial(_outputs, model, telling(_moved(model, example)))
             try:
                 standing_in, expected = _standing_in(model, plan, out, outputs, exact=exact)
-            except ChangedModelError:  # in inference it calls its blocks otherwise: with a cache
+            except errors.ChangedModelError:  # called otherwise in inference: with a cache
                 outputs = partial(outputs, mode="train but BatchNorm")
                 standing_in, expected = _standing_in(model, plan, out, outputs, exact=exact)
             for _, module, gate in list(gated_modules(model)):
@@ -130,14 +117,14 @@ def prune(
         undo.pop_all()
     still = [(gone[module], name) for name, module in model.named_modules() if module in gone]
     if still:
-        warn(
+        errors.warn(
             f'"{still[0][0]}" was taken out, and is still in the model as "{still[0][1]}", with '
             "its weights: delete that, too, if nothing needs it"
         )
     why = next(filter(None, (unlike(owner, also_values=True) for owner in owners)), "")
     if why:
         normed = any(len(module.behind) for module in standing_in.values())
-        warn(
+        errors.warn(
             f"what is left of {type(model).__name__} is not what its class makes of its "
             f"configuration ({why}): from_pretrained() would load something else. Save the model "
             "itself" + (", or take out the norms as well with exact=False" if normed else "")
@@ -146,13 +133,13 @@ def prune(
 
 def _refuse(model: nn.Module, plan: Plan) -> None:
     if is_unmaterialised(model):
-        raise OptionError(
+        raise errors.OptionError(
             f"{type(model).__name__} is on the meta device",
             expected="a model that can be run, to see that what is left computes the same",
             instead="prune it when its weights are there",
         )
     if any(gate.plan is not plan for _, _, gate in gated_modules(model)):
-        raise OptionError(
+        raise errors.OptionError(
             f"stochastic depth was applied to {type(model).__name__} several times",
             expected="one application, whose blocks may get other numbers",
             instead="fold() or remove() the others first",
@@ -168,7 +155,7 @@ def _moved(model: nn.Module, example: Arguments) -> Arguments:
             return leaf
         return leaf.to(like.device, like.dtype if leaf.is_floating_point() else leaf.dtype)
 
-    args, kwargs = tree_map(move, example)
+    args, kwargs = trees.tree_map(move, example)
     return args, kwargs
 
 
@@ -200,10 +187,10 @@ def _standing_in(
         stack.enter_context(plan.force({plan.units[unit]: False for unit in units}))
         try:
             expected = outputs()
-        except ChangedModelError:
+        except errors.ChangedModelError:
             raise
         except Exception as error:
-            raise ExampleInputsError(
+            raise errors.ExampleInputsError(
                 f"the forward of {type(model).__name__} failed on the example: {error}",
                 expected="an example that the model takes, to see that the outcome is right",
                 instead="pass example_inputs=..., as to apply",
@@ -246,13 +233,13 @@ class _Way:
         value = next(iter((*args, *kwargs.values())), None)
         for _, received, output in calls:
             value = output if _same(value, received) else None
-        leaves, spec = tree_flatten(last)
+        leaves, spec = trees.tree_flatten(last)
         whole = [Argument(0) if _same(value, leaf) else _as_it_is(leaf) for leaf in leaves]
         template = None if isinstance(last, Tensor) else Template(tuple(whole), spec)
         found = PassThrough([module for module, *_ in calls], template)
         place = whole.index(Argument(0)) if Argument(0) in whole else -1
         if place < 0 or not self._holds(found.behind, place):
-            raise RefusedBlockError(
+            raise errors.RefusedBlockError(
                 f'block "{self._name}" cannot be taken out: dropped, it does more than call one '
                 "module after the other",
                 expected="blocks that come to their input, or a norm of it",
@@ -268,7 +255,7 @@ class _Way:
             values[0] = torch.randn_like(values[0]) * size
             named = dict(zip(kwargs, values[len(args) :], strict=True))
             try:
-                leaves = tree_leaves(self._block(*values[: len(args)], **named))
+                leaves = trees.tree_leaves(self._block(*values[: len(args)], **named))
             except Exception:  # whatever it does not take outside of its model
                 return False
             if not _same(leaves[place], behind(values[0])):
@@ -281,7 +268,7 @@ def _itself(tensor: Tensor) -> Tensor:
 
 
 def _as_it_is(leaf: Any) -> Constant | Opaque:
-    return Constant(leaf) if isinstance(leaf, PLAIN_VALUES) else Opaque(type(leaf).__name__)
+    return Constant(leaf) if isinstance(leaf, trees.PLAIN_VALUES) else Opaque(type(leaf).__name__)
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -305,7 +292,7 @@ def _outputs(model: nn.Module, example: Arguments, mode: Mode = "eval") -> Outpu
         output = list(output.values())
     parts = output if isinstance(output, list | tuple) else [output]
     plain = (Tensor, list, tuple, dict)
-    return [(tensors_in(part), not isinstance(part, plain)) for part in parts]
+    return [(trees.tensors_in(part), not isinstance(part, plain)) for part in parts]
 
 
 def _take_out(
@@ -361,7 +348,7 @@ def _take_out(
     places = model.named_modules(remove_duplicate=False)
     of = {model.get_submodule(name): name for name in standing_in}
     again = [f'"{of[m]}" is also "{name}"' for name, m in places if of.get(m, name) != name]
-    raise RefusedBlockError(
+    raise errors.RefusedBlockError(
         f"without {', '.join(list(standing_in)[:3])} {type(model).__name__} {why}"
         + (f" ({again[0]})" if again else ""),
         expected="a model that runs the blocks of a Sequential or ModuleList one by one, or calls "

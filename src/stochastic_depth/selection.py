@@ -7,16 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from stochastic_depth import errors
 from stochastic_depth.discovery import none_found
 from stochastic_depth.discovery.blocks import Discovery, ResidualBlock
-from stochastic_depth.errors import (
-    OptionError,
-    RefusedBlockError,
-    SelectionError,
-    as_number,
-    matching,
-    warn,
-)
 from stochastic_depth.plan import Plan, Scale, Unit
 from stochastic_depth.rows import Counts
 
@@ -55,12 +48,12 @@ def select(model: nn.Module, found: Discovery, blocks: Any) -> tuple[ResidualBlo
     left_out: set[str] = set()
     for selector in [blocks] if is_one else blocks:
         if isinstance(selector, str) and selector.startswith("!"):
-            left_out.update(matching(selector[1:], _names(found.blocks), argument="blocks"))
+            left_out.update(errors.matching(selector[1:], _names(found.blocks), argument="blocks"))
         else:
             chosen.update(_chosen(model, found, usual, selector))
     kept = (chosen or {*(_names(usual) if left_out else ())}) - left_out
     if not kept:
-        raise SelectionError(
+        raise errors.SelectionError(
             f"blocks={blocks!r} leaves nothing of {len(usual)} residual blocks",
             expected="at least one block to gate",
             instead="print the names of sd.find_residual_blocks(model, ...) and choose",
@@ -80,9 +73,10 @@ def _chosen(
         selector = selector.name
     if isinstance(selector, str):
         is_name = selector in _names(found.blocks)
-        return [selector] if is_name else matching(selector, _names(usual), argument="blocks")
+        names = [selector] if is_name else _names(usual)
+        return errors.matching(selector, names, argument="blocks")
     if not callable(selector):
-        raise OptionError(
+        raise errors.OptionError(
             f"blocks= holds {selector!r}, a {type(selector).__name__}",
             expected="names, globs, classes, found blocks or a predicate",
             instead='pass, say, blocks=["layer3.*", "!layer3.0"]',
@@ -96,7 +90,7 @@ def _chosen(
         chosen = [block.name for block in usual if selector(block)]
         what, choices = f"predicate {selector!r}", "it is called with each found block"
     if not chosen:
-        raise SelectionError(
+        raise errors.SelectionError(
             f"blocks= holds the {what}, which matches none of {len(usual)} residual blocks",
             expected="a selector that matches at least one block",
             instead=f"print sd.find_residual_blocks(model, ...) and choose: {choices}",
@@ -137,7 +131,7 @@ def without_refused_parts(
     parts = [b.name for b in chosen if reasons[b.name] and b.branches_around([*sound, b])]
     if parts:
         others = f" (and {len(parts) - 1} others)" if len(parts) > 1 else ""
-        warn(
+        errors.warn(
             f'block "{parts[0]}"{others} is left out, a part of the branch of another block, which '
             f"is gated: {reasons[parts[0]]}"
         )
@@ -157,7 +151,7 @@ def _refusal(block: ResidualBlock, unit: Unit, scale: Scale) -> str | None:
 
 def refuse(
     reasons: dict[str, str], gated: Iterable[ResidualBlock], *, found: Discovery
-) -> RefusedBlockError:
+) -> errors.RefusedBlockError:
     """The error that names every refused block, why, and what to paste to leave them out."""
     told = "; ".join(f'block "{name}": {reason}' for name, reason in list(reasons.items())[:3])
     more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
@@ -175,7 +169,7 @@ def refuse(
         instead = f"do what the reasons say, or {instead}"
     if 'mode="sample": ' in told:  # in which more can go wrong
         instead = f'pass mode="batch", or {instead}'
-    error = RefusedBlockError(
+    error = errors.RefusedBlockError(
         f"{told}{more}", expected="blocks that can be skipped exactly", instead=instead
     )
     error.reasons = reasons
@@ -195,35 +189,33 @@ def taken_out(plan: Plan, keep: Keep, trained: Mapping[str, float] | None) -> li
         OptionError, SelectionError: `keep` stands for no blocks of this model.
         RefusedBlockError: A block that is not to be kept cannot be taken out.
     """
-    number = as_number(keep)
+    number = errors.as_number(keep)
     if number is not None:
         return _all_but(plan, number, trained)
     every = [block.name for block in plan.blocks]
     names = [keep] if isinstance(keep, str) else list(keep) if isinstance(keep, Iterable) else []
     if not names:
-        raise OptionError(
+        raise errors.OptionError(
             f"keep is {keep!r}",
             expected="a number of blocks, a fraction of them, or the names of some",
             instead="pass 6, 0.5 or a list of names",
         )
-    kept = {name for each in names for name in matching(each, every, argument="keep")}
-    for block in plan.blocks:
-        if block.name in kept:
-            kept |= {plan.blocks[n].name for n, _ in block.branches_around(plan.blocks)}
-    out = []
-    for block in plan.blocks:
-        around = {plan.blocks[n].name for n, _ in block.branches_around(plan.blocks)}
-        if block.name in kept or not around <= kept:  # or goes with the one around it
-            continue
-        out.append(block.name)
-        if _is_stuck(block):
-            raise RefusedBlockError(
-                f'block "{block.name}" cannot be taken out: its skip path computes something (a '
-                "projection, say)",
-                expected="blocks that come to their input when they are dropped",
-                instead="name it in keep, too",
-            )
-    return out
+    kept = {name for each in names for name in errors.matching(each, every, argument="keep")}
+    around = {
+        block.name: {plan.blocks[n].name for n, _ in block.branches_around(plan.blocks)}
+        for block in plan.blocks
+    }
+    kept = kept.union(*(around[name] for name in kept))
+    # What lies inside of a block that is taken out goes with it.
+    out = [block for block in plan.blocks if block.name not in kept and around[block.name] <= kept]
+    for block in filter(_is_stuck, out):
+        raise errors.RefusedBlockError(
+            f'block "{block.name}" cannot be taken out: its skip path computes something (a '
+            "projection, say)",
+            expected="blocks that come to their input when they are dropped",
+            instead="name it in keep, too",
+        )
+    return [block.name for block in out]
 
 
 def _all_but(plan: Plan, keep: float, trained: Mapping[str, float] | None) -> list[str]:
@@ -235,7 +227,7 @@ def _all_but(plan: Plan, keep: float, trained: Mapping[str, float] | None) -> li
     least = max(1, len(stuck))
     if not least <= count <= len(blocks):
         why = f" ({len(stuck)} cannot be taken out: {', '.join(stuck[:3])} ...)" if stuck else ""
-        raise OptionError(
+        raise errors.OptionError(
             f"keep is {keep!r}, {count} of {len(blocks)} blocks",
             expected=f"{least} to {len(blocks)} of them{why}",
             instead="pass such a number, a fraction that makes it, or the names of those to keep",

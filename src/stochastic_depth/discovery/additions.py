@@ -17,18 +17,11 @@ from itertools import permutations, product, takewhile
 
 import torch
 
-from stochastic_depth.discovery.operations import (
-    AFFINE,
-    LOOK_UPS,
-    NORMS,
-    PRODUCTS,
-    SUMS,
-    Kind,
-    is_real_or_complex,
-)
+from stochastic_depth.discovery import operations
+from stochastic_depth.discovery.operations import Kind, is_real_or_complex
 from stochastic_depth.discovery.recording import Call, Node, Recording, reached
 
-_SKIPS = (AFFINE | NORMS | {Kind.MAX_POOL}) - {Kind.PART}
+_SKIPS = (operations.AFFINE | operations.NORMS | {Kind.MAX_POOL}) - {Kind.PART}
 
 
 @dataclass(slots=True, eq=False)
@@ -159,14 +152,14 @@ class Search:
         """Whether the values on the ways from the root are affine in it, and made of no others."""
         nodes, inside = self.recording.nodes, {root, *path}
         return all(
-            nodes[index].kind in AFFINE and (data := self._data(nodes[index])) and inside >= {*data}
-            for index in path
+            node.kind in operations.AFFINE and (data := self._data(node)) and inside >= {*data}
+            for node in map(nodes.__getitem__, path)
         )
 
     def _data(self, node: Node) -> list[int]:
         """What an operation's data is made of; none where it is a product of several."""
         data = self.recording.data_of(node)
-        return data if node.kind in SUMS or len(data) == 1 else []
+        return data if node.kind in operations.SUMS or len(data) == 1 else []
 
     def _residual(self, node: Node) -> Addition | None:
         nodes = self.recording.nodes
@@ -210,7 +203,7 @@ class Search:
         nodes, made = self.recording.nodes, {root}
 
         def onwards(value: int) -> list[int]:
-            looks_up = nodes[value].op in LOOK_UPS
+            looks_up = nodes[value].op in operations.LOOK_UPS
             inputs = made.intersection(nodes[value].inputs)
             return [i for i in inputs if not (looks_up and nodes[i].dtype is torch.int64)]
 
@@ -344,8 +337,9 @@ class Search:
     def _is_product(self, path: Sequence[int]) -> bool:
         """Whether a branch is a product of affine functions of its input: attention's scores."""
         nodes = [self.recording.nodes[index] for index in path]
-        several = any(n.kind in PRODUCTS and len(self.recording.data_of(n)) > 1 for n in nodes)
-        return several and all(node.kind in AFFINE | NORMS for node in nodes)
+        products = [node for node in nodes if node.kind in operations.PRODUCTS]
+        several = any(len(self.recording.data_of(product)) > 1 for product in products)
+        return several and all(node.kind in operations.AFFINE | operations.NORMS for node in nodes)
 
     def _hands_out(self, call: Call, path: Sequence[int]) -> bool:
         """Whether a residual sum of a branch is an output of the call: a stream beside this one."""

@@ -18,15 +18,7 @@ from torch import Tensor, nn
 from stochastic_depth.discovery import operations
 from stochastic_depth.discovery.additions import Addition
 from stochastic_depth.discovery.grouping import Site
-from stochastic_depth.discovery.operations import (
-    NORMS,
-    PRODUCTS,
-    SUMS,
-    Kind,
-    degree,
-    is_real_or_complex,
-    is_zero,
-)
+from stochastic_depth.discovery.operations import Kind, is_real_or_complex
 from stochastic_depth.discovery.recording import Call, Node, Recording, reached
 
 
@@ -76,7 +68,7 @@ def _ends_among(
     if why is not None and _multiplied(site, addition.branch, last, in_line)[1] is None:
         ends, why = last, None
     scaled = tuple(sorted(place_of[index] for index in ends))
-    return scaled, why, is_zero(power)
+    return scaled, why, operations.is_zero(power)
 
 
 def _multiplied(
@@ -111,7 +103,7 @@ def _degree_of(
         tried: What such operations have come to so far.
     """
     of_inputs = [degrees.get(source, 0) for source in node.inputs]
-    found = degree(node.kind, node.op, of_inputs)
+    found = operations.degree(node.kind, node.op, of_inputs)
     if found != operations.UNKNOWN or operations.UNKNOWN in of_inputs or node.replay is None:
         return found
     # The minimum of zero and of a number above zero is zero.
@@ -145,7 +137,7 @@ def _tried(
             like = recording.nodes[index]
             is_bool = like.dtype is torch.bool
             # Nobody knows what the others are; an index may be 0.
-            is_other = not is_zero(power) and (is_real_or_complex(like.dtype) or is_bool)
+            is_other = not operations.is_zero(power) and (is_real_or_complex(like.dtype) or is_bool)
             is_other = is_other and like.op not in operations.ZEROS
             some = torch.arange(1, like.shape.numel() + 1).sin().mul(sign * is_other)
             some = tried.get(index, (some > 0 if is_bool else some).view(like.shape))
@@ -255,16 +247,17 @@ class Folding:
         names = [name for index in weights if (name := self._name(index)) is not None]
         if len(names) < len(weights):
             raise _ObstacleError(f"a weight of {where} is itself computed (weight norm?)")
-        if node.kind in NORMS:
+        if node.kind in operations.NORMS:
             if len(names) < (2 if node.kind is Kind.BATCH_NORM else 1):
                 raise _ObstacleError(f"the norm {where} has no weight")
             return names, []
-        if node.kind in PRODUCTS and weights and len(weights) + 1 == len(node.inputs):
+        if node.kind in operations.PRODUCTS and weights and len(weights) + 1 == len(node.inputs):
             return names, []
         # What is added to data is scaled with it.
-        scaled = {*data, *weights} if node.kind in SUMS else set(data)
-        if degree(node.kind, node.op, [int(index in scaled) for index in node.inputs]) == 1:
-            return names if node.kind in SUMS else [], data
+        scaled = {*data, *weights} if node.kind in operations.SUMS else set(data)
+        degrees = [int(index in scaled) for index in node.inputs]
+        if operations.degree(node.kind, node.op, degrees) == 1:
+            return names if node.kind in operations.SUMS else [], data
         raise _ObstacleError(
             f"its last operation, {node.op} in {where}, is not affine in parameters of its own"
         )

@@ -18,16 +18,10 @@ import torch
 from torch import nn
 from torch.nn.modules.rnn import RNNCellBase
 
+from stochastic_depth.discovery import operations
 from stochastic_depth.discovery.effects import within
 from stochastic_depth.discovery.grouping import Site
-from stochastic_depth.discovery.operations import (
-    HOMOGENEOUS,
-    MERGES,
-    PRODUCTS,
-    SUMS,
-    Kind,
-    is_real_or_complex,
-)
+from stochastic_depth.discovery.operations import Kind, is_real_or_complex
 from stochastic_depth.discovery.recording import RECURRENT, Call, Node, Recording, reached
 from stochastic_depth.discovery.templates import Argument, Constant, Made, Template
 
@@ -189,8 +183,9 @@ def _is_loss_term(recording: Recording, value: int) -> bool:
             return False
         for user in recording.consumers[index]:
             later = recording.nodes[user]
-            is_scaled = later.kind in HOMOGENEOUS | PRODUCTS and len(recording.data_of(later)) == 1
-            if later.meets_parameter or not (later.kind in SUMS or is_scaled):
+            may_scale = later.kind in operations.HOMOGENEOUS | operations.PRODUCTS
+            is_scaled = may_scale and len(recording.data_of(later)) == 1
+            if later.meets_parameter or not (later.kind in operations.SUMS or is_scaled):
                 return False
     return True
 
@@ -305,7 +300,7 @@ def unknown_sum(site: Site, followed: Container[int]) -> str | None:
     merges = [
         node.index
         for node in nodes[site.call.start : site.call.end]
-        if node.op in MERGES or (node.kind is Kind.SUM and node.call == site.call.index)
+        if node.op in operations.MERGES or (node.kind is Kind.SUM and node.call == site.call.index)
         if node.index not in followed and node.index not in site.path
         if node.op != "stack" or recording.consumers[node.index]  # one that is summed is a sum
     ]
@@ -325,9 +320,9 @@ def _adds(site: Site, merge: int, source: int, other: int) -> bool:
     inside = [index for index in recording.between(source, other) if site.call.holds(index)]
     between = recording.outside(inside, site.branch_calls)
     return any(
-        nodes[merge].op in MERGES
+        nodes[merge].op in operations.MERGES
         or nodes[index].call != site.call.index
-        or (nodes[index].kind in PRODUCTS and nodes[index].op != "mul")
+        or (nodes[index].kind in operations.PRODUCTS and nodes[index].op != "mul")
         for index in between
         if nodes[index].meets_parameter
     )

@@ -15,13 +15,6 @@ from torch import Tensor
 from stochastic_depth.errors import ChangedModelError
 from stochastic_depth.torch_private import trees
 from stochastic_depth.torch_private.tracing import autocasts
-from stochastic_depth.torch_private.trees import (
-    NO_FLAG,
-    PLAIN_VALUES,
-    as_flag,
-    tree_flatten,
-    tree_leaves,
-)
 
 Place = int | str  # where an argument stands in a call: its position or its keyword
 
@@ -144,7 +137,7 @@ def _found(leaf: Argument, args: Any, kwargs: Any, positional: Sequence[str]) ->
     place = named(leaf.place, positional)
     position: Any = positional.index(place) if place in positional else place
     argument = kwargs[place] if place in kwargs else args[position]
-    return argument if isinstance(argument, Tensor) else tree_leaves(argument)[leaf.leaf]
+    return argument if isinstance(argument, Tensor) else trees.tree_leaves(argument)[leaf.leaf]
 
 
 def describe(
@@ -159,15 +152,15 @@ def describe(
         reads_values: Whether Python numbers were made of tensors in the call.
     """
     places = {id(value): place for place, value in reversed(placed_leaves(args, kwargs))}
-    leaves, spec = tree_flatten(output)
+    leaves, spec = trees.tree_flatten(output)
 
     def leaf(value: Any) -> Argument | Made | Constant | Opaque:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if id(value) in places and (is_number or not isinstance(value, PLAIN_VALUES)):
+        if id(value) in places and (is_number or not isinstance(value, trees.PLAIN_VALUES)):
             return places[id(value)]
         if isinstance(value, float) and reads_values:
             return Opaque("number that it computes")
-        if isinstance(value, PLAIN_VALUES):
+        if isinstance(value, trees.PLAIN_VALUES):
             return Constant(value)
         if isinstance(value, Tensor) and value.layout == torch.strided:
             return Made(value.shape, value.stride(), value.dtype, value.device)
@@ -182,7 +175,7 @@ def placed_leaves(args: Any, kwargs: Any, positional: Sequence[str] = ()) -> lis
     return [
         (Argument(named(place, positional), number), leaf)
         for place, argument in arguments
-        for number, leaf in enumerate(tree_leaves(argument))
+        for number, leaf in enumerate(trees.tree_leaves(argument))
     ]
 
 
@@ -192,7 +185,7 @@ def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ..
     if isinstance(x, Tensor) and x.layout == torch.strided:  # the short way, for most
         autocast = _autocast(x.device.type) if autocasts() else None
         return x.shape, x.stride(), x.dtype, x.device, autocast
-    leaves = tree_leaves((args, kwargs))
+    leaves = trees.tree_leaves((args, kwargs))
     kinds = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
     described = map(_describe_leaf, leaves)
     return (*described, *map(_autocast, sorted(kinds)), trees.tree_outline((args, kwargs)))
@@ -211,8 +204,8 @@ def _autocast(kind: str) -> torch.dtype | None:
 
 def kind_of_value(value: object) -> object:
     """The class of a value; of a flag its value, too."""
-    flag = as_flag(value)
-    return type(value) if flag is NO_FLAG else (type(value), flag)
+    flag = trees.as_flag(value)
+    return type(value) if flag is trees.NO_FLAG else (type(value), flag)
 
 
 def named(place: Place, positional: Sequence[str]) -> Place:

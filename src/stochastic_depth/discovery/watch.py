@@ -16,13 +16,7 @@ from stochastic_depth.discovery import operations
 from stochastic_depth.discovery.effects import Before
 from stochastic_depth.discovery.kept import Originals, own_tensors
 from stochastic_depth.discovery.memory import Writes
-from stochastic_depth.discovery.operations import (
-    PRODUCTS,
-    Kind,
-    Term,
-    is_real_or_complex,
-    tensors_in,
-)
+from stochastic_depth.discovery.operations import Kind, is_real_or_complex
 from stochastic_depth.discovery.recording import RECURRENT, Call, Node, Recording
 from stochastic_depth.discovery.templates import describe, kind_of_value, placed_leaves, signature
 from stochastic_depth.discovery.undisturbed import Mode
@@ -101,7 +95,7 @@ class Watcher(DispatchMode):
         sources = [nodes[index] for index in inputs]
         of_parameters = [source.of_parameters for source in sources]
         weights, data = any(of_parameters), not all(of_parameters)
-        if kind in PRODUCTS and op != "mul" and not weights:  # a matrix that is no parameter
+        if kind in operations.PRODUCTS and op != "mul" and not weights:  # a matrix, no parameter
             weights = any(source.fixed and len(source.shape) > 1 for source in sources)
         if sources and not is_real_or_complex(dtype) and is_real_or_complex(sources[0].dtype):
             kind = Kind.OTHER  # it rounds
@@ -115,9 +109,9 @@ class Watcher(DispatchMode):
         kwargs = kwargs or {}
         operation = operations.operation_of(func)
         name, kind, replay = operation.name, operation.kind, None
-        tensors = tensors_in((*args, *kwargs.values()) if kwargs else args)
+        tensors = operations.tensors_in((*args, *kwargs.values()) if kwargs else args)
         inputs = tuple([self.value(tensor) for tensor in tensors])
-        written = tensors_in(operation.written_in(args, kwargs)) if operation.written else []
+        written = operations.tensors_in(operation.written_in(args, kwargs))
         overwrites = tuple([self.value(tensor) for tensor in written]) if written else ()
         if written:
             self._originals.note(written)
@@ -129,7 +123,7 @@ class Watcher(DispatchMode):
         elif name == "_local_scalar_dense":
             self._reads.append(len(self.recording.nodes))
         out = func(*args, **kwargs)
-        made = [out] if isinstance(out, Tensor) else tensors_in((out,))
+        made = [out] if isinstance(out, Tensor) else operations.tensors_in((out,))
         name = operations.name_of_made(name, inputs, out)
         if operation.depends:
             name, kind, inputs = self._as_called(name, args, kwargs, inputs, made[0])
@@ -167,13 +161,13 @@ class Watcher(DispatchMode):
             return "add", Kind.SUM, tuple([self._term(term, out) for term in terms])
         return name, operations.kind_of(name, args, kwargs), inputs
 
-    def _is_sum(self, terms: Sequence[Term], out: Tensor) -> bool:
+    def _is_sum(self, terms: Sequence[operations.Term], out: Tensor) -> bool:
         """Not a product with a bias."""
         product = terms[1].op in ("mm", "bmm")
         first = terms[0].tensors[0]
         return not product or (first.shape == out.shape and self._parameters.get(id(first)) is None)
 
-    def _term(self, term: Term, out: Tensor) -> int:
+    def _term(self, term: operations.Term, out: Tensor) -> int:
         """The node of one term of a sum; a product in it counts as an operation of its own."""
         inputs = tuple([self.value(tensor) for tensor in term.tensors])
         if not term.op:
@@ -217,10 +211,10 @@ class Watcher(DispatchMode):
             # A checkpoint does the same again.
             if threading.get_ident() != thread or cls is CheckpointFunction:
                 return original.__get__(None, cls)(*args, **kwargs)
-            inputs = tuple(map(self.value, tensors_in(args)))
+            inputs = tuple(map(self.value, operations.tensors_in(args)))
             start = len(self.recording.nodes)
             out = original.__get__(None, cls)(*args, **kwargs)
-            for tensor in tensors_in((out,)):
+            for tensor in operations.tensors_in((out,)):
                 self._add_function(tensor, inputs, start)
             return out
 
@@ -269,7 +263,7 @@ class Watcher(DispatchMode):
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """The call returns."""
         before = self._open[-1]
-        call, results = before.call, tensors_in(tree_leaves(output))
+        call, results = before.call, operations.tensors_in(tree_leaves(output))
         if self._recurrent is call:
             self._recurrent = None
             self.__enter__()  # type: ignore[no-untyped-call]

@@ -179,12 +179,9 @@ def _both(first: Role | None, second: Role) -> Role:
     if first is None:
         return second
     ends = {**first.ends, **second.ends}
-    return Role(
-        first.branch if first.ends else second.branch,
-        ends,
-        (first.scratch & second.scratch) - ends.keys(),
-        first.batch | second.batch,
-    )
+    branch = first.branch if first.ends else second.branch
+    scratch = (first.scratch & second.scratch) - ends.keys()
+    return Role(branch, ends, scratch, first.batch | second.batch)
 
 
 def _describe_calls(recording: Recording, gate: Gate) -> None:

@@ -18,14 +18,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.distributed import is_running
 from stochastic_depth.errors import warn
-from stochastic_depth.gating.block import (
-    begin,
-    call_block,
-    carry_out,
-    check_parts,
-    run_drawn,
-    set_ends,
-)
+from stochastic_depth.gating import block
 from stochastic_depth.gating.branch import call_branch_module, run_multiplied
 from stochastic_depth.gating.gate import KEY, Gate, ModuleCall, Original, running
 from stochastic_depth.gating.recomputation import next_noted, note
@@ -38,6 +31,7 @@ from stochastic_depth.torch_private.tracing import ends_a_graph, set_compiler, t
 _plain_call = nn.Module.__call__  # torch.fx puts another one in its place while it traces
 _impl: Original = nn.Module._call_impl
 _grad_is_enabled = torch.is_grad_enabled
+_CHECKED = 16  # of so many steps one looks whether a module was replaced that is as it was
 
 
 def part_call(original: Original) -> Original:
@@ -55,7 +49,8 @@ def part_call(original: Original) -> Original:
             owner, factors, passage, has_grad, seen = blocks[-1]
             if owner is gate.owner:
                 if passage is None and (factors is None or not gate.role.ends):
-                    return run(self, *args, **kwargs)
+                    has_one = len(args) == 1 and not kwargs  # a call that takes less time
+                    return run(self, args[0]) if has_one else run(self, *args, **kwargs)
                 # A checkpoint inside of the block recomputes its modules without it.
                 if top_hooks(False) is None and _grad_is_enabled() is has_grad:  # noqa: FBT003
                     if passage is None:
@@ -88,7 +83,7 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
         hooks = top_hooks(False)  # noqa: FBT003
         if not gate.is_fast or plan.forcing or plan.graphs or (hooks is not None and is_running()):
             call = ModuleCall(gate, self, original, args, kwargs)
-            return call_branch_module(call) if gate.roles else call_block(call)
+            return call_branch_module(call) if gate.roles else block.call_block(call)
         passage = recomputed = None
         logs: Any = ()
         if hooks is not None:
@@ -99,7 +94,7 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
                 row = next_noted(gate, recomputed)
                 if not isinstance(row, Row):  # of a forward that went the slow way
                     note(logs, gate, row)
-                    return carry_out(ModuleCall(gate, self, original, args, kwargs), row)
+                    return block.carry_out(ModuleCall(gate, self, original, args, kwargs), row)
             else:
                 step = plan.clock.step
                 if gate.step == step:
@@ -109,24 +104,27 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
                     gate.step, gate.calls, number = step, 1, 0
                 row = plan.row
                 if row.number != number or row.step != step:
-                    row = begin(gate, self, number)
+                    row = block.begin(gate, self, number)
             if logs:
                 note(logs, gate, row)
             runs = row.states[gate.index]
-            known = gate.known
-            is_one = known.with_one and len(args) == 1 and not kwargs
-            is_usual = is_one or known.include(args, kwargs)
+            is_one = gate.takes_one and len(args) == 1 and not kwargs
+            is_usual = is_one or gate.known.include(args, kwargs)
             if runs is False and is_usual:
                 if gate.whole is not None and not attributes["_forward_hooks"]:
                     # The first argument may be a tuple that holds the tensor.
                     if gate.returns_first and args and isinstance(args[0], Tensor):
                         return args[0]
                     if not gate.returns_copy:
-                        return gate.whole.build(args, kwargs, positional=known.positional)
+                        return gate.whole.build(args, kwargs, positional=gate.known.positional)
                 passage = gate.closed
             if (not runs and passage is None) or "_compiled_call_impl" in attributes:
-                return run_drawn(ModuleCall(gate, self, original, args, kwargs), row)
+                return block.run_drawn(ModuleCall(gate, self, original, args, kwargs), row)
             factors = row.factors[gate.index]
+            # A module that was replaced has no gate, and where nothing is due it needs none.
+            if gate.asleep and factors is None and row.step % _CHECKED:
+                return run(self, args[0]) if is_one else run(self, *args, **kwargs)
+            is_checked = passage is not None or factors is not None or not row.step % _CHECKED
         elif (
             attributes["training"]
             or nn.Module.__call__ is not _plain_call
@@ -135,19 +133,19 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
             or hooks is not None
             or backward_task() != -1  # a checkpoint, whose forward may have been forced
         ):
-            return call_block(ModuleCall(gate, self, original, args, kwargs))
+            return block.call_block(ModuleCall(gate, self, original, args, kwargs))
         else:
-            factors = plan.for_inference()[gate.index]
+            factors, is_checked = plan.for_inference()[gate.index], True
         try:
-            for path in gate.parts:
+            for path in gate.parts if is_checked else ():
                 part = attributes
                 for name in path:
                     part = part["_modules"][name].__dict__
                 part[KEY]
         except (KeyError, AttributeError):  # replaced; or wrapped (for a checkpoint, say)
-            check_parts(gate, self)
+            block.check_parts(gate, self)
         if gate.asleep is (factors is not None):  # asleep, but needed; or awake for nothing
-            set_ends(gate, self, awake=factors is not None)
+            block.set_ends(gate, self, awake=factors is not None)
         blocks = running.blocks
         seen = None if passage is None else [None, None]
         blocks.append((gate, factors, passage, has_grad, seen))
@@ -217,7 +215,7 @@ def call_between_graphs(module: nn.Module, original: Original, args: Any, kwargs
             "the blocks are compiled one by one. depth.compile() does so without looking for "
             "larger graphs first"
         )
-    call = call_branch_module if gate.roles else call_block
+    call = call_branch_module if gate.roles else block.call_block
     before, running.compiler = running.compiler, set_compiler(None)
     try:
         return call(ModuleCall(gate, module, original, args, kwargs))

@@ -36,7 +36,7 @@ class Role:
     weights: tuple[str, ...] = ()  # its own parameters that take the branch's factor in
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)  # read at every call, out of as little memory as can be
 class Gate(Counted):
     """What is known about one gated module: a block's, a branch's, or both."""
 
@@ -47,6 +47,7 @@ class Gate(Counted):
     returns_first: bool = False  # a block's: when dropped, returns the first tensor it is given
     returns_copy: bool = False  # a block's: somebody outside of the model may hold its input
     whole: Template | None = None  # a block's: what it returns when dropped; None: it has to run
+    takes_one: bool = False  # a block's: one tensor alone is a call that it was watched with
     known: Any = None  # a block's: the `KnownCalls` that it was watched with
     batch: Any = None  # a block's in mode "sample": which dimensions of its values hold the batch
     parts: tuple[tuple[str, ...], ...] = ()  # a block's: the paths of its gated branch modules
@@ -60,7 +61,7 @@ class Gate(Counted):
     role: Any = None  # a branch module's: its `Role` at every call, where it has one owner
     owner: Gate | None = None  # a branch module's: this one, where it is no block itself
     templates: dict[tuple[object, ...], Template] = field(default_factory=dict)
-    last: Any = (None, None)  # the last signature, and what stands in: `Made`, or None: the input
+    last: Any = (None, None)  # the last signature, and what stands in: None is the input itself
     warned: bool = False  # a block's: that dropping it saves nothing
     asleep: bool | None = None  # a block's: whether its ends sleep (see `swap`); None: never
     used_elsewhere: bool = False  # a branch module's: is called outside of its blocks, too
@@ -110,7 +111,7 @@ class KnownCalls:
             for form in forms
         ]
         # Whether one tensor alone is such a call.
-        self.with_one = self._defaults in self._flags and self._handed_on <= {*self.positional[:1]}
+        gate.takes_one = self._defaults in self._flags and self._handed_on <= {*self.positional[:1]}
         self._known: dict[object, bool] = {}
 
     def include(self, args: Any, kwargs: Any) -> bool:

@@ -136,23 +136,18 @@ def _gated(original: Any, *, is_part: bool) -> type[nn.Module]:
         self.__class__ = original
         self.__init__(*args, **kwargs)
 
+    content = {
+        "gated_from": original,
+        **without_fused_path(original),
+        "__init__": begin_plain,
+        "__call__": gated_call(original.__call__),
+        "__reduce_ex__": reduce_gated,
+        **({} if is_part else {"train": train_gated}),
+        "__prepare_scriptable__": _refuse_to_script,
+        **{name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")},
+    }
     metaclass: Any = type(original)
-    gated: type[nn.Module] = metaclass(
-        original.__name__,
-        (original,),
-        {
-            "gated_from": original,
-            **without_fused_path(original),
-            "__init__": begin_plain,
-            "__call__": gated_call(original.__call__),
-            "__reduce_ex__": reduce_gated,
-            **({} if is_part else {"train": train_gated}),
-            "__prepare_scriptable__": _refuse_to_script,
-            "__module__": original.__module__,
-            "__qualname__": original.__qualname__,
-            "__doc__": original.__doc__,
-        },
-    )
+    gated: type[nn.Module] = metaclass(original.__name__, (original,), content)
     gated.size_as_made = len(vars(gated)) + 1  # type: ignore[attr-defined]
     return gated
 
