@@ -78,12 +78,12 @@ def gated(kind: str) -> tuple[nn.Module, nn.Module, Tensor, sd.StochasticDepth]:
 @pytest.fixture(autouse=True)
 def small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what holds many values has its weights multiplied instead."""
-    monkeypatch.setattr(branch, "_MANY_VALUES", 1)
+    monkeypatch.setattr(branch, "MANY_VALUES", 1)
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_a_few_values_are_multiplied_themselves(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(branch, "_MANY_VALUES", 1000)
+    monkeypatch.setattr(branch, "MANY_VALUES", 1000)
     model, reference, x, depth = gated(kind)
     with depth.fixed({}), Products() as products:
         mine = trained(model, x)

@@ -22,7 +22,7 @@ from stochastic_depth.rows import change_leaves
 from stochastic_depth.torch_private.trees import tree_leaves
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_MANY_VALUES = 2**17  # of so large an output the weights are multiplied, not the output
+MANY_VALUES = 2**17  # of so large an output the weights are multiplied, not the output
 
 
 @dataclass(slots=True, eq=False)
@@ -149,7 +149,7 @@ def _multiplied(call: ModuleCall, factors: tuple[float, ...] | None, role: Role)
     if factors is None or not role.ends:
         return _call(call)
     if call.gate.units:
-        return _times(_call(call), role, factors)
+        return times(_call(call), role, factors)
     return run_multiplied(call, role, factors)
 
 
@@ -160,14 +160,14 @@ def run_multiplied(call: ModuleCall, role: Role, factors: tuple[float, ...]) -> 
     takes the place of one with every value of the branch, forward and backward.
     """
     _, module, run, args, kwargs = call
-    if role.weights and module.training and args and args[0].numel() >= _MANY_VALUES:
+    if role.weights and module.training and args and args[0].numel() >= MANY_VALUES:
         twin = _with_weights(module, role.weights, factors[role.branch])
         if twin is not None:
             return run(twin, *args, **kwargs)
-    return _times(call(), role, factors)
+    return times(call(), role, factors)
 
 
-def _times(output: Any, role: Role, factors: tuple[float, ...]) -> Any:
+def times(output: Any, role: Role, factors: tuple[float, ...]) -> Any:
     if isinstance(output, Tensor):
         return output * factors[role.branch]
     return change_leaves(output, role.ends, lambda leaf, n: leaf * factors[role.ends[n]])

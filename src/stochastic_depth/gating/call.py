@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from stochastic_depth.distributed import is_running
 from stochastic_depth.errors import warn
-from stochastic_depth.gating import block
-from stochastic_depth.gating.branch import call_branch_module, run_multiplied
+from stochastic_depth.gating import block, branch
 from stochastic_depth.gating.gate import KEY, Gate, ModuleCall, Original, running
 from stochastic_depth.gating.recomputation import next_noted, note
 from stochastic_depth.gating.stand_in import stand_in_again
@@ -31,10 +30,11 @@ from stochastic_depth.torch_private.tracing import ends_a_graph, set_compiler, t
 _plain_call = nn.Module.__call__  # torch.fx puts another one in its place while it traces
 _impl: Original = nn.Module._call_impl
 _grad_is_enabled = torch.is_grad_enabled
+_NO_CHECKPOINTS = of_hooks(None)
 _CHECKED = 16  # of so many steps one looks whether a module was replaced that is as it was
 
 
-def part_call(original: Original) -> Original:
+def part_call(original: Original) -> Original:  # noqa: C901  (in one piece)
     """The `__call__` of a branch's module; `original` is that of the module's own class."""
     run = _impl if original is nn.Module.__call__ else original
 
@@ -48,20 +48,24 @@ def part_call(original: Original) -> Original:
         if blocks and "_compiled_call_impl" not in attributes:
             owner, factors, passage, has_grad, seen = blocks[-1]
             if owner is gate.owner:
+                has_one = len(args) == 1 and not kwargs  # a call that takes less time
                 if passage is None and (factors is None or not gate.role.ends):
-                    has_one = len(args) == 1 and not kwargs  # a call that takes less time
                     return run(self, args[0]) if has_one else run(self, *args, **kwargs)
                 # A checkpoint inside of the block recomputes its modules without it.
                 if top_hooks(False) is None and _grad_is_enabled() is has_grad:  # noqa: FBT003
                     if passage is None:
+                        role = gate.role
+                        weights = role.weights if attributes["training"] else ()
+                        if has_one and not (weights and args[0].numel() >= branch.MANY_VALUES):
+                            return branch.times(run(self, args[0]), role, factors)
                         call = ModuleCall(gate, self, run, args, kwargs)
-                        return run_multiplied(call, gate.role, factors)
+                        return branch.run_multiplied(call, role, factors)
                     if passage is owner.closed:
                         return stand_in_again(gate, self, args, kwargs, seen)
         if "torch._dynamo" in modules and (compiler := set_compiler(None)) is not None:
             set_compiler(compiler)
             return call_between_graphs(self, original, args, kwargs)
-        return call_branch_module(ModuleCall(gate, self, original, args, kwargs))
+        return branch.call_branch_module(ModuleCall(gate, self, original, args, kwargs))
 
     return traced_as(call_part, _trace_of(original))
 
@@ -83,12 +87,10 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
         hooks = top_hooks(False)  # noqa: FBT003
         if not gate.is_fast or plan.forcing or plan.graphs or (hooks is not None and is_running()):
             call = ModuleCall(gate, self, original, args, kwargs)
-            return call_branch_module(call) if gate.roles else block.call_block(call)
-        passage = recomputed = None
-        logs: Any = ()
-        if hooks is not None:
-            logs, recomputed = of_hooks(hooks)
-        has_grad = _grad_is_enabled()
+            return branch.call_branch_module(call) if gate.roles else block.call_block(call)
+        passage: Any = None
+        logs, recomputed = _NO_CHECKPOINTS if hooks is None else of_hooks(hooks)
+        has_grad, has_one = _grad_is_enabled(), len(args) == 1 and not kwargs
         if attributes["training"] and has_grad and (recomputed or backward_task() == -1):
             if recomputed:
                 row = next_noted(gate, recomputed)
@@ -108,8 +110,7 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
             if logs:
                 note(logs, gate, row)
             runs = row.states[gate.index]
-            is_one = gate.takes_one and len(args) == 1 and not kwargs
-            is_usual = is_one or gate.known.include(args, kwargs)
+            is_usual = (has_one and gate.takes_one) or gate.known.include(args, kwargs)
             if runs is False and is_usual:
                 if gate.whole is not None and not attributes["_forward_hooks"]:
                     # The first argument may be a tuple that holds the tensor.
@@ -123,7 +124,7 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
             factors = row.factors[gate.index]
             # A module that was replaced has no gate, and where nothing is due it needs none.
             if gate.asleep and factors is None and row.step % _CHECKED:
-                return run(self, args[0]) if is_one else run(self, *args, **kwargs)
+                return run(self, args[0]) if has_one else run(self, *args, **kwargs)
             is_checked = passage is not None or factors is not None or not row.step % _CHECKED
         elif (
             attributes["training"]
@@ -150,7 +151,7 @@ def block_call(original: Original) -> Original:  # noqa: C901  (in one piece)
         seen = None if passage is None else [None, None]
         blocks.append((gate, factors, passage, has_grad, seen))
         try:
-            return run(self, *args, **kwargs)
+            return run(self, args[0]) if has_one else run(self, *args, **kwargs)
         finally:
             blocks.pop()
 
@@ -215,7 +216,7 @@ def call_between_graphs(module: nn.Module, original: Original, args: Any, kwargs
             "the blocks are compiled one by one. depth.compile() does so without looking for "
             "larger graphs first"
         )
-    call = call_branch_module if gate.roles else block.call_block
+    call = branch.call_branch_module if gate.roles else block.call_block
     before, running.compiler = running.compiler, set_compiler(None)
     try:
         return call(ModuleCall(gate, module, original, args, kwargs))
