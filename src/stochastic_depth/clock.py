@@ -20,9 +20,6 @@ _PATIENCE = 3  # changes of the parameters without a step
 class Clock:
     """The optimizer step."""
 
-    __slots__ = ("__weakref__", "_changes", "_followers", "_leader", "_seen", "_warned",
-                 "is_told", "owner", "step")  # fmt: skip
-
     def __init__(self, leader: Clock | None = None, step: int = 0) -> None:
         self.step: int = step if leader is None else leader.step
         self.owner: Callable[[], Any] = lambda: None  # its plan, by a weak reference

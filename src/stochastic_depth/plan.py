@@ -34,7 +34,7 @@ Factors = Sequence[tuple[float, ...] | None]
 """Of each gate, what its branches are multiplied by where they run; None: by nothing."""
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False)
 class Counted:
     """What the plan knows of a gate: what it draws for, and how often it was called."""
 
@@ -79,14 +79,8 @@ class Row:
 _NO_ROW = Row(-1, -1, (), (), (), (), ())
 
 
-class _ReadAtEveryCall:
-    """What a gate reads of its plan at every call: out of slots, which lie side by side."""
-
-    __slots__ = ("clock", "forcing", "graphs", "row")
-
-
 @dataclass(eq=False)
-class Plan(_ReadAtEveryCall):
+class Plan:
     """Who is dropped how often, and how far the training has come.
 
     What it draws with is a unit: a block, or with unit="branch" each of its branches.
@@ -138,6 +132,7 @@ class Plan(_ReadAtEveryCall):
         self.following: Any = None  # the `Following` of an optimizer
         self.handle: weakref.ref[Any] | None = None
         self.is_of_a_callback = False  # whether a trainer's callback put the gates on
+        self.told_of: set[str] = set()  # gates that run all the same where they are dropped
         self.told_of_graphs = False  # that a user's torch.compile breaks at each gate
         self.setups: dict[str, Any] = {}  # by gate: how several processes train its block
         self.ranks_differed = False  # whether ranks may have skipped other blocks than each other
@@ -370,8 +365,7 @@ class Plan(_ReadAtEveryCall):
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
         twin = object.__new__(Plan)
         memo[id(self)] = twin
-        twin.__dict__.update(self.__dict__)
-        twin.clock, twin.graphs = Clock(self.clock), self.graphs
+        twin.__dict__.update(self.__dict__, clock=Clock(self.clock))
         twin.tally = self.tally.copy()
         twin.forget()
         twin.gates = copy.deepcopy(self.gates, memo)
@@ -383,8 +377,7 @@ class Plan(_ReadAtEveryCall):
         return {one.name: getattr(self, one.name) for one in fields(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
+        self.__dict__.update(state)
         self.__post_init__()
 
 

@@ -163,10 +163,10 @@ def acts_around(call: ModuleCall) -> str:
     args, kwargs = tree_map(_apart, (call.args, call.kwargs))
     skipped = carry_out(call._replace(args=args, kwargs=kwargs), closed)
     args, kwargs = tree_map(_apart, (call.args, call.kwargs))
-    warned, gate.warned = gate.warned, True
+    told, gate.plan.told_of = gate.plan.told_of, {gate.name}
     with _watched_forward(module) as (taken, made):
         found = run_in_part(call._replace(args=args, kwargs=kwargs), closed)
-    gate.warned = warned
+    gate.plan.told_of = told
     # A product with a weight that is one now makes another tensor of the same values.
     is_same = _all_close(skipped, found)
     is_same = is_same and _places(taken) <= _places([args, kwargs])

@@ -34,7 +34,7 @@ def attach(model: nn.Module, found: Discovery, plan: Plan, batches: Batches | No
     plan.gates = list(gates.values())
     plan.forget()
     plan.one_to_one = [gate.units for gate in plan.gates] == [(n,) for n in range(len(plan.units))]
-    watched = [gate for gate in gates.values() if not gate.is_residual]
+    watched = [gate for gate in gates.values() if not plan.blocks[gate.blocks[0]].explicit]
     for gate in watched:
         blocks = [plan.blocks[number] for number in gate.blocks]
         calls = found.recording.calls_of[gate.name]
@@ -76,8 +76,7 @@ def _gates_of_blocks(plan: Plan) -> dict[str, Gate]:
     for number, block in enumerate(plan.blocks):
         for unit, branch in zip(plan.units_of(number), block.branches, strict=True):
             name = branch.modules[0] if block.explicit else block.block_module
-            new = Gate(name, plan=plan, is_residual=block.explicit, index=len(gates))
-            gate = gates.setdefault(name, new)
+            gate = gates.setdefault(name, Gate(name, plan=plan, index=len(gates)))
             gate.units += (unit,)
             gate.blocks = tuple(dict.fromkeys((*gate.blocks, number)))
     return gates

@@ -215,8 +215,8 @@ def run_in_part(call: ModuleCall, decision: Decision) -> Any:
     gate, module, _, args, kwargs = call
     check_parts(gate, module)
     set_ends(gate, module, awake=True)
-    if not gate.stands_in and not all(decision.kept) and not gate.warned:
-        gate.warned = True
+    if not gate.stands_in and not all(decision.kept) and gate.name not in gate.plan.told_of:
+        gate.plan.told_of.add(gate.name)
         warn(
             f'block "{gate.name}" is called with {gate.known.flags(args, kwargs)}, unlike in the '
             "example: where it is dropped its branches are computed all the same, and thrown away. "

@@ -81,7 +81,7 @@ def release(module: nn.Module) -> None:
 
 
 def _obstacle(module: nn.Module, gate: Gate) -> str | None:
-    if gate.is_residual:
+    if gate.known is None:  # it was not watched
         return "what a Residual adds is known only when it is called"
     if tracing.is_compiled(module):
         return "it was compiled on its own"

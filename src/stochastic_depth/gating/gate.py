@@ -36,14 +36,17 @@ class Role:
     weights: tuple[str, ...] = ()  # its own parameters that take the branch's factor in
 
 
-@dataclass(eq=False, slots=True)  # read at every call, out of as little memory as can be
+@dataclass(eq=False)
 class Gate(Counted):
-    """What is known about one gated module: a block's, a branch's, or both."""
+    """What is known about one gated module: a block's, a branch's, or both.
+
+    Python keeps less than 30 attributes of an object side by side, where they are read quickest.
+    (In slots they would be as well; torch.compile of torch 2.6 and 2.7 cannot follow these.)
+    """
 
     plan: Plan = field(kw_only=True)
     index: int = -1  # a block's: in `plan.gates`
     is_fast: bool = False  # a block's: whether its calls may go the fast way
-    is_residual: bool = False  # a block's: it is an `sd.Residual`
     returns_first: bool = False  # a block's: when dropped, returns the first tensor it is given
     returns_copy: bool = False  # a block's: somebody outside of the model may hold its input
     whole: Template | None = None  # a block's: what it returns when dropped; None: it has to run
@@ -62,7 +65,6 @@ class Gate(Counted):
     owner: Gate | None = None  # a branch module's: this one, where it is no block itself
     templates: dict[tuple[object, ...], Template] = field(default_factory=dict)
     last: Any = (None, None)  # the last signature, and what stands in: None is the input itself
-    warned: bool = False  # a block's: that dropping it saves nothing
     asleep: bool | None = None  # a block's: whether its ends sleep (see `swap`); None: never
     used_elsewhere: bool = False  # a branch module's: is called outside of its blocks, too
 

@@ -28,7 +28,7 @@ _lock = threading.Lock()
 
 def swap_in(module: nn.Module, gate: Gate) -> None:
     """Gate a module."""
-    if not gate.is_residual:  # whose class looks for its gate itself
+    if not _asks_itself(module):
         kind: Any = type(module)
         module.__class__ = _gated(kind, is_part=not gate.units)
     module.__dict__[KEY] = gate
@@ -39,7 +39,7 @@ def swap_out(module: nn.Module) -> None:
     gate: Gate = module.__dict__.pop(KEY)
     if gate.asleep:
         gate.asleep = False  # its ends are plain from now on, or gated anew with it
-    if gate.is_residual:
+    if _asks_itself(module):
         module.__dict__[KEY] = None
         return
     release(module)
@@ -93,6 +93,11 @@ def _at_paths(gate: Gate, module: nn.Module) -> list[nn.Module]:
     """What lies where the ends were: they, or what was put around them or in their place."""
     parts = dict(module.named_modules(remove_duplicate=False))
     return [parts[name] for path in gate.parts if (name := ".".join(path)) in parts]
+
+
+def _asks_itself(module: nn.Module) -> bool:
+    """Whether it is an `sd.Residual`, whose own class looks for its gate."""
+    return hasattr(module, "_is_stochastic_depth_residual")
 
 
 @cache  # blocks of one class go on sharing one
