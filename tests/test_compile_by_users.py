@@ -158,9 +158,13 @@ def test_one_graph_that_would_hold_draws_is_refused_with_the_way_out(way: Way) -
         way(model, fullgraph=True).train()(x)
 
 
-def test_one_graph_of_a_model_in_inference_has_its_scale() -> None:
+@pytest.mark.parametrize(
+    "schedule", [None, sd.linear_warmup(4), sd.constant(0.5) * sd.linear_decay(9), lambda step: 0.5]
+)
+def test_one_graph_of_a_model_in_inference_has_its_scale(schedule: Any) -> None:
     model, x = make("resnet")
-    _, depth = gated(model, x)
+    _, depth = gated(model, x, schedule=schedule)
+    depth.step()
     result = the_model(model.eval(), fullgraph=True)
     scaled = model(x)
     assert torch.equal(result(x), scaled)

@@ -12,6 +12,7 @@ import io
 import pickle
 import threading
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 import stochastic_depth as sd
 from networks import assert_equal, gated, residuals, settled, sgd, train, vectors
 from sleeping import by_hand, goes_the_fast_way, is_on, kept_on, trained
+from stochastic_depth.gating.gate import Gate
 
 pytestmark = goes_the_fast_way
 
@@ -187,3 +189,7 @@ def test_update_bn_does_not_end_it() -> None:
     assert is_on(model.stages[0][0].bn2)
     train(model, sgd(model), x, 8)
     assert not is_on(model.stages[0][0].bn2)
+
+
+def test_a_gate_has_as_many_attributes_as_python_keeps_side_by_side() -> None:
+    assert len(fields(Gate)) < 30  # the most, in Python 3.11 to 3.13, that need no dictionary

@@ -40,7 +40,7 @@ class Schedule:
 
     def __call__(self, step: int) -> float:
         """Returns the factor at this step."""
-        return math.prod(function(step) for function in self.functions)
+        return math.prod([function(step) for function in self.functions])  # torch follows lists
 
     @property
     def is_constant(self) -> bool:
