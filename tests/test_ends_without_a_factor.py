@@ -192,4 +192,4 @@ def test_update_bn_does_not_end_it() -> None:
 
 
 def test_a_gate_has_as_many_attributes_as_python_keeps_side_by_side() -> None:
-    assert len(fields(Gate)) < 30  # the most, in Python 3.11 to 3.13, that need no dictionary
+    assert len(fields(Gate)) < 30  # of more Python 3.11 makes a dictionary

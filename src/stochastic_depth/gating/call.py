@@ -31,7 +31,7 @@ _plain_call = nn.Module.__call__  # torch.fx puts another one in its place while
 _impl: Original = nn.Module._call_impl
 _grad_is_enabled = torch.is_grad_enabled
 _NO_CHECKPOINTS = of_hooks(None)
-_CHECKED = 16  # of so many steps one looks whether a module was replaced that is as it was
+_CHECKED = 16  # steps: how often a call in which nothing is due looks for replaced modules
 
 
 def part_call(original: Original) -> Original:  # noqa: C901  (in one piece)
@@ -48,7 +48,7 @@ def part_call(original: Original) -> Original:  # noqa: C901  (in one piece)
         if blocks and "_compiled_call_impl" not in attributes:
             owner, factors, passage, has_grad, seen = blocks[-1]
             if owner is gate.owner:
-                has_one = len(args) == 1 and not kwargs  # a call that takes less time
+                has_one = len(args) == 1 and not kwargs  # no tuple need be made to call it
                 if passage is None and (factors is None or not gate.role.ends):
                     return run(self, args[0]) if has_one else run(self, *args, **kwargs)
                 # A checkpoint inside of the block recomputes its modules without it.

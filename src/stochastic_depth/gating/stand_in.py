@@ -47,7 +47,7 @@ def stand_in_again(gate: Gate, module: nn.Module, args: Any, kwargs: Any, seen: 
     known, made = gate.last
     if known is seen[1] or known == seen[1]:
         if made is None:
-            seen[1] = known  # the next module's may be the very same
+            seen[1] = known  # so that the next module's is this very object
             return x
         return made(x) if made is torch.zeros_like else made.new(scratch=not gate.role.ends)
     role = gate.role
