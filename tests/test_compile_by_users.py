@@ -173,6 +173,33 @@ def test_one_graph_of_a_model_in_inference_has_its_scale(schedule: Any) -> None:
     assert not torch.allclose(model(x), scaled)
 
 
+@pytest.mark.parametrize("options", [{"scale": "none"}, {"scale": "train"}, {"mode": "sample"}])
+def test_one_graph_of_a_model_in_inference_that_has_no_factors(options: dict[str, Any]) -> None:
+    """Also where the ends of its branches sleep, since it was called before."""
+    model, x = make("resnet")
+    gated(model, x, **options)
+    for called_before in (False, True):
+        torch.compiler.reset()
+        expected = model.eval()(x) if called_before else make("resnet")[0].eval()(x)
+        assert torch.equal(the_model(model.eval(), fullgraph=True)(x), expected)
+
+
+def test_one_graph_of_a_model_in_inference_some_rates_of_which_are_0() -> None:
+    model, x = make("pre-norm")
+    depth = sd.apply_stochastic_depth(
+        model, [0.0, 0.1, 0.2, 0.0, 0.3, 0.4], example_inputs=x, schedule=starts_at(3)
+    )
+    for step in range(1, 5):
+        depth.step()
+        torch.compiler.reset()
+        expected = model.eval()(x)
+        assert torch.equal(the_model(model, fullgraph=True)(x), expected), step
+
+
+def starts_at(first: int) -> Any:
+    return lambda step: 0.5 if step >= first else 0.0
+
+
 class InLine(nn.Module):
     """Whose residual connections are in its own forward."""
 

@@ -51,17 +51,20 @@ def test_torch_export(name: str, kind: str) -> None:
     assert is_scaled(name, x, expected) == (kind in ("eval", "by branch"))
 
 
+@pytest.mark.oldest
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")  # a None
-@pytest.mark.parametrize("name", [*FEW, "explicit"])
-def test_torch_export_by_its_strict_way(name: str) -> None:
-    """Which reads the code of the gates: it follows them, or says that it cannot."""
-    model, x, _ = gated(name)
-    try:
-        exported = torch.export.export(model, (x,), strict=True).module()
-    except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.TorchRuntimeError):
-        pytest.skip("this torch cannot follow the gates")  # the latter from 2.6
-    assert torch.equal(exported(x), model(x))
+@pytest.mark.parametrize(
+    ("name", "kind"), [(n, k) for n in NETWORKS for k in KINDS if k == "eval" or n in FEW]
+)
+def test_torch_export_by_its_strict_way(name: str, kind: str) -> None:
+    """Which reads the code of the gates, and is what torch 2.6 takes where nothing is said."""
+    model, x, _ = gated(name, **KINDS[kind])
+    expected = model(x)
+    program = torch.export.export(model, (x,), strict=True)
+    assert torch.equal(program.module()(x), expected)
+    assert is_scaled(name, x, expected) == (kind in ("eval", "by branch"))
+    assert set(program.state_dict) == set(model.state_dict())
 
 
 @pytest.mark.parametrize("name", [*FEW, "explicit"])

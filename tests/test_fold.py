@@ -9,7 +9,7 @@ that is missing or wrong in a single branch is seen at 1e-3.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -319,6 +319,48 @@ def test_a_weight_shared_between_blocks_is_refused_by_name() -> None:
     with pytest.warns(sd.StochasticDepthWarning, match="3.linear.weight is shared with 5.linear"):
         model, depth = gated(network, x)
     refused_unchanged(model, depth, '"3:0"', "3.linear.weight is shared with 5.linear")
+
+
+def values_of(head: nn.Linear, end: nn.Linear) -> None:
+    head.weight = nn.Parameter(end.weight.data)
+
+
+def some_values_of(head: nn.Linear, end: nn.Linear) -> None:
+    rows = torch.cat([end.weight.data, end.weight.data])
+    end.weight.data, head.weight.data = rows[:WIDTH], rows[WIDTH // 2 :][:WIDTH]
+
+
+def a_buffer_of(head: nn.Linear, end: nn.Linear) -> None:
+    head.register_buffer("copy", end.weight.data.t())
+
+
+@oldest
+@pytest.mark.parametrize("alias", [values_of, some_values_of, a_buffer_of])
+def test_two_tensors_on_the_same_values_are_refused_by_name(alias: Callable[..., None]) -> None:
+    network = nn.Sequential(*settled(residuals), nn.Linear(WIDTH, WIDTH)).double()
+    alias(network[8], network[5].linear)
+    x = vectors(4, WIDTH).double()
+    says = r"5.linear.weight lies in the same memory as 8\.(weight|copy)"
+    with pytest.warns(sd.StochasticDepthWarning, match=says):
+        depth = sd.apply_stochastic_depth(network, 0.5, "uniform", example_inputs=x)
+    refused_unchanged(network, depth, '"5:0"', "5.linear.weight lies in the same memory as 8.")
+    with pytest.raises(sd.RefusedBlockError, match=says):
+        sd.fold_state_dict(network.state_dict(), depth.state_dict())
+
+
+@oldest
+def test_weights_side_by_side_in_one_memory_fold() -> None:
+    """As in a flat buffer, and as columns of one matrix."""
+    network = settled(residuals).double()
+    ends = [block.get_submodule("linear").get_parameter("weight") for block in network]
+    flat = torch.cat([end.data.reshape(-1) for end in ends[:4]]).split(WIDTH * WIDTH)
+    columns = torch.cat([end.data for end in ends[4:]], dim=1).split(WIDTH, dim=1)
+    for end, place in zip(ends, [*flat, *columns], strict=True):
+        end.data = place.view(WIDTH, WIDTH)
+    x = vectors(4, WIDTH).double()
+    depth = sd.apply_stochastic_depth(network, 0.5, "uniform", example_inputs=x)
+    expected = network.eval()(x).detach()
+    assert_close(depth.fold()(x).detach(), expected)
 
 
 @oldest

@@ -160,12 +160,7 @@ def _moved(model: nn.Module, example: Arguments) -> Arguments:
 
 
 def _standing_in(
-    model: nn.Module,
-    plan: Plan,
-    out: Sequence[str],
-    outputs: Callable[[], Outputs],
-    *,
-    exact: bool,
+    model: nn.Module, plan: Plan, out: Sequence[str], outputs: Callable[[], Outputs], *, exact: bool
 ) -> tuple[dict[str, PassThrough], Outputs]:
     """What takes the place of each block, and what the model returns with them dropped."""
     blocks = [block for block in plan.blocks if block.name in out]

@@ -153,9 +153,7 @@ def linear_decay(steps: float, start: float = 0) -> Schedule:
     return _lines(text, (start, 1.0), (steps, 0.0))
 
 
-def piecewise_linear(
-    points: Iterable[tuple[float, float]] | Mapping[float, float],
-) -> Schedule:
+def piecewise_linear(points: Iterable[tuple[float, float]] | Mapping[float, float]) -> Schedule:
     """Straight lines between points ``(step, factor)``, constant before the first, after the last.
 
     A mapping from steps to factors says the same.

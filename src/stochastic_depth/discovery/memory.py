@@ -30,6 +30,8 @@ class Layout(NamedTuple):
             return True, True
         if self.bytes != other.bytes or not self.shape.numel() or not other.shape.numel():
             return self.bytes != other.bytes, False
+        if self._end <= other.offset or other._end <= self.offset:
+            return False, False
         with without_modes():
             marks = torch.zeros(max(self._end, other._end), dtype=torch.bool, device="cpu")
             marks.as_strided(other.shape, other.stride, other.offset).fill_(1)

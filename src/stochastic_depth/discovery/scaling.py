@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from stochastic_depth.discovery import operations
 from stochastic_depth.discovery.additions import Addition
 from stochastic_depth.discovery.grouping import Site
+from stochastic_depth.discovery.memory import Layout, memory_of
 from stochastic_depth.discovery.operations import Kind, is_real_or_complex
 from stochastic_depth.discovery.recording import Call, Node, Recording, reached
 
@@ -115,11 +116,7 @@ def _degree_of(
 
 
 def _tried(
-    recording: Recording,
-    node: Node,
-    degrees: Sequence[int],
-    tried: dict[int, Tensor],
-    sign: int,
+    recording: Recording, node: Node, degrees: Sequence[int], tried: dict[int, Tensor], sign: int
 ) -> bool | None:
     """Whether an operation comes to zero where these inputs do; None: it fails, or is not finite.
 
@@ -178,6 +175,9 @@ class Folding:
             for name in parameters_at(recording, [node.index]) if node.meets_parameter else ():
                 self._uses.setdefault(name, set()).add(node.operation)
         self._parameters = dict(model.named_parameters())
+        self._in_memory: dict[int, list[tuple[str, Tensor]]] = {}
+        for name, tensor in (*self._parameters.items(), *model.named_buffers()):
+            self._in_memory.setdefault(memory_of(tensor), []).append((name, tensor))
         self._holders: dict[nn.Parameter, list[str]] = {}
         for holder, module in model.named_modules():
             for parameter in module.parameters(recurse=False):
@@ -201,7 +201,11 @@ class Folding:
         """The fold, or the obstacle that a parameter is used outside of the block's folds."""
         names = dict.fromkeys(name for of_use in taken.values() for name in of_use)
         for name in names:
-            holders = self._holders[self._parameters[name]]
+            parameter = self._parameters[name]
+            for other, tensor in self._in_memory[memory_of(parameter)]:
+                if tensor is not parameter and Layout.of(parameter).shares(Layout.of(tensor))[0]:
+                    return Fold(obstacle=f"{name} lies in the same memory as {other}")
+            holders = self._holders[parameter]
             idle = [holder for holder in holders if holder not in self.recording.calls_of]
             if idle and len(holders) > 1:
                 user = next((holder for holder in holders if holder not in idle), name)

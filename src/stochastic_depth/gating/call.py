@@ -170,15 +170,15 @@ def traced_call(module: nn.Module, original: Original, args: Any, kwargs: Any) -
     gate: Any = getattr(module, KEY, None)
     if gate is None:
         return original(module, *args, **kwargs)
-    is_open = not (module.training or gate.plan.forcing or gate.asleep)
-    if gate.units and not (is_open and gate.simple_ends):
-        return call_between_graphs(module, original, args, kwargs)
     if gate.units:
-        gate.scales = gate.plan.inference_factors(gate.units)
+        is_open = gate.simple_ends and not (module.training or gate.plan.forcing)
+        factors = gate.plan.inference_factors(gate.units) if is_open else None
+        if not is_open or (gate.asleep and set(factors or (1.0,)) != {1.0}):
+            return call_between_graphs(module, original, args, kwargs)
+        gate.scales = factors
     output = original(module, *args, **kwargs)
     role = gate.role
-    if role is not None and role.ends and gate.owners[0].scales is not None:
-        scales = gate.owners[0].scales
+    if role is not None and role.ends and (scales := gate.owners[0].scales) is not None:
         output = _scaled(output, {leaf: scales[branch] for leaf, branch in role.ends.items()})
     return output
 

@@ -143,6 +143,7 @@ def _gated(original: Any, *, is_part: bool) -> type[nn.Module]:
 
     content = {
         "gated_from": original,
+        "torchdynamo_force_dynamic": True,  # else torch 2.6 exports what is beneath `__call__`
         **without_fused_path(original),
         "__init__": begin_plain,
         "__call__": gated_call(original.__call__),
