@@ -29,9 +29,7 @@ from stochastic_depth.torch_private.trees import tree_map
 
 
 def find_residual_blocks(
-    model: nn.Module,
-    example_inputs: Any = None,
-    example_kwargs: Mapping[str, Any] | None = None,
+    model: nn.Module, example_inputs: Any = None, example_kwargs: Mapping[str, Any] | None = None
 ) -> tuple[ResidualBlock, ...]:
     """Watch one forward and find every residual block; the model is left as it was.
 

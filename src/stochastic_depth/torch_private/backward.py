@@ -120,4 +120,7 @@ def _of_callers() -> Checkpoints:
 
 def _kept(holder: Any, key: str) -> Any:
     """A dictionary that lives as long as this object."""
-    return holder.__dict__.setdefault(key, {})
+    # Not by `__dict__`: Python would give the object a real one, which makes it slow for torch.
+    if not hasattr(holder, key):
+        setattr(holder, key, {})
+    return getattr(holder, key)
