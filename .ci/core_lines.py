@@ -8,7 +8,7 @@ import ast
 import pathlib
 import sys
 
-MOST_LINES = 7_758
+MOST_LINES = 7_803
 MOST_FILES = 57
 CORE = pathlib.Path("src/stochastic_depth")
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
 from draws import kept, rates_of
-from networks import vectors
+from networks import WIDTH, settled, vectors
 
 pytestmark = [
     pytest.mark.oldest,
@@ -410,3 +410,62 @@ def test_forced_on_one_side_only(forced: str, reentrant: bool) -> None:
     assert any(g is None for g in expected)
     for walk in SHAPES.values():
         assert same(run(walk(reentrant)), expected)
+
+
+BEHIND: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "layer scale": lambda block, y: block.gamma * y,
+    "relu": lambda block, y: y.relu(),
+    "dropout": lambda block, y: nn.functional.dropout(y, 0.1, block.training),
+    "shared": lambda block, y: block.shared(y),
+    "nothing": lambda block, y: y,
+}
+
+
+class OfItsOwn(nn.Module):
+    """Two branches, and something behind the last module of each, in a checkpoint of its own."""
+
+    def __init__(self, behind: str, *, normed: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.gamma, self.shared = nn.Parameter(torch.rand(WIDTH)), nn.ReLU()
+        self.norm = nn.LayerNorm(WIDTH) if normed else nn.Identity()
+        self.behind, self.is_checkpointed = BEHIND[behind], True
+
+    def _forward(self, x: Tensor) -> Tensor:
+        x = x + self.behind(self, self.first(x.tanh()))
+        return self.norm(x + self.behind(self, self.second(x.tanh())))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_checkpointed:
+            return self._forward(x)
+        return checkpoint(self._forward, x, use_reentrant=False)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="it raises a CheckpointError there")
+@pytest.mark.parametrize("unit", ["block", "branch"])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("behind", BEHIND)
+def test_a_block_that_checkpoints_its_own_forward(behind: str, normed: bool, unit: Any) -> None:
+    model = settled(
+        lambda: nn.Sequential(*(OfItsOwn(behind, normed=normed) for _ in range(6)))
+    ).train()
+    x = vectors(4, WIDTH)
+    depth = sd.apply_stochastic_depth(model, 0.5, "uniform", example_inputs=x, unit=unit)
+    every = [block.name for block in depth.blocks]
+    patterns = [[], every[1:2], every[:3], every]
+    patterns += [["1:0"], ["1:1", "2:0"], ["0:0", "1", "5:1"]] if unit == "branch" else []
+    for pattern in patterns:
+        found = []
+        for is_checkpointed in (True, False):
+            for block in model.modules():
+                if isinstance(block, OfItsOwn):
+                    block.is_checkpointed = is_checkpointed
+            model.zero_grad()
+            torch.manual_seed(1)
+            with depth.fixed(dict.fromkeys(pattern, False)):
+                start = x.clone().requires_grad_()
+                model(start).square().sum().backward()
+            found.append([start.grad, *(p.grad for p in model.parameters())])
+        for ours, theirs in zip(*found, strict=True):
+            assert (ours is None) == (theirs is None)
+            assert ours is None or torch.equal(ours, theirs), pattern

@@ -113,3 +113,48 @@ def test_one_module_that_ends_two_branches(joint: type[nn.Module]) -> None:
         assert [branch.fold.parameters for branch in block.branches] == [
             (f"{attn}.{part}.bias", f"{attn}.{part}.weight") for part in parts
         ]
+
+
+class Around(nn.Module):
+    """Ends in the module that ends the block inside of its branch, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.end = nn.Sequential(
+            nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH)
+        )
+        self.inner = Within(self.end)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.end(self.inner(x))
+
+
+class Within(nn.Module):
+    def __init__(self, end: nn.Module) -> None:
+        super().__init__()
+        self.end = end
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.end(x)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"scale": "train"}, {"unit": "branch"}, {"mode": "sample"}]
+)
+def test_a_module_that_ends_an_inner_and_an_outer_branch(options: dict[str, Any]) -> None:
+    model, x = settled(lambda: residuals(4, Around)), vectors(6, WIDTH)
+    says = r'block "0": "0\.end" ends a branch of it, and one of "0\.inner" in it'
+    with pytest.raises(sd.RefusedBlockError, match=says):
+        sd.apply_stochastic_depth(model, 0.5, "uniform", example_inputs=x, **options)
+    blocks = ["*", *(f"!{number}" for number in range(4))]
+    depth = sd.apply_stochastic_depth(
+        model, 0.5, "uniform", example_inputs=x, blocks=blocks, scale="train"
+    )
+    assert [block.name for block in depth.blocks] == [f"{number}.inner" for number in range(4)]
+    with depth.fixed({}):
+        found = model.train()(x)
+    depth.remove()
+    for block in model:
+        y = x + 2 * block.end(x)
+        x = x + block.end(y)
+    assert torch.equal(found, x)

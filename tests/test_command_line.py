@@ -184,6 +184,7 @@ def test_models_of_transformers_and_what_of_them_is_refused(
         (["timm:resnet_one"], "timm:resnet_one"),
         (["torchvision:resnet_one"], "torchvision:resnet_one"),
         (["transformers:bort"], "transformers:bort"),
+        (["transformers:segformer"], "pass an --input that fits"),
     ],
 )
 def test_bad_input_is_one_line(

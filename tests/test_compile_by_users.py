@@ -200,6 +200,102 @@ def starts_at(first: int) -> Any:
     return lambda step: 0.5 if step >= first else 0.0
 
 
+def forwards_of_its_blocks(model: nn.Module) -> nn.Module:
+    """Beneath the gates, with the branches inside."""
+    for blocks in lists_of_blocks(model):
+        for block in blocks:
+            block.forward = torch.compile(block.forward, backend="aot_eager")
+    return model
+
+
+class Compiled(PreNormLayer):
+    forward = torch.compile(PreNormLayer.forward, backend="aot_eager")
+
+
+class InPart(nn.Module):
+    """Compiled between the block and the module that ends its branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.inner, self.end = (nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH),
+                                           nn.Linear(WIDTH, WIDTH))  # fmt: skip
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.end(self.inner(self.norm(x)).tanh())
+
+    compiled_branch = torch.compile(branch, backend="aot_eager")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.compiled_branch(x)
+
+
+class EagerPart(InPart):
+    compiled_branch = InPart.branch
+
+
+def stack_of(kind: type[nn.Module]) -> Any:
+    return settled(lambda: nn.Sequential(*(kind() for _ in range(6))))
+
+
+INSIDE: dict[str, Callable[[], tuple[nn.Module, nn.Module]]] = {
+    "forwards": lambda: (forwards_of_its_blocks(make("pre-norm")[0]), make("pre-norm")[0]),
+    "with norms behind": lambda: (
+        forwards_of_its_blocks(make("post-norm")[0]),
+        make("post-norm")[0],
+    ),
+    "of the class": lambda: (stack_of(Compiled), stack_of(PreNormLayer)),
+    "a part": lambda: (stack_of(InPart), stack_of(EagerPart)),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": "train"}, {"unit": "branch"}])
+@pytest.mark.parametrize("name", INSIDE)
+def test_what_is_compiled_inside_of_a_block_knows_what_was_drawn(
+    name: str, options: dict[str, Any]
+) -> None:
+    x = make("pre-norm")[1] if "forwards" in name or "norms" in name else vectors(4, 5, WIDTH)
+    model, eager = INSIDE[name]()
+    depth, other = (
+        sd.apply_stochastic_depth(each, 0.5, "uniform", example_inputs=x, **options)
+        for each in (model, eager)
+    )
+    names = [block.name for block in depth.blocks]
+    for closed in ({}, dict.fromkeys(names[::2], False), dict.fromkeys(names[1:], False)):
+        for _ in range(2):  # a factor of inference must not stay
+            with depth.fixed(closed), other.fixed(closed):
+                assert_same_step(model.train(), eager.train(), x)
+                assert torch.equal(model.eval()(x), eager.eval()(x))
+    for _ in range(4):
+        assert_same_step(model.train(), eager.train(), x)
+        assert depth.last_gates == other.last_gates
+
+
+@pytest.mark.parametrize("scale", ["train", "eval", "none"])
+def test_a_branch_that_is_compiled(scale: Any) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layers = (
+                nn.LayerNorm(WIDTH),
+                nn.Linear(WIDTH, WIDTH),
+                nn.GELU(),
+                nn.Linear(WIDTH, WIDTH),
+            )
+            self.branch: Any = nn.Sequential(*layers)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.branch(x)
+
+    model, eager, x = stack_of(Block), stack_of(Block), vectors(4, WIDTH)
+    for block in model:
+        block.branch = torch.compile(block.branch, backend="aot_eager")
+    for each in (model, eager):
+        sd.apply_stochastic_depth(each, 0.5, "uniform", example_inputs=x, scale=scale)
+    for _ in range(3):
+        assert_same_step(model.train(), eager.train(), x)
+        assert torch.equal(model.eval()(x), eager.eval()(x))
+
+
 class InLine(nn.Module):
     """Whose residual connections are in its own forward."""
 

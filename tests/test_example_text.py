@@ -339,6 +339,15 @@ def test_models_of_transformers(tmp_path: Path, model_type: str) -> None:
         assert step["executed"] == step["expected"]
 
 
+@pytest.mark.parametrize("rate", [10, 100])
+def test_a_training_that_diverges_is_reported(rate: int, tmp_path: Path) -> None:
+    """Perplexities beyond all numbers, or none: null in JSON, which has neither."""
+    assert text.main([*SHORT, f"--lr={rate}", f"--out={tmp_path}"]) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(metrics["variants"]) == set(VARIANTS)
+    assert (tmp_path / "report.html").stat().st_size > 1000
+
+
 BAD_INPUT = {
     "--data=text:/no/such/file": "there is no file '/no/such/file'",
     "--data=text:/tmp": "there is no file '/tmp'",

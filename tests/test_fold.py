@@ -348,6 +348,27 @@ def test_two_tensors_on_the_same_values_are_refused_by_name(alias: Callable[...,
         sd.fold_state_dict(network.state_dict(), depth.state_dict())
 
 
+class Regularised(nn.Module):
+    """Hands out what is computed from the weights of its blocks alone, beside its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = residuals(6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights = [self.body.get_parameter(f"{n}.linear.weight") for n in (2, 5)]
+        return self.body(x), torch.stack([weight.t().square().sum() for weight in weights]).sum()
+
+
+@oldest
+def test_weights_that_the_model_reads_besides_are_refused_by_name() -> None:
+    x = vectors(4, WIDTH).double()
+    says = "body.2.linear.weight is shared with the model"
+    with pytest.warns(sd.StochasticDepthWarning, match=says):
+        model, depth = gated(settled(Regularised), x)
+    refused_unchanged(model, depth, '"body.2:0"', says)
+
+
 @oldest
 def test_weights_side_by_side_in_one_memory_fold() -> None:
     """As in a flat buffer, and as columns of one matrix."""

@@ -456,3 +456,38 @@ def test_a_part_of_a_branch_that_cannot_be_gated_leaves_the_block() -> None:
     depth.remove()
     with pytest.raises(sd.RefusedBlockError, match="is not zero when its modules are dropped"):
         sd.apply_stochastic_depth(model, 0.1, example_inputs=x, blocks=["*.branch.*"])
+
+
+def new(like: Tensor, values: Any) -> Tensor:
+    return torch.tensor(values, device=like.device)
+
+
+CONSTANTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a loss from zero on": lambda m, h: new(h, 0.0) + h.square().mean(),
+    "one and a gain": lambda m, h: h * (new(h, 1.0) + m.gain),
+    "a small number": lambda m, h: h.std() + new(h, 1e-5),
+    "of the output's shape": lambda m, h: m.head(h) + new(h, [[1.0] * 8] * 4),
+    "in another form": lambda m, h: m.head(h) + new(h, [1.0] * 8).view(1, 8),
+    "two of them": lambda m, h: h + (new(h, 1.0) + new(h, 2.0)),
+}
+
+
+class WithConstant(nn.Module):
+    """Adds a constant that it makes anew."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.blocks, self.head = nn.Sequential(*(Block() for _ in range(6))), nn.Linear(8, 8)
+        self.gain, self.how = nn.Parameter(torch.zeros(8)), CONSTANTS[how]
+
+    def forward(self, x: Tensor) -> Any:
+        return self.how(self, self.blocks(x))
+
+
+@pytest.mark.parametrize("on_meta", [False, True])
+@pytest.mark.parametrize("how", CONSTANTS)
+def test_a_new_constant_is_no_skip_connection(how: str, *, on_meta: bool) -> None:
+    device = "meta" if on_meta else "cpu"
+    model, x = WithConstant(how).to(device), torch.randn(4, 8, device=device)
+    found = sd.find_residual_blocks(model, x)
+    assert [block.name for block in found] == [f"blocks.{number}" for number in range(6)]

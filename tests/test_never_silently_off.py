@@ -29,6 +29,9 @@ def test_a_model_with_a_schedule_that_is_only_evaluated_warns() -> None:
     other = sd.apply_stochastic_depth(network(), 0.5, **options)
     with pytest.warns(sd.StochasticDepthWarning, match="folded_state_dict.. at step 0 of a"):
         other.folded_state_dict()
+    other = sd.apply_stochastic_depth(network(), 0.5, **options)
+    with pytest.warns(sd.StochasticDepthWarning, match="prune.. at step 0 of a schedule"):
+        other.prune(0.5)
     for is_followed in (True, False):
         run = Run()
         if not is_followed:

@@ -157,6 +157,29 @@ class OwnBatchNorm(nn.Module):
         return x - self.mean
 
 
+class RunningMean(nn.Module):
+    """Centres by a mean of its own, which each call in training moves."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.mean: Tensor
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            mean = x.detach().mean(0)
+            if self.how == "in place":
+                self.mean.lerp_(mean, 0.2)
+            elif self.how == "anew":
+                self.mean = 0.8 * self.mean + 0.2 * mean
+            else:  # batch renormalisation
+                shift, was = mean - self.mean, mean
+                self.mean += 0.01 * shift
+                return x - was + shift.clamp(-0.01, 0.01)
+        return x - self.mean
+
+
 class Averaging(Pointwise):
     """Its rows see each other always."""
 
@@ -184,6 +207,56 @@ def test_rows_that_meet_in_training_only(kind: type[nn.Module]) -> None:
     ) as caught:
         sd.apply_stochastic_depth(model, 0.2, mode="sample", example_inputs=torch.arange(6))
     assert caught.value.instead.startswith('pass mode="batch", or ')
+
+
+@pytest.mark.parametrize("how", ["in place", "anew", "renormalised"])
+def test_rows_that_meet_in_a_mean_that_moves(how: str) -> None:
+    def maker() -> nn.Module:
+        block = Normed()
+        block.inner = RunningMean(how)  # type: ignore[assignment]
+        return block
+
+    model = settled(lambda: nn.Sequential(*(maker() for _ in range(3))))
+    stacked = Stacked(Pointwise)
+    stacked.blocks = nn.ModuleList(model)
+    before = copy.deepcopy(stacked.state_dict())
+    with pytest.raises(sd.RefusedBlockError, match="in training it computes something else"):
+        sd.apply_stochastic_depth(stacked, 0.2, mode="sample", example_inputs=torch.arange(6))
+    assert all(torch.equal(value, before[name]) for name, value in stacked.state_dict().items())
+
+
+class Ragged(nn.Module):
+    """Examples of unequal lengths, as a nested tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH)
+        self.branch = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="nested tensors of torch 2.6 cannot all that")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("inside", [False, True])
+def test_nested_tensors(inside: bool) -> None:
+    class Nesting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.Sequential(*(Ragged() for _ in range(3)))
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            return self.blocks(torch.nested.nested_tensor_from_jagged(x, lengths=lengths)).values()
+
+    rows = [torch.randn(length, WIDTH) for length in (1, 2, 3)]
+    model: Any = Nesting() if inside else nn.Sequential(*(Ragged() for _ in range(3)))
+    example: Any = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    if inside:
+        example = torch.cat(rows), torch.tensor([1, 2, 3])
+    with pytest.raises(sd.ExampleInputsError, match="nested tensors, of rows of unequal lengths"):
+        sd.apply_stochastic_depth(model, 0.2, mode="sample", example_inputs=example)
+    assert len(sd.apply_stochastic_depth(model, 0.2, example_inputs=example).blocks) == 3
 
 
 @pytest.mark.parametrize("ids", [[0, 0, 0, 0], [3, 3], [1, 2, 3, 4]])

@@ -323,3 +323,16 @@ def test_a_branch_whose_values_are_used_elsewhere_is_refused() -> None:
     leaking = partial(settled, Leaking)
     error = check(refused(*says, kind=sd.RefusedBlockError, model=leaking))
     assert len(gate(settled(Leaking), blocks=pasted(error)).blocks) == 6
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("how", ["scripted", "traced"])
+def test_a_model_that_is_a_script(how: str) -> None:
+    """Its modules run where Python does not reach."""
+    x = torch.randn(4, WIDTH)
+    jit: Any = torch.jit
+    make = {"scripted": jit.script, "traced": partial(jit.trace, example_inputs=(x,))}[how]
+    scripted = make(residuals(6))
+    for call in (sd.apply_stochastic_depth, sd.estimate_saving):
+        with pytest.raises(sd.OptionError, match=r"Module, no script\. Instead: pass the model"):
+            call(scripted, 0.2, example_inputs=x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import UserDict, defaultdict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -322,6 +323,60 @@ def test_what_surrounds_a_forward_is_not_skipped_silently() -> None:
     looked_at[3].register_forward_pre_hook(lambda module, args: None)
     depth = sd.apply_stochastic_depth(looked_at, 0.2, example_inputs=x)
     assert len(depth.blocks) == 6
+
+
+def input_into(seen: list[Tensor], block: nn.Module) -> None:
+    block.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+
+
+def view_of_input_into(seen: list[Tensor], block: nn.Module) -> None:
+    block.register_forward_pre_hook(lambda module, args: seen.append(args[0].view(-1, 8)))
+
+
+def output_into(seen: list[Tensor], block: nn.Module) -> None:
+    block.register_forward_hook(lambda module, args, output: seen.append(output))
+
+
+def detached_output_into(seen: list[Tensor], block: nn.Module) -> None:
+    block.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+
+
+class Tapped(nn.Module):
+    """Reads what hooks on some of its blocks have kept, as DPT does."""
+
+    def __init__(self, hook: Callable[[list[Tensor], nn.Module], None]) -> None:
+        super().__init__()
+        self.body, self.seen = network(Plain), list[Tensor]()
+        for number in (2, 3, 6):
+            hook(self.seen, self.body[number])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.clear()
+        return torch.stack([self.body(x), *self.seen]).sum(0)
+
+
+@pytest.mark.parametrize("called_before", [False, True])
+@pytest.mark.parametrize("mode", ["batch", "sample"])
+@pytest.mark.parametrize(
+    "hook", [input_into, view_of_input_into, output_into, detached_output_into]
+)
+def test_hooks_that_keep_what_they_see_fire_where_a_block_is_dropped(
+    hook: Callable[[list[Tensor], nn.Module], None], mode: Any, *, called_before: bool
+) -> None:
+    x = torch.randn(6, 3)
+    model = Tapped(hook)
+    if called_before:  # what was kept then must not be taken for what is kept now
+        model(x)
+    depth = sd.apply_stochastic_depth(model, 0.2, example_inputs=x, mode=mode, scale="none")
+    assert len(depth.blocks) == 6
+    assert str(depth).count("skipped whole") == (3 if mode == "batch" else 0)
+    for dropped in ([1, 3], [2, 3, 6]):
+        twin, batch = Tapped(hook), torch.randn(6, 3)
+        for number in dropped:
+            end = twin.get_submodule(f"body.{number}.linear")
+            end.register_forward_hook(lambda module, args, output: output * 0)
+        with depth.fixed({f"body.{number}": False for number in dropped}):
+            assert torch.equal(model.train()(batch), twin.train()(batch))
 
 
 class Experts(nn.Module):

@@ -58,7 +58,7 @@ class Results:
             "machine": machine(),
             **dataclasses.asdict(self),
         }
-        return json.dumps(_without_infinities(fields), indent=2, allow_nan=False) + "\n"
+        return json.dumps(without_infinities(fields), indent=2, allow_nan=False) + "\n"
 
 
 def gather(
@@ -142,10 +142,10 @@ def _of_ranks(number: int, saving: Saving | None) -> list[str]:
     return [remark, exchange] if saving else [remark]
 
 
-def _without_infinities(value: Any) -> Any:
+def without_infinities(value: Any) -> Any:
     """JSON has neither NaN nor infinity: they become null."""
     if isinstance(value, dict):
-        return {name: _without_infinities(inner) for name, inner in value.items()}
+        return {name: without_infinities(inner) for name, inner in value.items()}
     if isinstance(value, list):
-        return [_without_infinities(inner) for inner in value]
+        return [without_infinities(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from imagelib.machine import machine
+from imagelib.results import without_infinities
 from imagelib.timing import Estimate, Spread
 from textlib.contender import Contender
 from textlib.records import HeldOut
@@ -27,7 +28,8 @@ class Outcome:
 
     @classmethod
     def at(cls, steps: float, flops: int, loss: float) -> "Outcome":
-        return cls(steps, flops, loss, math.exp(loss))
+        # A training may diverge.
+        return cls(steps, flops, loss, math.exp(loss) if loss < 700 else loss)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Results:
         }
         for variant in fields["variants"].values():
             variant["curve"] = [look._asdict() for look in variant["curve"]]
-        return json.dumps(fields, indent=2, allow_nan=False) + "\n"
+        return json.dumps(without_infinities(fields), indent=2, allow_nan=False) + "\n"
 
 
 def gather(

@@ -162,7 +162,7 @@ def _estimate(
         instead = "pass an --input that fits, or package.module:function that returns the model "
         instead += "and a dict"
         if is_unmaterialised(model):
-            instead = "pass --timed, which makes its weights: without these not every model runs"
+            instead += "; or --timed, which makes its weights: without these not every model runs"
         raise errors.ExampleInputsError(
             error.arrived,
             expected="a model with an example of its own, or one of images",

@@ -189,8 +189,7 @@ def _weights(
         raise StateMismatchError(
             f'model_state holds "{first}" {len(found) or "no"} times beside its companions',
             expected="the state dict of the model that depth_state is of",
-            instead="pass the two that were saved together; of several models pass prefix=; where "
-            " a library saved it under names that were converted, load it with that library, "
-            "and pass the model's own state_dict()",
+            instead="pass the two that were saved together; of several models pass prefix=; of "
+            "names that were converted load with that library, and pass the model's state_dict()",
         )
     return {name: model_state[plain[found[0] + name]] for name in names}

@@ -299,6 +299,7 @@ class StochasticDepth:
         """
         check_choice("order=", order, ("even", "least_dropped"))
         self._check_gates()
+        self._plan.warn_unstepped("prune()")
         trained = state.times_trained(self._plan) if order == "least_dropped" else None
         out = taken_out(self._plan, keep, trained)
         is_passed = example_inputs is not None or example_kwargs

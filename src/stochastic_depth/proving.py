@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -54,8 +55,13 @@ def prove(model: nn.Module, found: Discovery, plan: Plan, example: Arguments) ->
         example, mode = with_more_rows(telling(example))[0], "eval"
     elif is_unmaterialised(model):
         return
-    reasons: dict[str, str] = {}
     name_of = [plan.blocks[number].name for number in plan.block_of]
+    reasons = {
+        name_of[outer.units[0]]: f'"{part}" ends a branch of it, and one of "{inner.name}" in it'
+        for part, _, gate in gated_modules(model)
+        for outer, inner in permutations(gate.owners, 2)
+        if inner.name.startswith(f"{outer.name}." if outer.name else "")
+    }
     is_nested = any(block.nesting for block in plan.blocks)
 
     def look(call: ModuleCall) -> Any:

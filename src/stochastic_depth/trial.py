@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from stochastic_depth.discovery.kept import put_back
 from stochastic_depth.discovery.memory import memory_of
 from stochastic_depth.discovery.operations import is_real_or_complex
 from stochastic_depth.discovery.templates import placed_leaves
@@ -106,17 +107,27 @@ class Trial:
         with _training(self.call.module):
             generators = self._generators()
             try:
-                opened = self.outcome(runs=True)
+                opened = self._as_before(runs=True)
             except Exception:  # it was watched as in inference, as it does not train by itself
                 return None
-            again = self.outcome(runs=True)
+            again = self._as_before(runs=True)
             if self._generators() != generators or not _all_close(opened.output, again.output):
                 return None
-            closed = self.outcome(runs=False)
+            closed = self._as_before(runs=False)
             for rows in _windows(size, lone=False):
                 if why := self._unlike(rows, opened, closed):
                     return f"in training {why}"
         return None
+
+    def _as_before(self, *, runs: Rows | bool) -> Outcome:
+        """The outcome; buffers and attributes, running statistics say, are put back behind it."""
+        saved = [(buffer, buffer.clone()) for buffer in self.call.module.buffers()]
+        try:
+            with put_back(self.call.module):
+                return self.outcome(runs=runs)
+        finally:
+            for buffer, value in saved:
+                buffer.copy_(value)
 
     def _generators(self) -> list[object]:
         """The states of the generators that the call may draw from."""
@@ -129,7 +140,7 @@ class Trial:
         return states
 
     def _unlike(self, rows: Rows, opened: Outcome, closed: Outcome) -> str | None:
-        found, batch = self.outcome(runs=rows), self.gate.batch
+        found, batch = self._as_before(runs=rows), self.gate.batch
         places = placed_leaves(self.call.args, self.call.kwargs, batch.positional)
         dims = {
             n: batch.inputs[place][0]

@@ -75,15 +75,15 @@ def find_residual_blocks(
 
 def plain_model(model: nn.Module) -> nn.Module:
     """The model inside of DistributedDataParallel or `torch.compile`."""
-    if not isinstance(model, nn.Module):
+    if isinstance(model, torch.jit.ScriptModule) or not isinstance(model, nn.Module):
         raise OptionError(
             f"model is a {type(model).__name__}",
-            expected="a torch.nn.Module",
+            expected="a torch.nn.Module, no script",
             instead="pass the model itself",
         )
     while True:
         is_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
-        inner = model._modules.get("module" if is_ddp else "_orig_mod")  # of torch.compile
+        inner = getattr(model, "module" if is_ddp else "_orig_mod", None)  # of torch.compile
         if inner is None:
             return model
         model = inner
@@ -140,8 +140,12 @@ def record(model: nn.Module, example: Arguments, mode: Mode) -> Recording:
         for name, module in model.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):  # its operations show all the same
                 enter = partial(watcher.enter, name)
-                stack.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
-                stack.enter_context(module.register_forward_hook(watcher.leave, with_kwargs=True))
+                for register, then in (
+                    (module.register_forward_pre_hook, enter),
+                    (module.register_forward_hook, watcher.leave),
+                ):
+                    stack.enter_context(register(watcher.look, prepend=True, with_kwargs=True))
+                    stack.enter_context(register(then, with_kwargs=True))
         stack.enter_context(torch.no_grad())
         stack.callback(watcher.note_functions())
         stack.enter_context(watcher)

@@ -178,10 +178,11 @@ class Search:
 
     def _moved(self, value: int) -> Iterator[int]:
         """The value, and those that it is but for moves of its elements."""
-        node = self.recording.nodes[value]
+        nodes = self.recording.nodes
+        node = nodes[value]
         yield value
-        while node.kind is Kind.MOVE and not self.recording.nodes[node.inputs[0]].fixed:
-            node = self.recording.nodes[node.inputs[0]]
+        while node.kind is Kind.MOVE and node.inputs and not nodes[node.inputs[0]].fixed:
+            node = nodes[node.inputs[0]]
             yield node.index
 
     def _path(self, root: int, branch: int) -> list[int]:

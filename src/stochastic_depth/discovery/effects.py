@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochastic_depth.discovery.memory import memory_of
-from stochastic_depth.discovery.operations import Kind
+from stochastic_depth.discovery.memory import memory_of, uses_of
+from stochastic_depth.discovery.operations import Kind, tensors_in
 from stochastic_depth.discovery.recording import Call, Recording
+from stochastic_depth.torch_private.trees import tree_leaves
 
 _PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device)
 _LISTS = (list, tuple, set, deque)
@@ -38,6 +39,7 @@ class Before:
     def __init__(self, call: Call, module: nn.Module, arguments: Sequence[Any]) -> None:
         self.call, self.module, self.arguments = call, module, arguments
         self.made: list[weakref.ref[Tensor]] = []  # the values that are made in its own forward
+        self.is_kept = False  # by a hook, what it was called with or returns
         self.changed: set[int] = set()  # what calls inside of it have changed already
         self._kept = _kept(module)
         self._held = {key: _content(value) for key, value in self._kept.items()}
@@ -122,6 +124,12 @@ def _same(before: dict[Any, Any] | None, value: Any) -> bool:
 def _references(arguments: Sequence[Any]) -> list[int]:
     """How often each tensor among the arguments is referred to."""
     return [sys.getrefcount(value) if isinstance(value, Tensor) else 0 for value in arguments]
+
+
+def references(values: Any) -> list[int]:
+    """How often the tensors in something nested, and their memories, are referred to."""
+    tensors = tensors_in(tree_leaves(values))
+    return [*_references(tensors), *map(uses_of, tensors)]
 
 
 def _is_equal(old: Any, new: Any) -> bool:

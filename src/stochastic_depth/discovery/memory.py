@@ -85,3 +85,9 @@ def memory_of(tensor: Tensor) -> int:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return -id(tensor)  # sparse tensors and their like share no storage
+
+
+def uses_of(tensor: Tensor) -> int:
+    """How many tensors, and arrays of numpy, lie in its memory."""
+    memory = memory_of(tensor)
+    return int(torch._C._storage_Use_Count(memory)) if memory >= 0 else 0

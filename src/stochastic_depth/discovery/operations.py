@@ -49,18 +49,17 @@ _TABLE = {
         pixel_unshuffle native_dropout dropout as_strided masked_fill tril triu repeat
         upsample_nearest1d upsample_nearest3d upsample_linear1d upsample_trilinear3d
         upsample_bicubic2d _upsample_nearest_exact1d _upsample_nearest_exact2d
-        _upsample_nearest_exact3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa
-        reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
-        replication_pad3d grid_sampler_2d grid_sampler_3d
-        autograd_function _fft_r2c _fft_c2r _fft_c2c real imag view_as_real view_as_complex""",
+        _upsample_nearest_exact3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad1d
+        reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
+        grid_sampler_2d grid_sampler_3d autograd_function _fft_r2c _fft_c2r _fft_c2c real imag
+        view_as_real view_as_complex""",
     Kind.SUM: "add",
     Kind.JOIN: "cat stack",
     Kind.PRODUCT: "mul mm mv bmm matmul einsum",
     Kind.BIASED: """
         addmm addmv addr addbmm baddbmm linear convolution _convolution mkldnn_convolution
         convolution_overrideable mkldnn_linear _mkldnn_linear""",
-    Kind.NORM: """
-        native_layer_norm layer_norm native_group_norm group_norm _fused_rms_norm rms_norm""",
+    Kind.NORM: "native_layer_norm layer_norm native_group_norm group_norm _fused_rms_norm rms_norm",
     Kind.BATCH_NORM: """
         native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
         _native_batch_norm_legit_functional cudnn_batch_norm miopen_batch_norm batch_norm

@@ -172,7 +172,7 @@ class Folding:
         self.recording = recording
         self._uses: dict[str, set[int]] = {}  # of each parameter, the operations with data
         for node in recording.nodes:
-            for name in parameters_at(recording, [node.index]) if node.meets_parameter else ():
+            for name in parameters_at(recording, [node.index]):
                 self._uses.setdefault(name, set()).add(node.operation)
         self._parameters = dict(model.named_parameters())
         self._in_memory: dict[int, list[tuple[str, Tensor]]] = {}
@@ -281,7 +281,7 @@ def parameters_at(recording: Recording, nodes: Iterable[int]) -> frozenset[str]:
     made_of = [
         source
         for index in nodes
-        if recording.nodes[index].meets_parameter
+        if recording.nodes[index].kind is not Kind.MOVE
         for source in recording.nodes[index].inputs
         if recording.nodes[source].of_parameters
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from stochastic_depth.discovery import operations
-from stochastic_depth.discovery.effects import Before
+from stochastic_depth.discovery.effects import Before, references
 from stochastic_depth.discovery.kept import Originals, own_tensors
 from stochastic_depth.discovery.memory import Writes
 from stochastic_depth.discovery.operations import Kind, is_real_or_complex
@@ -48,6 +49,7 @@ class Watcher(DispatchMode):
         self._parameters |= {id(p): name for name, p in model.named_parameters()}
         self._values: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._writes = Writes()
+        self._shown: list[int] = []  # how often what a hook sees was referred to before
         self._reads: list[int] = []  # where a Python number was made of a tensor
         self._stacked: dict[int, int] = {}  # what `stack` made: along which dimension
 
@@ -236,8 +238,13 @@ class Watcher(DispatchMode):
     def _node_of(self, leaf: Any) -> int | None:
         return self.value(leaf) if isinstance(leaf, Tensor) else None
 
+    def look(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
+        """A module's hooks are about to see its arguments, or its output."""
+        self._shown = references((args, kwargs, output))
+
     def enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A module is called."""
+        is_kept = any(map(operator.gt, references((args, kwargs)), self._shown))
         calls = self.recording.calls
         parent = self._open[-1].call.index if self._open else None
         # Now: its arguments count as made outside of it, and a list may be longer when it returns.
@@ -254,6 +261,7 @@ class Watcher(DispatchMode):
         if parent is not None:
             calls[parent].children.append(call)
         self._open.append(Before(call, module, [*args, *kwargs.values()]))
+        self._open[-1].is_kept = is_kept
         if self._recurrent is None and isinstance(module, RECURRENT):
             if not kind.__module__.startswith("torch."):  # a class of one's own may write to them
                 self._originals.note([*module.parameters()])
@@ -263,6 +271,7 @@ class Watcher(DispatchMode):
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """The call returns."""
         before = self._open[-1]
+        before.is_kept |= any(map(operator.gt, references((args, kwargs, output)), self._shown))
         call, results = before.call, operations.tensors_in(tree_leaves(output))
         if self._recurrent is call:
             self._recurrent = None
@@ -285,6 +294,8 @@ class Watcher(DispatchMode):
             (f"{effect} (in {call.module or 'the model'})", -1 if v is None else self.value(v))
             for effect, v in before.effects(results, self._is_constant)
         )
+        if before.is_kept:
+            call.effects += (("what its hooks keep", -1),)
         self._open.pop()
         if self._open:
             self._open[-1].changed |= before.changed

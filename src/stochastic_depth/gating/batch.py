@@ -74,6 +74,8 @@ def watch_more_rows(model: nn.Module, recording: Recording, example: Arguments) 
     Raises:
         ExampleInputsError: It does not run on them, or runs in another way.
     """
+    if any(type(size) is not int for node in recording.nodes for size in node.shape):
+        raise cannot_tell(model, "computes with nested tensors, of rows of unequal lengths")
     more, rows = with_more_rows(example)
     try:
         many = watch_once(model, more)

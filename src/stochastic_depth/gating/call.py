@@ -55,7 +55,7 @@ def part_call(original: Original) -> Original:  # noqa: C901  (in one piece)
                 if top_hooks(False) is None and _grad_is_enabled() is has_grad:  # noqa: FBT003
                     if passage is None:
                         role = gate.role
-                        weights = role.weights if attributes["training"] else ()
+                        weights = role.weights if self.training else ()
                         if has_one and not (weights and args[0].numel() >= branch.MANY_VALUES):
                             return branch.times(run(self, args[0]), role, factors)
                         call = ModuleCall(gate, self, run, args, kwargs)
@@ -176,9 +176,14 @@ def traced_call(module: nn.Module, original: Original, args: Any, kwargs: Any) -
         if not is_open or (gate.asleep and set(factors or (1.0,)) != {1.0}):
             return call_between_graphs(module, original, args, kwargs)
         gate.scales = factors
+    scales = gate.owners[0].scales if gate.owners else None
+    if scales is False:  # the graph begins inside of the block
+        return call_between_graphs(module, original, args, kwargs)
     output = original(module, *args, **kwargs)
+    if gate.units:
+        gate.scales = False
     role = gate.role
-    if role is not None and role.ends and (scales := gate.owners[0].scales) is not None:
+    if role is not None and role.ends and scales is not None:
         output = _scaled(output, {leaf: scales[branch] for leaf, branch in role.ends.items()})
     return output
 

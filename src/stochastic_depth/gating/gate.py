@@ -57,7 +57,7 @@ class Gate(Counted):
     stands_in: bool = False  # a block's: all its branch modules are gated, not just the ends
     simple_ends: bool = True  # a block's: each end is called once in it and nowhere else
     closed: Any = None  # a block's: the passage of a call that drops all of its branches
-    scales: tuple[Any, ...] | None = None  # a block's: factors for a graph, as 0-dim tensors
+    scales: Any = False  # a block's, in a graph: its factors, or None; False: its call is in none
     roles: dict[str, tuple[Role | None, ...]] = field(default_factory=dict)
     """A branch module's: for each block, what its first, second, ... call in it is."""
     owners: tuple[Gate, ...] = ()  # a branch module's: the gates of these blocks

@@ -59,6 +59,7 @@ def let_sleep(gate: Gate, module: nn.Module) -> None:
             return
         ends = _ends(gate, module)
         made = [vars(type(end)).get("size_as_made") == len(vars(type(end))) for end in ends]
+        made += ["_orig_mod" not in end._modules for end in ends]
         gate.asleep = True if set(ends) == set(_at_paths(gate, module)) and all(made) else None
         for end in ends if gate.asleep else ():
             kind: Any = type(end)
