@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import stochastic_depth as sd
 from networks import WIDTH, Residual
+from stochastic_depth.discovery import memory
 from stochastic_depth.torch_private import backward, processes, tracing
 
 pytestmark = pytest.mark.oldest
@@ -34,6 +35,16 @@ def test_dispatch_mode_sees_operations_and_their_schemas() -> None:
     with Mode():
         torch.ones(2).add_(1).relu()
     assert seen == [("ones", False), ("add_", True), ("relu", False)]
+
+
+def test_uses_of_a_memory() -> None:
+    x = torch.ones(4)
+    before = memory.uses_of(x)
+    view, copy = x[:2], x.clone()
+    assert memory.uses_of(x) == memory.uses_of(view) == before + 1
+    assert memory.uses_of(copy) == before
+    del view
+    assert memory.uses_of(x) == before
 
 
 def test_backward_is_running_in_a_backward_only() -> None:
