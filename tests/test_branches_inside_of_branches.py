@@ -144,8 +144,9 @@ class Within(nn.Module):
 def test_a_module_that_ends_an_inner_and_an_outer_branch(options: dict[str, Any]) -> None:
     model, x = settled(lambda: residuals(4, Around)), vectors(6, WIDTH)
     says = r'block "0": "0\.end" ends a branch of it, and one of "0\.inner" in it'
-    with pytest.raises(sd.RefusedBlockError, match=says):
-        sd.apply_stochastic_depth(model, 0.5, "uniform", example_inputs=x, **options)
+    for each, example in ((copy.deepcopy(model).to("meta"), x.to("meta")), (model, x)):
+        with pytest.raises(sd.RefusedBlockError, match=says):
+            sd.apply_stochastic_depth(each, 0.5, "uniform", example_inputs=example, **options)
     blocks = ["*", *(f"!{number}" for number in range(4))]
     depth = sd.apply_stochastic_depth(
         model, 0.5, "uniform", example_inputs=x, blocks=blocks, scale="train"

@@ -50,11 +50,6 @@ def prove(model: nn.Module, found: Discovery, plan: Plan, example: Arguments) ->
     Raises:
         RefusedBlockError: A block cannot be skipped exactly.
     """
-    mode: Mode = found.recording.mode
-    if plan.mode == "sample":
-        example, mode = with_more_rows(telling(example))[0], "eval"
-    elif is_unmaterialised(model):
-        return
     name_of = [plan.blocks[number].name for number in plan.block_of]
     reasons = {
         name_of[outer.units[0]]: f'"{part}" ends a branch of it, and one of "{inner.name}" in it'
@@ -62,6 +57,11 @@ def prove(model: nn.Module, found: Discovery, plan: Plan, example: Arguments) ->
         for outer, inner in permutations(gate.owners, 2)
         if inner.name.startswith(f"{outer.name}." if outer.name else "")
     }
+    mode: Mode = found.recording.mode
+    if plan.mode == "sample":
+        example, mode = with_more_rows(telling(example))[0], "eval"
+    elif is_unmaterialised(model) and not reasons:
+        return
     is_nested = any(block.nesting for block in plan.blocks)
 
     def look(call: ModuleCall) -> Any:
