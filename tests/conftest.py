@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from hypothesis import settings
 
+from processes import leave
+
 torch.set_num_threads(1)
 
 # Of the tables of these files `make test` runs every fifth case, and of the zoo every small network
@@ -118,4 +120,4 @@ def one_process(tmp_path: Path) -> Iterator[None]:
     """A world of one process."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
-    dist.destroy_process_group()
+    leave()

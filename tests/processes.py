@@ -96,6 +96,17 @@ def report(cases: Callable[[], Mapping[str, Callable[[], None]]]) -> None:
     os._exit(0)
 
 
+def leave() -> None:
+    """End this process's group.
+
+    Torch 2.6 holds Python's lock while it waits for gloo's threads, which may need that to let go
+    of the last tensors: they are given time to do so before.
+    """
+    if torch.__version__ < "2.7":
+        time.sleep(0.5)
+    dist.destroy_process_group()
+
+
 def results_of(script: str, ranks: int, *, seconds: int = 400) -> Any:
     """A fixture: what `launch` gives for the cases of a module that pytest runs."""
 

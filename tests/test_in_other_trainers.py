@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 
 import stochastic_depth as sd
 from networks import assert_equal, make
+from processes import leave
 
 WARMUP = sd.linear_warmup(10)
 
@@ -148,7 +149,7 @@ def test_zero_redundancy_optimizers_carry_the_state(tmp_path: Path) -> None:
         other.load_state_dict(saved[1])
         assert steps(3, second, again, other) == drawn[3:]
     finally:
-        torch.distributed.destroy_process_group()
+        leave()
 
 
 @pytest.mark.parametrize("stage", [1, 2])
