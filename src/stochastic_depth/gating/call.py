@@ -55,7 +55,7 @@ def part_call(original: Original) -> Original:  # noqa: C901  (in one piece)
                 if top_hooks(False) is None and _grad_is_enabled() is has_grad:  # noqa: FBT003
                     if passage is None:
                         role = gate.role
-                        weights = role.weights if self.training else ()
+                        weights = role.weights if attributes.get("training") else ()
                         if has_one and not (weights and args[0].numel() >= branch.MANY_VALUES):
                             return branch.times(run(self, args[0]), role, factors)
                         call = ModuleCall(gate, self, run, args, kwargs)
