@@ -441,7 +441,6 @@ class OfItsOwn(nn.Module):
         return checkpoint(self._forward, x, use_reentrant=False)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.7", reason="it raises a CheckpointError there")
 @pytest.mark.parametrize("unit", ["block", "branch"])
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("behind", BEHIND)

@@ -237,7 +237,6 @@ class Ragged(nn.Module):
         return x + self.branch(x)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.7", reason="nested tensors of torch 2.6 cannot all that")
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("inside", [False, True])
 def test_nested_tensors(inside: bool) -> None:

@@ -257,8 +257,7 @@ def _refuse_compiled(passed: nn.Module, chosen: Sequence[ResidualBlock]) -> None
             f"model is what torch.compile made of a {type(plain_model(passed)).__name__}, whose "
             f'own forward holds residual connections ("{chosen[0].name}")',
             expected="the model before it is compiled",
-            instead="apply stochastic depth to the model first, then call depth.compile() or "
-            "torch.compile(model)",
+            instead="apply to the model first, then call depth.compile() or torch.compile(model)",
         )
 
 

@@ -101,8 +101,7 @@ class Costs:
             raise ExampleInputsError(
                 f"{type(self._model).__name__} returns nothing that has a gradient",
                 expected="an output that a loss is made of",
-                instead="pass a module around it that returns its scores, or example_kwargs "
-                "with which it does",
+                instead="pass a module around it that returns scores, or example_kwargs for that",
             )
 
     def _costs(self, measure: Measure, example: Arguments) -> tuple[float, list[float]]:

@@ -210,8 +210,7 @@ def taken_out(plan: Plan, keep: Keep, trained: Mapping[str, float] | None) -> li
     out = [block for block in plan.blocks if block.name not in kept and around[block.name] <= kept]
     for block in filter(_is_stuck, out):
         raise errors.RefusedBlockError(
-            f'block "{block.name}" cannot be taken out: its skip path computes something (a '
-            "projection, say)",
+            f'block "{block.name}" cannot be taken out: its skip path computes (a projection, say)',
             expected="blocks that come to their input when they are dropped",
             instead="name it in keep, too",
         )

@@ -218,8 +218,7 @@ def load(plan: Plan, state: Mapping[str, Any]) -> None:
     if differences:
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise StateMismatchError(
-            f"the state differs from this model's stochastic depth: {'; '.join(differences[:3])}"
-            f"{more}",
+            f"the state differs from that of this model: {'; '.join(differences[:3])}{more}",
             expected="a state saved with the same blocks, options and draws",
             instead="apply stochastic depth with the options of the run that is resumed, or leave "
             "load_state_dict() out to start a new sequence",

@@ -165,8 +165,7 @@ class BatchDims:
                 f'"{self.name}" is called without any argument that is known to hold the batch',
                 expected="the arguments that it was watched with: "
                 + ", ".join(dict.fromkeys(str(place) for place, _ in self.inputs)),
-                instead="pass example_inputs as in the training (with the mask, say), or "
-                'mode="batch"',
+                instead='pass example_inputs as in training (with the mask, say), or mode="batch"',
             )
         size = int(sizes.pop())
         for place, leaf in placed_leaves(args, kwargs, self.positional) if size > 1 else ():

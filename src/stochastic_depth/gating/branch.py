@@ -19,7 +19,7 @@ from stochastic_depth.gating.recomputation import note_part, noted, recalled
 from stochastic_depth.gating.stand_in import stand_in
 from stochastic_depth.plan import Row
 from stochastic_depth.rows import change_leaves
-from stochastic_depth.torch_private.backward import top_hooks
+from stochastic_depth.torch_private.backward import NOT_REENTRANT, checkpoints
 from stochastic_depth.torch_private.trees import tree_leaves
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -137,9 +137,10 @@ def _call_recomputed(call: ModuleCall, decision: Any, role: Role) -> Any:
         out = _call_as(call, role, passage)
     finally:
         running.blocks.pop()
-    if not decision.kept[role.branch] and torch.is_grad_enabled() and not top_hooks(False):  # noqa: FBT003
-        # A reentrant checkpoint, which has no hooks, around nothing but the branch insists on a
-        # gradient.
+    _, recomputed = checkpoints()
+    is_reentrant = recomputed is not None and NOT_REENTRANT not in recomputed[1]
+    if is_reentrant and not decision.kept[role.branch] and torch.is_grad_enabled():
+        # Around nothing but the branch it insists on a gradient.
         leaves = tree_leaves(out)
         for number in role.ends:
             leaves[number].requires_grad_()

@@ -23,6 +23,7 @@ Checkpoints = tuple[tuple[Log, ...], tuple[Log, Cursor] | None]
 
 NO_CHECKPOINTS: Checkpoints = (), None
 _FOUND, _LOG = "_stochastic_depth_found", "_stochastic_depth"
+NOT_REENTRANT = object()  # a key in the cursors of such checkpoints
 
 top_hooks: Callable[[bool], Any] = getattr(
     _autograd, "_top_saved_tensors_default_hooks", lambda _: ()
@@ -77,7 +78,7 @@ def of_hooks(top: Any) -> Checkpoints:
         frame = cell.cell_contents() if is_recomputed else cell.cell_contents
         if isinstance(frame, _CheckpointFrame):
             log = _kept(frame, _LOG)
-            found = ((), (log, {})) if is_recomputed else None
+            found = ((), (log, {NOT_REENTRANT: 1})) if is_recomputed else None
             break
     if found is None:  # only the top of the stack can be read: what is below, by lifting it off
         _autograd._pop_saved_tensors_default_hooks()
@@ -113,7 +114,9 @@ def _of_callers() -> Checkpoints:
             if code.co_name == "checkpoint" and "gen" in data:
                 logs += (_kept(data["gen"].gi_frame.f_locals["new_frame"], _LOG),)
             elif code.co_name == "unpack_hook" and "frame" in data:
-                return logs, (_kept(data["frame"], _LOG), _kept(data["frame"], f"_{data['gid']}"))
+                cursor = _kept(data["frame"], f"_{data['gid']}")
+                cursor[NOT_REENTRANT] = 1
+                return logs, (_kept(data["frame"], _LOG), cursor)
         caller = caller.f_back
     return logs, None
 
